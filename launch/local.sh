@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Train a config on this machine: bash launch/local.sh configs/speed_rl.py [more flags of maskrl_jax.main]
+set -euo pipefail
+if [ $# -lt 1 ]; then
+  echo "usage: bash launch/local.sh <config> [flags]" >&2
+  exit 1
+fi
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+exec .venv/bin/python -m maskrl_jax.main --config="$1" "${@:2}"

@@ -1,0 +1,112 @@
+"""Any TFDS set of labelled images by its name, resized and cut to a square."""
+
+import functools
+import io
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image, UnidentifiedImageError
+
+from maskrl_jax.data.prepare import prepared
+from maskrl_jax.errors import UserError
+
+MEMORY_LIMIT = 256 * 2**20  # bytes of pictures up to which a split is read once and kept
+CHUNK = 256  # samples read at a time
+TRAIN_SHARE = 95  # percent of `train` that stays where a set has no second split
+
+
+class StoredColumn:
+    """One feature of a split on disk, read when asked for; indexed like an array."""
+
+    def __init__(self, source, feature: str, convert: Callable):
+        """Keep the data source and what makes an array of the feature's stored value."""
+        self._source, self._feature, self._convert = source, feature, convert
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self._source)
+
+    def __getitem__(self, positions):
+        """Return one value at an int, or the stacked values at int positions [b]."""
+        if np.ndim(positions) == 0:
+            return self._convert(self._source[int(positions)][self._feature])
+        records = self._source.__getitems__([int(i) for i in positions])
+        return np.stack([self._convert(record[self._feature]) for record in records])
+
+    def in_memory(self) -> np.ndarray:
+        """Return the whole column, read in pieces because the files may be far larger than the result."""
+        starts = range(0, len(self), CHUNK)
+        values = np.concatenate([self[range(i, min(i + CHUNK, len(self)))] for i in starts])
+        values.setflags(write=False)  # shared by all who open the set
+        return values
+
+
+@functools.lru_cache(maxsize=4)
+def load(name: str, split: str, data_dir: str, image_size: int) -> tuple[dict, list[str]]:
+    """Return the columns (image, cond, label) of a split and the class names.
+
+    Raises UserError for an unknown name, a set that needs TensorFlow, or one without a picture and a class.
+    """
+    builder = prepared(lambda: _builder(name, data_dir), name, data_dir)
+    image, label = _features(builder.info.features, name)
+    source = builder.as_data_source(_split(builder, split), decoders={image: tfds.decode.SkipDecoding()})
+    columns = {
+        "image": StoredColumn(source, image, functools.partial(square, size=image_size)),
+        "label": StoredColumn(source, label, np.int32),
+    }
+    if len(source) * image_size**2 * 3 <= MEMORY_LIMIT:
+        columns = {key: column.in_memory() for key, column in columns.items()}
+    return columns | {"cond": columns["label"]}, builder.info.features[label].names
+
+
+def square(encoded: bytes, size: int) -> np.ndarray:
+    """Decode a picture, cut its middle square and resize it: uint8 [size, size, 3]."""
+    try:
+        picture = Image.open(io.BytesIO(encoded)).convert("RGB")
+    except UnidentifiedImageError:
+        raise UserError(
+            "a picture of the set is unreadable; remove the set from data_dir and repeat"
+        ) from None
+    side = min(picture.size)
+    left, top = ((length - side) // 2 for length in picture.size)
+    middle = picture.crop((left, top, left + side, top + side))  # first: resize(box=...) reads beyond the box
+    return np.asarray(middle.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def num_classes(name: str) -> int:
+    """Number of classes of a TFDS set, from its definition alone; UserError as in `load`."""
+    features = _builder(name, None).info.features
+    return features[_features(features, name)[1]].num_classes
+
+
+def _builder(name: str, data_dir: str | None):
+    try:
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError:
+        raise UserError(f"unknown data set {name!r}; use shapes, digits or a TFDS image set") from None
+    except ValueError as error:  # such as a copy of the set on disk in another file format
+        raise UserError(
+            f"cannot open TFDS set {name!r} in {data_dir} ({error}); use another data_dir"
+        ) from None
+
+
+def _features(features, name: str) -> tuple[str, str]:
+    """Name the first image feature and the first class label, `image` and `label` before all others."""
+    found = []
+    for kind, usual in ((tfds.features.Image, "image"), (tfds.features.ClassLabel, "label")):
+        keys = [key for key, feature in features.items() if isinstance(feature, kind)]
+        if not keys:
+            raise UserError(f"the TFDS set {name!r} has no {usual} feature; choose a set of labelled images")
+        found.append(usual if usual in keys else keys[0])
+    return tuple(found)
+
+
+def _split(builder, split: str) -> str:
+    """Name the TFDS split for ours: validation, else test, else the end of train."""
+    if "train" not in builder.info.splits:
+        raise UserError(f"the TFDS set {builder.name!r} has no train split; choose another set")
+    for other in ("validation", "test"):
+        if other in builder.info.splits:
+            return "train" if split == "train" else other
+    return f"train[:{TRAIN_SHARE}%]" if split == "train" else f"train[{TRAIN_SHARE}%:]"

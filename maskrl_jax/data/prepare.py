@@ -1,0 +1,62 @@
+"""Writing TFDS sets to disk so that no crash and no second process can leave half a set behind."""
+
+import contextlib
+import fcntl
+from collections.abc import Callable
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from maskrl_jax.errors import UserError
+
+
+def prepared(make_builder: Callable[[], tfds.core.DatasetBuilder], name: str, data_dir: str):
+    """Return the builder with its data on disk, written in this call if need be (array_record).
+
+    TFDS writes into a directory aside and renames it when complete, so an existing set is a whole set. The
+    lock makes a second process wait for the first one's data; the kernel drops it with a killed process,
+    whose leftovers the next one removes. Raises UserError where a package that the set needs is missing, or
+    the disk or the network fails.
+    """
+    try:
+        builder = make_builder()
+        if _whole(builder):
+            return builder
+        with _lock(epath.Path(data_dir), name):
+            # Made anew: it reads the description of what another process may just have written.
+            return _write(make_builder())
+    except ImportError as error:
+        raise UserError(f"data set {name!r} needs a missing package ({error}); choose another set") from None
+    except OSError as error:
+        raise UserError(f"cannot prepare data set {name!r} in {data_dir} ({error}); check data_dir") from None
+
+
+def _write(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
+    if not _whole(builder):
+        _remove_leftovers(builder.data_path)
+        tfds.disable_progress_bar()
+        builder.download_and_prepare()
+    return builder
+
+
+def _whole(builder: tfds.core.DatasetBuilder) -> bool:
+    """Say whether the set is on disk; TFDS's own question logs a warning where the answer is no."""
+    return (builder.data_path / "dataset_info.json").exists()
+
+
+@contextlib.contextmanager
+def _lock(root: epath.Path, name: str):
+    """Hold the lock of one set; buckets have no locks, there the rename alone protects."""
+    if "://" in str(root):
+        yield
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f".{name.replace('/', '_')}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_leftovers(data_path: epath.Path) -> None:
+    if data_path.parent.exists():
+        for path in data_path.parent.glob(f"incomplete.*{data_path.name}"):
+            path.rmtree()

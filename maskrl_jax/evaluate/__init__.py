@@ -1,0 +1,1 @@
+"""Measurement: quality-versus-calls curves, Frechet distance, bootstrap bounds, timing, figures, report."""

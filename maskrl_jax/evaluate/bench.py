@@ -1,0 +1,180 @@
+"""What every generator stage measures: a glance while it trains, a curve and a report at its end."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from maskrl_jax import writers
+from maskrl_jax.errors import UserError
+from maskrl_jax.evaluate import curve, illustrate, measure, report, timing
+from maskrl_jax.evaluate.grid import image_grid
+from maskrl_jax.evaluate.measure import Point, Protocol, Scorer, System
+from maskrl_jax.sampling.maskgit import SamplerConfig
+
+SAMPLER = "sampler.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How much a stage measures; the same for every system of a report."""
+
+    prompts: int = 128
+    group: int = 4  # samples a prompt
+    batch_size: int = 128  # of every generation program
+    seed: int = 17
+    steps: tuple[int, ...] = (2, 4, 8, 16)  # of the base's curve; the last is T_ref
+    dials: tuple[float, ...] = (0.0,)  # speed dials of a tuned policy with a head
+    glance_prompts: int = 32  # while training
+    glance_steps: int = 16
+    tune_prompts: int = 64
+    tune_gumbel: tuple[float, ...] = (2.0, 4.0, 8.0)
+    tune_guidance: tuple[float, ...] = (1.0, 2.0)
+    timing_repeats: int = 5  # 0: no timing
+    margin: float = 0.02  # equal quality: lower bound of the difference at least -margin
+    keep: int = 8  # prompts whose pictures a report shows
+
+    def __post_init__(self):
+        for name in ("steps", "dials", "tune_gumbel", "tune_guidance"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.steps or list(self.steps) != sorted(set(self.steps)):
+            raise UserError(f"evaluation.steps {self.steps} must rise; its last entry is the reference T")
+        if self.keep > self.prompts:
+            raise UserError(f"evaluation.keep {self.keep} exceeds evaluation.prompts {self.prompts}")
+
+    @property
+    def reference(self) -> int:
+        """T_ref."""
+        return self.steps[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Prompts, judges and real features, held equal for all systems of one report."""
+
+    dataset: Any  # held-out split
+    scorer: Scorer
+    real_features: np.ndarray
+    settings: Evaluation
+    workdir: str
+
+    @property
+    def metric(self) -> str:
+        """The measure that decides: the exact verifier where there is one."""
+        return "judge" if self.dataset.verify is None else "graded"
+
+    def protocol(self, prompts: int, *, group: int | None = None, keep: int = 0, seed: int | None = None) -> Protocol:
+        """Held-out prompts and noise of one measurement."""
+        s = self.settings
+        seed = s.seed if seed is None else seed
+        texts = tuple(self.dataset.prompts(prompts, seed))
+        return Protocol(
+            prompts=texts,
+            cond=self.dataset.encode(list(texts)),
+            group=s.group if group is None else group,
+            batch_size=s.batch_size,
+            seed=seed,
+            real_features=self.real_features,
+            keep=keep,
+        )
+
+    def glance(self, system: System, setting: float) -> tuple[dict[str, float], np.ndarray]:
+        """A small measurement for the logs: scalars, and a grid of the first samples."""
+        s = self.settings
+        count = min(16, s.glance_prompts)
+        point = measure.measure(system, setting, self.protocol(s.glance_prompts, group=2, keep=count), self.scorer)
+        return scalars(point), image_grid(point.kept["images"] / 255, columns=8)
+
+    def tune(self, system_of: Callable[[SamplerConfig], System], sampler: SamplerConfig) -> SamplerConfig:
+        """Pick the base's best Gumbel scale and guidance at T_ref on prompts of their own; stored as JSON.
+
+        Acceleration is measured against the base at its best, so the deciding measure picks here too.
+        """
+        s = self.settings
+        protocol = self.protocol(s.tune_prompts, group=2, seed=s.seed + 1)
+        rows = []
+        for guidance in s.tune_guidance:
+            for gumbel in s.tune_gumbel:
+                tried = dataclasses.replace(sampler, gumbel=gumbel, guidance=guidance)
+                point = measure.measure(system_of(tried), s.reference, protocol, self.scorer)
+                rows.append({"gumbel": gumbel, "guidance": guidance, **scalars(point)})
+        best = max(rows, key=lambda row: row[f"eval/{self.metric}@{s.reference}"])
+        chosen = dataclasses.replace(sampler, gumbel=best["gumbel"], guidance=best["guidance"])
+        if jax.process_index() == 0:
+            path = pathlib.Path(self.workdir, SAMPLER)
+            path.write_text(json.dumps({"sampler": dataclasses.asdict(chosen), "tried": rows}, indent=1) + "\n")
+        return chosen
+
+    def measure(self, system: System, settings: Sequence[float]) -> list[Point]:
+        """The points of one system's curve."""
+        s = self.settings
+        protocol = self.protocol(s.prompts, keep=s.keep)
+        return [measure.measure(system, setting, protocol, self.scorer) for setting in settings]
+
+    def criteria(self) -> curve.Criteria:
+        """What counts as equal quality."""
+        return curve.Criteria(
+            margins={self.metric: self.settings.margin}, diversity_ratio=0.9 if self.settings.group > 1 else 0
+        )
+
+    def time(self, base: tuple[System, float], tuned: tuple[System, float], batch_sizes: Sequence[int]) -> list:
+        """Wall-clock comparison at some batch sizes; each size is a program of its own."""
+        s = self.settings
+        texts = self.dataset.prompts(max(batch_sizes), s.seed)
+
+        def runner(system, setting, size):
+            def run(repeat):
+                offset = 10_000 * (repeat + 1)
+                cond = self.dataset.encode([texts[(repeat + i) % len(texts)] for i in range(size)])
+                made = system.generate(setting, cond, np.arange(offset, offset + size, dtype=np.int32), s.seed)
+                return made.images, made.calls
+
+            return run
+
+        return [
+            timing.compare(runner(*base, size), runner(*tuned, size), batch_size=size, repeats=s.timing_repeats)
+            for size in batch_sizes
+        ]
+
+    def write(self, findings: report.Findings, step: int, facts: dict[str, str]) -> None:
+        """Draw, write report.md and results.json, and log the same to TensorBoard; process 0 only."""
+        if jax.process_index() != 0:
+            return
+        reference = findings.reference
+        equality = report.equalities(findings).get(findings.tuned)
+        prompts = self.protocol(self.settings.prompts).prompts
+        drawn = illustrate.illustrate(
+            self.workdir, findings.points, reference, prompts, tuned=findings.tuned, equality=equality
+        )
+        path = report.write(self.workdir, dataclasses.replace(findings, illustrations=drawn), facts)
+        for point in findings.points:
+            measure.save_samples(pathlib.Path(self.workdir, "points"), point)
+        writer = writers.Writer(self.workdir, step)
+        for point in findings.points:
+            prefix = "" if point.system == reference[0].system else f"{point.system}/"
+            writer.scalars(step, {f"{prefix}{tag}": value for tag, value in scalars(point).items()})
+        writer.images(step, {f"report/{pathlib.PurePosixPath(d.path).stem}": d.image for d in drawn})
+        writer.close()
+        print(f"report: {path}", flush=True)
+
+
+def scalars(point: Point) -> dict[str, float]:
+    """TensorBoard tags of a point, `eval/<measure>@<setting>`."""
+    values = {name: interval.mean for name, interval in point.metrics.items()}
+    values |= {"fd_judge": point.frechet, "precision": point.precision, "recall": point.recall}
+    values |= {"calls": point.calls_mean}
+    if point.diversity is not None:
+        values["diversity"] = point.diversity.mean
+    return {f"eval/{name}@{point.setting:g}": float(value) for name, value in values.items()}
+
+
+def read_sampler(workdir: str, fallback: SamplerConfig) -> SamplerConfig:
+    """The sampler that `tune` chose for a base model, or the config's where none was tuned."""
+    path = pathlib.Path(workdir, SAMPLER)
+    if not path.exists():
+        return fallback
+    return SamplerConfig(**json.loads(path.read_text())["sampler"])

@@ -1,0 +1,233 @@
+"""Quality against network calls: paired comparisons with a reference, and the fewest calls at equal quality.
+
+A curve is a flat sequence of points of one system; several points with the same setting are seeds of it. A
+point is compared with the reference point of its own seed, or with the only one there is.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from maskrl_jax.evaluate import bootstrap
+from maskrl_jax.evaluate.bootstrap import Interval
+from maskrl_jax.evaluate.measure import Point
+
+HEADLINE = ("graded", "strict", "judge")  # always stated together, whichever of them decide
+
+
+@dataclasses.dataclass(frozen=True)
+class Criteria:
+    """What counts as equal quality, fixed before anything is measured (spec speed_rl.md, section 7.3).
+
+    margins: metric -> delta; the lower 95 % bound of (tuned - reference) must be at least -delta for each.
+    frechet_ratio: largest Frechet distance allowed, over the reference's; point value; 0: no condition.
+    diversity_ratio: smallest within-prompt diversity allowed, in the same way.
+    """
+
+    margins: Mapping[str, float]
+    frechet_ratio: float = 1.10
+    diversity_ratio: float = 0.90
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One setting of a system, over its seeds, beside the reference."""
+
+    system: str
+    label: str
+    setting: float
+    seeds: tuple[int, ...]
+    calls_mean: float
+    differences: dict[str, Interval]  # metric -> tuned - reference
+    seed_differences: dict[str, tuple[float, ...]]  # the same, of each seed alone
+    frechet_ratio: float | None
+    diversity_ratio: Interval | None
+    failed: tuple[str, ...]  # conditions not met, in words; empty: equal quality
+
+    @property
+    def equal(self) -> bool:
+        return not self.failed
+
+
+@dataclasses.dataclass(frozen=True)
+class Equality:
+    """The whole table of a curve against its reference, and the point T* (None if no point qualifies)."""
+
+    reference_system: str
+    reference_label: str
+    reference_calls: float
+    criteria: Criteria
+    table: tuple[Comparison, ...]  # by rising mean calls
+    best: Comparison | None
+
+    @property
+    def speedup(self) -> float | None:
+        """Reference calls / T*, or None."""
+        return None if self.best is None else self.reference_calls / self.best.calls_mean
+
+    def to_json(self) -> dict:
+        plain = dataclasses.asdict(self)
+        return {**plain, "speedup": self.speedup, "verdict": verdict(self)}
+
+
+def by_setting(points: Sequence[Point]) -> dict[float, list[Point]]:
+    """Group a curve's points by setting; each list holds the seeds of that setting."""
+    groups: dict[float, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.setting, []).append(point)
+    return groups
+
+
+def mean_calls(points: Sequence[Point]) -> float:
+    """Return the mean network calls over the seeds of one setting."""
+    return float(np.mean([point.calls_mean for point in points]))
+
+
+def interval_over_seeds(points: Sequence[Point], metric: str) -> Interval | None:
+    """Return the mean of a metric over the seeds of one setting, with bounds over prompts and seeds.
+
+    Distances ("frechet", "precision", "recall") are numbers of a whole set: their bounds are the range over
+    seeds. None where the points do not have the metric.
+    """
+    if metric in ("frechet", "precision", "recall"):
+        values = [getattr(point, metric) for point in points]
+        return Interval(float(np.mean(values)), min(values), max(values))
+    if any(
+        point.diversity is None if metric == "diversity" else metric not in point.metrics for point in points
+    ):
+        return None
+    return bootstrap.mean_interval(np.stack([point.per_prompt(metric) for point in points]))
+
+
+def _references_of(points: Sequence[Point], references: Sequence[Point]) -> list[Point]:
+    """Return the reference of each point: that of the same seed, else the only one.
+
+    Raises:
+      ValueError: if there are several references and none of the point's seed, or two of one seed.
+    """
+    by_seed = {reference.seed: reference for reference in references}
+    if len(by_seed) != len(references) or not references:
+        raise ValueError("there must be one reference point, or one for each seed")
+    if len(references) == 1:
+        return [references[0]] * len(points)
+    missing = sorted({point.seed for point in points} - set(by_seed))
+    if missing:
+        raise ValueError(f"no reference point of seed {missing}")
+    return [by_seed[point.seed] for point in points]
+
+
+def _unmet(criteria, differences, frechet_ratio, diversity_ratio) -> tuple[str, ...]:
+    failed = [
+        f"{metric} bound {differences[metric].low:+.3f} < {-margin:+.3f}"
+        for metric, margin in criteria.margins.items()
+        if differences[metric].low < -margin
+    ]
+    if criteria.frechet_ratio and (frechet_ratio is None or frechet_ratio > criteria.frechet_ratio):
+        found = "unknown" if frechet_ratio is None else f"×{frechet_ratio:.2f}"
+        failed.append(f"Fréchet distance {found} > ×{criteria.frechet_ratio:.2f}")
+    if criteria.diversity_ratio and (
+        diversity_ratio is None or diversity_ratio.mean < criteria.diversity_ratio
+    ):
+        found = "unknown" if diversity_ratio is None else f"×{diversity_ratio.mean:.2f}"
+        failed.append(f"diversity {found} < ×{criteria.diversity_ratio:.2f}")
+    return tuple(failed)
+
+
+def compare(points: Sequence[Point], references: Sequence[Point], criteria: Criteria) -> Comparison:
+    """Compare the seeds of one setting with the reference on the same prompts.
+
+    All metrics that both have are compared; only those in `criteria.margins` decide.
+
+    Raises:
+      ValueError: if a metric with a margin is missing, or prompts differ in number.
+    """
+    paired = _references_of(points, references)
+    shared = [
+        name for name in points[0].metrics if all(name in other.metrics for other in (*points, *paired))
+    ]
+    absent = sorted(set(criteria.margins) - set(shared))
+    if absent:
+        raise ValueError(f"metrics {absent} have a margin but were not measured; measured: {sorted(shared)}")
+    tuned = {name: np.stack([point.per_prompt(name) for point in points]) for name in shared}
+    base = {name: np.stack([point.per_prompt(name) for point in paired]) for name in shared}
+    differences = {name: bootstrap.paired_difference(tuned[name], base[name]) for name in shared}
+    base_frechet = float(np.mean([point.frechet for point in paired]))
+    frechet_ratio = (
+        float(np.mean([point.frechet for point in points])) / base_frechet if base_frechet > 0 else None
+    )
+    diversity_ratio = None
+    if all(point.diversity is not None for point in (*points, *paired)):
+        spread = [np.stack([point.per_prompt("diversity") for point in side]) for side in (points, paired)]
+        diversity_ratio = bootstrap.paired_ratio(*spread)
+    return Comparison(
+        system=points[0].system,
+        label=points[0].label,
+        setting=points[0].setting,
+        seeds=tuple(point.seed for point in points),
+        calls_mean=mean_calls(points),
+        differences=differences,
+        seed_differences={n: tuple(float(d) for d in (tuned[n] - base[n]).mean(axis=1)) for n in shared},
+        frechet_ratio=frechet_ratio,
+        diversity_ratio=diversity_ratio,
+        failed=_unmet(criteria, differences, frechet_ratio, diversity_ratio),
+    )
+
+
+def first_equal(points: Sequence[Point], references: Sequence[Point], criteria: Criteria) -> Equality:
+    """Compare every setting of one curve with the reference and pick T* (spec speed_rl.md, section 7.3).
+
+    T* is the smallest mean number of calls at which every condition holds. It is picked among the measured
+    settings on the same prompts that judge it, so with many settings it is a little optimistic.
+    """
+    table = [compare(group, references, criteria) for group in by_setting(points).values()]
+    table.sort(key=lambda row: row.calls_mean)
+    return Equality(
+        reference_system=references[0].system,
+        reference_label=references[0].label,
+        reference_calls=mean_calls(references),
+        criteria=criteria,
+        table=tuple(table),
+        best=next((row for row in table if row.equal), None),
+    )
+
+
+def _nearest(equality: Equality) -> Comparison:
+    """Return the setting whose worst excess over its margins is smallest."""
+    margins = equality.criteria.margins
+    return max(
+        equality.table,
+        key=lambda row: min((row.differences[m].low + d for m, d in margins.items()), default=0),
+    )
+
+
+def _evidence(row: Comparison, deciding: Mapping[str, float]) -> str:
+    """List the differences that decided, then the other headline scores, then the ratios of the set."""
+    names = [*deciding, *(name for name in HEADLINE if name in row.differences and name not in deciding)]
+    shown = [f"{name} {row.differences[name]:+}" for name in names]
+    if row.frechet_ratio is not None:
+        shown.append(f"Fréchet distance ×{row.frechet_ratio:.2f}")
+    if row.diversity_ratio is not None:
+        shown.append(f"diversity ×{row.diversity_ratio.mean:.2f}")
+    return ", ".join(shown)
+
+
+def verdict(equality: Equality, goal: float = 3.0) -> str:
+    """Say what was found: T*, the evidence, and whether `goal` times fewer calls was reached."""
+    reference = f"{equality.reference_label} at {equality.reference_calls:.1f} calls"
+    target = f"equal quality in {goal:g}× fewer calls"
+    if equality.best is None:
+        near = _nearest(equality)
+        return (
+            f"Not reached: {target}. No measured setting of {near.label} equals {reference}; the nearest, at "
+            f"{near.calls_mean:.1f} mean calls, fails by: {'; '.join(near.failed)} "
+            f"(differences with 95 % bounds: {_evidence(near, equality.criteria.margins)})."
+        )
+    best, speedup = equality.best, equality.speedup
+    lower = [name for name in HEADLINE if name in best.differences and best.differences[name].high < 0]
+    return (
+        f"{'Reached' if speedup >= goal else 'Not reached'}: {target}. With {best.calls_mean:.1f} mean calls "
+        f"{best.label} equals {reference} within the margins, a factor of {speedup:.2f} "
+        f"(differences with 95 % bounds: {_evidence(best, equality.criteria.margins)})."
+        + (f" Measurably lower nevertheless: {', '.join(lower)}." if lower else "")
+    )

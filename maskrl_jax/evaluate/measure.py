@@ -1,0 +1,193 @@
+"""Measure one system at one setting: generate, score, summarise, keep every sample's numbers."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from maskrl_jax.evaluate import bootstrap, diversity, frechet
+from maskrl_jax.evaluate.bootstrap import Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What a system returns for n samples."""
+
+    images: np.ndarray  # float32 [n, H, W, 3] in [0, 1]
+    calls: np.ndarray  # int32 [n], network calls that each sample needed (guidance branches count once)
+    commit_step: np.ndarray  # uint8 [n, N], the call at which each token was committed, from 0
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A generator to be measured.
+
+    `generate(setting, cond [n, ...], sample_ids int32 [n], seed)`: the setting is the number of steps of a
+    fixed sampler or the speed dial of an adaptive one. Randomness may depend on (seed, sample id) only, never
+    on the position in the batch, so that two systems measured with the same seed share their noise.
+    """
+
+    name: str  # key in tables and results.json
+    label: str  # what figures call it
+    generate: Callable[[float, np.ndarray, np.ndarray, int], Generated]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """What judges images [n, H, W, 3] of prompts (n strings).
+
+    `judge` returns name -> [n], among them "features" [n, D], which feed distance and diversity and are no
+    metric. `verify` (None where a set has no exact verifier) returns name -> [n] only.
+    """
+
+    judge: Callable[[np.ndarray, Sequence[str]], dict[str, np.ndarray]]
+    verify: Callable[[np.ndarray, Sequence[str]], dict[str, np.ndarray]] | None = None
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        scores = dict(self.judge(images, prompts))
+        if self.verify is not None:
+            scores.update(self.verify(images, prompts))
+        return {name: np.asarray(value) for name, value in scores.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What is held equal for all systems: prompts, samples a prompt, noise, real features."""
+
+    prompts: tuple[str, ...]  # P
+    cond: np.ndarray  # [P, ...]
+    group: int  # G samples a prompt
+    batch_size: int  # of every call of `generate`; the last batch is filled up, so nothing recompiles
+    seed: int
+    real_features: np.ndarray  # [M, D] of held-out real images
+    keep: int = 0  # first samples of the first `keep` prompts, whose pictures stay in the point
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One system at one setting. `per_sample` and `kept` stay out of the JSON form."""
+
+    system: str
+    label: str
+    setting: float
+    seed: int
+    num_prompts: int
+    group: int
+    calls_mean: float
+    calls_sd: float
+    calls_histogram: dict[int, int]
+    metrics: dict[str, Interval]
+    frechet: float
+    precision: float
+    recall: float
+    diversity: Interval | None  # None with one sample a prompt
+    per_sample: dict[str, np.ndarray] = dataclasses.field(repr=False)  # [n] or [n, D], prompt-major
+    kept: dict[str, np.ndarray] = dataclasses.field(
+        repr=False
+    )  # images uint8 [keep, H, W, 3], commit_step, calls
+
+    def per_prompt(self, metric: str) -> np.ndarray:
+        """Return the mean over a prompt's samples, float64 [P]; "diversity" is known per prompt only."""
+        if metric == "diversity":
+            return diversity.within_prompt_diversity(self._grouped("features"))
+        return self._grouped(metric).mean(axis=1)
+
+    def _grouped(self, name: str) -> np.ndarray:
+        values = np.asarray(self.per_sample[name], np.float64)
+        return values.reshape(self.num_prompts, self.group, *values.shape[1:])
+
+    def to_json(self) -> dict:
+        """Return plain numbers, lists and dicts."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("per_sample", "kept")]
+        plain = {name: getattr(self, name) for name in names}
+        plain["calls_histogram"] = {str(calls): count for calls, count in self.calls_histogram.items()}
+        plain["metrics"] = {name: dataclasses.asdict(value) for name, value in self.metrics.items()}
+        plain["diversity"] = None if self.diversity is None else dataclasses.asdict(self.diversity)
+        return plain
+
+
+def _collect(system: System, setting: float, protocol: Protocol, scorer: Scorer) -> tuple[dict, dict]:
+    """Generate and score all samples in batches of one size; returns ([n, ...] numbers, kept pictures)."""
+    total = len(protocol.prompts) * protocol.group
+    wanted = np.arange(protocol.keep) * protocol.group
+    numbers, kept = [], []
+    for start in range(0, total, protocol.batch_size):
+        ids = np.arange(start, start + protocol.batch_size, dtype=np.int32)
+        real = ids < total
+        rows = np.minimum(ids, total - 1) // protocol.group
+        made = system.generate(setting, protocol.cond[rows], ids, protocol.seed)
+        images = np.asarray(made.images, np.float32)
+        scores = scorer(images, [protocol.prompts[row] for row in rows])
+        numbers.append(
+            {name: value[real] for name, value in {**scores, "calls": np.asarray(made.calls)}.items()}
+        )
+        picked = real & np.isin(ids, wanted)
+        kept.append(
+            _pictures(images[picked], np.asarray(made.commit_step)[picked], np.asarray(made.calls)[picked])
+        )
+    return _concatenate(numbers), _concatenate(kept)
+
+
+def _pictures(images: np.ndarray, commit_step: np.ndarray, calls: np.ndarray) -> dict[str, np.ndarray]:
+    quantised = np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
+    return {"images": quantised, "commit_step": commit_step, "calls": calls}
+
+
+def _concatenate(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def measure(system: System, setting: float, protocol: Protocol, scorer: Scorer) -> Point:
+    """Return the point of one system at one setting: calls, scores with bounds, distance, diversity.
+
+    Sample i belongs to prompt i // G. Bounds are 95 % percentile bootstrap bounds over prompts.
+
+    Raises:
+      ValueError: if prompts and conditions differ in number, or a score is not finite or not [n].
+    """
+    num_prompts, group = len(protocol.prompts), protocol.group
+    if num_prompts != len(protocol.cond) or not 0 <= protocol.keep <= num_prompts:
+        raise ValueError(f"{num_prompts} prompts, {len(protocol.cond)} conditions, {protocol.keep} to keep")
+    numbers, kept = _collect(system, setting, protocol, scorer)
+    scores = {name: value for name, value in numbers.items() if name not in ("features", "calls")}
+    for name, value in scores.items():
+        if value.shape != (num_prompts * group,) or not np.isfinite(value).all():
+            raise ValueError(
+                f"score {name!r} must be finite [{num_prompts * group}], got shape {value.shape}"
+            )
+    calls, features = numbers["calls"], numbers["features"]
+    precision, recall = frechet.precision_recall(protocol.real_features, features)
+    spread = None
+    if group > 1:
+        grouped = features.reshape(num_prompts, group, -1)
+        spread = bootstrap.mean_interval(diversity.within_prompt_diversity(grouped))
+    return Point(
+        system=system.name,
+        label=system.label,
+        setting=setting,
+        seed=protocol.seed,
+        num_prompts=num_prompts,
+        group=group,
+        calls_mean=float(calls.mean()),
+        calls_sd=float(calls.std()),
+        calls_histogram={int(value): int((calls == value).sum()) for value in np.unique(calls)},
+        metrics={
+            name: bootstrap.mean_interval(value.reshape(num_prompts, group).mean(axis=1))
+            for name, value in scores.items()
+        },
+        frechet=frechet.frechet_distance(protocol.real_features, features),
+        precision=precision,
+        recall=recall,
+        diversity=spread,
+        per_sample=numbers,
+        kept=kept,
+    )
+
+
+def save_samples(folder: str | pathlib.Path, point: Point) -> pathlib.Path:
+    """Write the per-sample arrays of a point as npz, for paired tests made later; returns the path."""
+    path = pathlib.Path(folder) / f"{point.system}-{point.setting:g}-seed{point.seed}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **point.per_sample)
+    return path

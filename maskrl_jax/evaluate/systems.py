@@ -1,0 +1,138 @@
+"""Generators as systems to be measured: the base with a fixed plan, and a clocked policy with its head."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskrl_jax.evaluate.measure import Generated, Scorer, System
+from maskrl_jax.keys import EVALUATE, sample_keys
+from maskrl_jax.parallel import Parallel
+from maskrl_jax.rewards import judge as judge_reward
+from maskrl_jax.sampling import adaptive
+from maskrl_jax.sampling.maskgit import SamplerConfig, decode, make_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Studio:
+    """What generation needs beside the parameters that are compared.
+
+    Attributes:
+      parallel: where programs run.
+      logits: params -> logits_fn(ids, timestep, cond).
+      decode: (tokenizer params, ids [B,N]) -> images [B,H,W,3] in [0,1].
+      tokenizer: parameters of the tokenizer.
+      null: null condition of one sample.
+      num_tokens: N.
+      mask_id: id of MASK.
+    """
+
+    parallel: Parallel
+    logits: Callable
+    decode: Callable
+    tokenizer: Any
+    null: np.ndarray
+    num_tokens: int
+    mask_id: int
+
+    def run(self, program: Callable, params: Any, frozen: Mapping[str, Any], batch: Mapping[str, np.ndarray]) -> dict:
+        """Run a per-sample program over a batch that every process holds; rows of all processes as numpy."""
+        rows = self.parallel.rows(len(batch["index"]))
+        return self.parallel.gather(program(params, frozen, {name: x[rows] for name, x in batch.items()}))
+
+
+def fixed_program(studio: Studio) -> Callable:
+    """Compile the fixed-plan decode; one program per sampler mode serves every number of steps."""
+
+    def program(p, frozen, batch, axis):
+        keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
+        rollout = decode(
+            studio.logits(p), keys_B, batch["cond"], studio.null, frozen["plan"], batch["given"], studio.mask_id
+        )
+        return _outputs(studio, frozen, rollout)
+
+    return studio.parallel.map(program)
+
+
+def fixed_system(
+    studio: Studio, program: Callable, params: Any, sampler: SamplerConfig, name: str, label: str
+) -> System:
+    """A generator with a fixed plan, through a `fixed_program`; the setting is the number of steps."""
+
+    def generate(setting, cond, sample_ids, seed):
+        plan = make_plan(dataclasses.replace(sampler, num_steps=int(setting)), studio.num_tokens)
+        given = np.full((len(sample_ids), studio.num_tokens), studio.mask_id, np.int32)
+        frozen = {"plan": plan, "tokenizer": studio.tokenizer}
+        return Generated(**studio.run(program, params, frozen, _batch(cond, sample_ids, seed) | {"given": given}))
+
+    return System(name, label, generate)
+
+
+def clocked_system(
+    studio: Studio, params: Any, config: adaptive.AdaptiveConfig, decide: Callable, name: str, label: str
+) -> System:
+    """A policy on the clock; `decide(params, setting)` is its decision function.
+
+    The setting is the head's speed dial, or the number of steps where strides are given.
+    """
+
+    def program(p, frozen, batch, axis):
+        keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
+        record = adaptive.rollout(
+            studio.logits(p["model"]),
+            decide(p, batch["setting"]),
+            keys_B,
+            batch["cond"],
+            studio.null,
+            config,
+            studio.num_tokens,
+            studio.mask_id,
+        )
+        return _outputs(studio, frozen, record)
+
+    compiled = studio.parallel.map(program)
+
+    def generate(setting, cond, sample_ids, seed):
+        batch = _batch(cond, sample_ids, seed)
+        batch["setting"] = np.full(len(sample_ids), setting, np.float32)
+        return Generated(**studio.run(compiled, params, {"tokenizer": studio.tokenizer}, batch))
+
+    return System(name, label, generate)
+
+
+def _batch(cond: np.ndarray, sample_ids: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    return {"cond": cond, "index": sample_ids, "seed": np.full(len(sample_ids), seed, np.int32)}
+
+
+def _outputs(studio: Studio, frozen: Any, rollout: Any) -> dict[str, jax.Array]:
+    images = studio.decode(frozen["tokenizer"], rollout.ids)
+    return {"images": images, "calls": rollout.calls, "commit_step": rollout.commit_step}
+
+
+def judge_scorer(read: Callable, params: Any, kind: str, dataset: Any) -> Scorer:
+    """The trained judge and, where the set has one, the exact verifier."""
+
+    @jax.jit
+    def scores(p, images, target):
+        outputs = read(p, images)
+        return judge_reward.score(kind, outputs, target) | {"features": outputs["features"]}
+
+    def judge(images, prompts):
+        target = judge_reward.targets(kind, dataset.encode(list(prompts)), prompts)
+        return jax.device_get(scores(params, images, jnp.asarray(target)))
+
+    return Scorer(judge, dataset.verify)
+
+
+def features_of(read: Callable, params: Any, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
+    """Judge features of uint8 images [n,H,W,3], float32 [n,D]."""
+    program = jax.jit(lambda p, x: read(p, x)["features"])
+    parts = []
+    for start in range(0, len(images), batch_size):
+        part = images[start : start + batch_size].astype(np.float32) / 255
+        padded = np.pad(part, ((0, batch_size - len(part)), *[(0, 0)] * 3))
+        parts.append(jax.device_get(program(params, padded))[: len(part)])
+    return np.concatenate(parts)

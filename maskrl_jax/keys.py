@@ -1,0 +1,18 @@
+"""Random keys are derived, never threaded: results do not depend on devices, batch split or restarts."""
+
+import jax
+
+Array = jax.Array
+
+INIT, DATA, TRAIN, ROLLOUT, EVALUATE, MASKS = range(6)  # purposes
+
+
+def step_key(seed: int, purpose: int, step: Array | int) -> Array:
+    """Typed key of one purpose at one step."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+
+
+def sample_keys(seed: int, purpose: int, step: Array | int, index_B: Array) -> Array:
+    """One typed key per sample, [B], from its global sample index int32 [B]."""
+    key = step_key(seed, purpose, step)
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)

@@ -1,0 +1,60 @@
+"""Train the stage that a config describes: `python -m maskrl_jax.main --config=configs/speed_rl.py`."""
+
+import os
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from maskrl_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "config file, or file:argument", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "where this run goes; by default runs/<config>[-<argument>]")
+STORE = flags.DEFINE_string("store", "runs/stages", "where trained parents go, shared by all runs")
+DRY_RUN = flags.DEFINE_string("dry_run", None, "compile only, for the local devices or e.g. v5e:4x4")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other processes of a cluster")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, if the cluster does not tell")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes, if the cluster does not tell")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "this process' number, if the cluster does not tell")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parse the flags, where a bare --dry_run stands for the local devices; bad input is one line, exit 1."""
+    try:
+        rest = flags.FLAGS(["--dry_run=" if arg == "--dry_run" else arg for arg in argv])
+        if len(rest) > 1 or CONFIG.value is None:
+            raise UserError(f"expected --config=<file> and flags only, got {rest[1:]}; see --help")
+        _ = "task" in CONFIG.value  # a file that could not be loaded says so only when it is used
+        return rest
+    except (flags.Error, UserError, AttributeError, OSError, TypeError, ValueError) as error:
+        # The text of args, since str of an error about a key is a quoted string.
+        sys.exit(f"error: {' '.join(str(error.args[0] if error.args else error).split())}")
+
+
+def main(_: list[str]) -> None:
+    """Run what the flags say; a mistake of the user is one line on stderr and exit code 1."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        if DISTRIBUTED.value:
+            jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        jax.config.update("jax_compilation_cache_dir", os.path.abspath(f"{STORE.value}/jax_cache"))
+        if DRY_RUN.value is not None:
+            from maskrl_jax import dry_run
+
+            return dry_run.run(CONFIG.value, DRY_RUN.value)
+        from maskrl_jax import runner  # late, as above: neither needs the other's imports
+
+        runner.run(CONFIG.value, WORKDIR.value or _default_workdir(), STORE.value)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def _default_workdir():
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    name = os.path.splitext(os.path.basename(path))[0]
+    return os.path.join("runs", f"{name}-{argument}" if argument else name)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

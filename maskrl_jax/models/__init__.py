@@ -1,0 +1,1 @@
+"""Linen modules, one family per file. Pure: arrays in, arrays out."""

@@ -1,0 +1,92 @@
+"""MaskGIT's bidirectional transformer over image tokens and condition tokens."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from maskrl_jax.models.layers import Block, Conv3, layer_norm
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskGITConfig:
+    """Static sizes. Vocabulary rows: codes 0..K-1, MASK = K, then the condition's own table."""
+
+    num_tokens: int  # N, a square number
+    codebook_size: int  # K
+    cond_vocab: int  # rows of the condition table, null condition included
+    cond_length: int  # condition tokens in the sequence: L for captions, 1 for a class
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    mlp_width: int = 512
+    conv_stem: bool = True
+    pooled_cond: bool = True  # one vector of the whole condition, added at every image token
+    remat: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if round(self.num_tokens**0.5) ** 2 != self.num_tokens:
+            raise ValueError(f"num_tokens {self.num_tokens} is not a square grid")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+
+    @property
+    def mask_id(self) -> int:
+        return self.codebook_size
+
+
+class MaskGIT(nn.Module):
+    """Masked-token transformer (arXiv 2202.04200): form A's pre-norm blocks, condition tokens last.
+
+    Our choices: an untied head of K classes (MASK can never be drawn), an optional 3x3 stem that shows
+    every token its neighbours before the first block, and an optional pooled condition (as text-to-image
+    models add beside their text tokens): attention alone takes far longer to bind words to objects here.
+    """
+
+    config: MaskGITConfig
+
+    def setup(self):
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        init = nn.initializers.normal(0.02)
+        self.tokens = nn.Embed(c.codebook_size + 1, c.width, embedding_init=init)
+        self.conditions = nn.Embed(c.cond_vocab, c.width, embedding_init=init)
+        self.position = self.param("position", init, (c.num_tokens + c.cond_length, c.width))
+        if c.conv_stem:
+            self.stem = Conv3(c.width, dtype)
+        if c.pooled_cond:
+            self.pool = nn.Dense(c.width)
+        block = nn.remat(Block) if c.remat else Block
+        self.blocks = [block(c.heads, c.mlp_width, dtype) for _ in range(c.depth)]
+        self.norm = layer_norm(None)
+        self.head = nn.Dense(c.codebook_size, dtype=jnp.float32)
+
+    def __call__(self, ids_BN: Array, cond: Array) -> Array:
+        """Logits [B,N,K] float32 from ids [B,N] int32 (MASK = K) and cond [B,L] or [B] int32."""
+        return self.logits(self.features(ids_BN, cond))
+
+    def features(self, ids_BN: Array, cond: Array) -> Array:
+        """Output of the last norm at the image tokens, [B,N,D] float32."""
+        c = self.config
+        batch, num_tokens = ids_BN.shape
+        side = round(num_tokens**0.5)
+        image = self.tokens(ids_BN)
+        if c.conv_stem:
+            grid = self.stem(image.reshape(batch, side, side, c.width))
+            image = image + grid.reshape(batch, num_tokens, c.width)
+        text = self.conditions(cond.reshape(batch, c.cond_length))
+        if c.pooled_cond:
+            image = image + self.pool(text.reshape(batch, 1, -1))
+        x_BSD = jnp.concatenate([image, text], axis=1) + self.position[None]
+        x_BSD = x_BSD.astype(c.dtype)
+        for block in self.blocks:
+            x_BSD = block(x_BSD)
+        return self.norm(x_BSD[:, :num_tokens])
+
+    def logits(self, features: Array) -> Array:
+        """Head on features [..., D] -> logits [..., K] float32."""
+        return self.head(features)

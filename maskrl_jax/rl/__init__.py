@@ -1,0 +1,1 @@
+"""Maths of the reinforcement learning methods. Pure: arrays in, arrays out."""

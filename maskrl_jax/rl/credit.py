@@ -1,0 +1,154 @@
+"""From qualities and calls to advantages: gate, speed reward, both filters (specs/speed_rl.md 4.5 and 5.1)."""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from maskrl_jax.rl import advantages, speed_reward
+
+Array = jax.Array
+LOW_QUALITY = ("drop", "clip", "off")
+LAMBDAS = ("schedule", "dual", "off")
+
+
+@dataclasses.dataclass(frozen=True)
+class CreditConfig:
+    """Static settings; all values are our choice unless the spec marks them published."""
+
+    max_calls: int
+    min_calls: int = 4
+    speed: str = "schedule"  # "off": lambda = 0 (policy `fixed`)
+    lambda_value: float = 1.0
+    lambda_zero_until: int = 50
+    lambda_full_at: int = 250
+    gate: str = "hard"
+    gate_margin: float = 0.5
+    low_quality: str = "drop"  # F2
+    low_quality_factor: float = 3.0
+    percentile: float = 10.0  # F1, published; 0 switches it off
+    history: int = 1000
+    history_min: int = 64
+    std_of_quality: bool = False  # F1's statistic: std of R, or of r_q (policy `budget`)
+
+    def __post_init__(self):
+        if self.speed not in LAMBDAS:
+            raise ValueError(f"speed {self.speed!r} is not one of {', '.join(LAMBDAS)}")
+        if self.low_quality not in LOW_QUALITY:
+            raise ValueError(f"low_quality {self.low_quality!r} is not one of {', '.join(LOW_QUALITY)}")
+
+
+class CreditState(flax.struct.PyTreeNode):
+    """What the filters and the reward remember between updates."""
+
+    history: advantages.History
+    sigma: Array  # sigma_w, float32 []; 0 before the first batch
+    weight: Array  # lambda of the dual rule, float32 []
+
+
+class Credit(flax.struct.PyTreeNode):
+    """Outcome for a batch of P groups of G rollouts."""
+
+    advantage: Array  # float32 [P,G]
+    keep: Array  # float32 [P,G], omega: 0 for dropped rollouts and rejected groups
+    reward: Array  # float32 [P,G], R
+    speed: Array  # float32 [P,G], r_s
+    gate: Array  # float32 [P,G]
+    rejected: Array  # bool [P]
+    dropped: Array  # bool [P,G], by F2
+    std: Array  # float32 [P], F1's statistic
+    quality_std: Array  # float32 [P]
+    scored: Array  # bool [P], groups with at least one finite score
+    speed_weight: Array  # float32 [], lambda
+
+
+def create(config: CreditConfig) -> CreditState:
+    """Empty memory."""
+    return CreditState(
+        history=advantages.history_create(config.history),
+        sigma=jnp.zeros((), jnp.float32),
+        weight=jnp.full((), config.lambda_value, jnp.float32),
+    )
+
+
+def assign(
+    config: CreditConfig,
+    state: CreditState,
+    step: Array,
+    quality_PG: Array,
+    calls_PG: Array,
+    reference_P1: Array,
+) -> Credit:
+    """Rewards, filters and advantages of a batch; the memory is only read (see `remember`).
+
+    R = r_q / sigma_w + lambda g r_s. A score that is not finite drops its rollout. A group is rejected
+    (weight 0) where F1's std is below the percentile of the history, or fewer than half survive F2.
+    """
+    scored_PG = jnp.isfinite(quality_PG)
+    quality_std = advantages.group_std(quality_PG, scored_PG)
+    sigma = jnp.where(
+        state.sigma > 0, state.sigma, speed_reward.update_sigma(state.sigma, quality_std, scored_PG.any(1))
+    )
+    floor_args = (quality_PG, reference_P1, sigma, config.low_quality_factor)
+    dropped = jnp.zeros(quality_PG.shape, bool)
+    if config.low_quality == "drop":
+        dropped = ~advantages.low_quality_mask(*floor_args)
+    elif config.low_quality == "clip":
+        quality_PG = jnp.where(scored_PG, advantages.clip_low_quality(*floor_args), quality_PG)
+    keep = scored_PG & ~dropped
+    gate = speed_reward.quality_gate(
+        quality_PG, reference_P1, sigma, kind=config.gate, margin=config.gate_margin
+    )
+    speed = speed_reward.speed_reward(calls_PG, config.max_calls, config.min_calls)
+    weight = _speed_weight(config, state, step)
+    reward = speed_reward.total_reward(jnp.where(scored_PG, quality_PG, 0.0), sigma, speed, gate, weight)
+    std = quality_std if config.std_of_quality else advantages.group_std(reward, keep)
+    rejected = ~advantages.enough_survivors(keep)
+    if config.percentile > 0:
+        threshold = advantages.history_threshold(state.history, config.percentile, config.history_min)
+        rejected |= std < threshold
+    rejected |= std == 0  # nothing to learn from, with or without a history
+    return Credit(
+        advantage=advantages.group_advantage(reward, keep),
+        keep=(keep & ~rejected[:, None]).astype(jnp.float32),
+        reward=reward,
+        speed=speed,
+        gate=gate,
+        rejected=rejected,
+        dropped=dropped,
+        std=std,
+        quality_std=quality_std,
+        scored=scored_PG.any(1),
+        speed_weight=weight,
+    )
+
+
+def _speed_weight(config: CreditConfig, state: CreditState, step: Array) -> Array:
+    """Lambda of this update."""
+    if config.speed == "off":
+        return jnp.zeros((), jnp.float32)
+    if config.speed == "dual":
+        return jnp.where(step < config.lambda_zero_until, 0.0, state.weight)
+    return speed_reward.lambda_schedule(
+        step, zero_until=config.lambda_zero_until, full_at=config.lambda_full_at, value=config.lambda_value
+    )
+
+
+def remember(
+    config: CreditConfig,
+    state: CreditState,
+    credit: Credit,
+    quality_PG: Array,
+    reference_P1: Array,
+    step: Array,
+) -> CreditState:
+    """Record a batch: every group's std, also of rejected groups (else the threshold ratchets up)."""
+    weight = state.weight
+    sigma = speed_reward.update_sigma(state.sigma, credit.quality_std, credit.scored)
+    if config.speed == "dual":
+        moved = speed_reward.dual_lambda(weight, quality_PG, reference_P1, sigma)
+        weight = jnp.where(step < config.lambda_zero_until, weight, moved)
+    return CreditState(
+        history=advantages.history_push(state.history, credit.std, credit.scored), sigma=sigma, weight=weight
+    )

@@ -1,0 +1,121 @@
+"""Who decides how many calls a rollout makes: the three policies and the head (specs/speed_rl.md section 4)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maskrl_jax.models.stride_head import StrideHead, ThresholdHead
+from maskrl_jax.rl import stride
+from maskrl_jax.sampling import adaptive
+from maskrl_jax.sampling.clock import Clock
+
+Array = jax.Array
+POLICIES = ("adaptive", "fixed", "budget")
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How many calls a rollout makes and who decides (specs/speed_rl.md section 4)."""
+
+    kind: str = "adaptive"
+    action: str = "stride"  # adaptive: "stride" | "threshold"
+    ticks: int = 960
+    max_calls: int = 16  # T_max
+    noise: float = 2.0  # Gumbel scale at the start of the clock
+    divisors: tuple[int, ...] = (16, 12, 10, 8, 6, 5, 4, 3, 2, 1)
+    centre: float = 8.0
+    width: float = 0.4
+    stickiness: float = 4.0
+    target_calls: int = 4  # fixed: T of every rollout
+    step_set: tuple[int, ...] = (4, 6, 8, 12)  # budget: T of a group's rollouts, in equal shares
+    levels: int = 4  # budget: mask levels scored per rollout
+    temperature: float = 1.0
+    guidance: float = 1.0
+    guidance_schedule: str = "constant"
+
+    def __post_init__(self):
+        if self.kind not in POLICIES:
+            raise ValueError(f"policy.kind {self.kind!r} is not one of {', '.join(POLICIES)}")
+        object.__setattr__(self, "divisors", tuple(self.divisors))
+        object.__setattr__(self, "step_set", tuple(self.step_set))
+        if self.kind == "adaptive" and max(self.divisors) != self.max_calls:
+            raise ValueError(
+                f"the largest of policy.divisors ({max(self.divisors)}) must be max_calls ({self.max_calls}): "
+                "it is the smallest stride, and bounds the number of calls"
+            )
+
+    def steps(self) -> tuple[int, ...]:
+        """Step counts whose strides must fit the clock."""
+        return {"adaptive": self.divisors, "fixed": (self.target_calls,), "budget": self.step_set}[self.kind]
+
+    def sampler(self, num_tokens: int, *, keep_predictions: bool = False) -> adaptive.AdaptiveConfig:
+        """The clocked sampler of these settings; ValueError where a T does not fit clock or grid."""
+        clock = Clock(num_tokens, ticks=self.ticks, noise_scale=self.noise)
+        for steps in self.steps():
+            clock.stride(steps)
+        if max(self.steps()) > self.max_calls:
+            raise ValueError(f"a policy of {max(self.steps())} calls exceeds max_calls {self.max_calls}")
+        return adaptive.AdaptiveConfig(
+            clock=clock,
+            max_calls=self.max_calls,
+            action=self.action if self.kind == "adaptive" else "stride",
+            temperature=self.temperature,
+            guidance=self.guidance,
+            guidance_schedule=self.guidance_schedule,
+            keep_predictions=keep_predictions,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The head that decides, as functions of its parameters."""
+
+    policy: Policy
+
+    def module(self) -> StrideHead | ThresholdHead:
+        """Linen module of the policy's action."""
+        if self.policy.action == "threshold":
+            return ThresholdHead()
+        prior = stride.PriorConfig(
+            self.policy.divisors, self.policy.centre, self.policy.width, self.policy.stickiness
+        )
+        return StrideHead(bias=stride.prior_bias(prior), stickiness=prior.stickiness)
+
+    def init(self, key: Array) -> Any:
+        return self.module().init(key, jnp.zeros((1, stride.NUM_FEATURES)))
+
+    def decide(self, params: Any, dial_B: Array):
+        """Decision function of a rollout; a positive dial float32 [B] asks for fewer calls, 0 for the policy's."""
+        policy, module = self.policy, self.module()
+
+        def strides(state: adaptive.State) -> adaptive.Decision:
+            out, eta = module.apply(params, state.features)
+            bias_D = -jnp.log(jnp.asarray(policy.divisors, jnp.float32))
+            logits = stride.decision_logits(out, state.previous, eta, state.first)
+            logits = logits + dial_B[:, None] * bias_D[None]
+            index = jax.vmap(jax.random.categorical)(state.keys, logits).astype(jnp.int32)
+            jump = jnp.asarray(stride.jumps(policy.divisors, policy.ticks))[index]
+            return adaptive.Decision(index, jnp.zeros(index.shape), jump)
+
+        def thresholds(state: adaptive.State) -> adaptive.Decision:
+            mean, std = module.apply(params, state.features)
+            noise = jax.vmap(lambda key: jax.random.normal(key, ()))(state.keys)
+            zero = jnp.zeros(mean.shape, jnp.int32)
+            jump = zero + policy.ticks // policy.max_calls
+            return adaptive.Decision(zero, mean + std * noise - dial_B, jump)
+
+        return thresholds if policy.action == "threshold" else strides
+
+    def score(
+        self, params: Any, features: Array, previous: Array, decision: Array, action: Array, first: Array
+    ):
+        """(log-prob [M], entropy [M]) of recorded decisions."""
+        active = jnp.ones(first.shape, bool)
+        if self.policy.action == "threshold":
+            mean, std = self.module().apply(params, features)
+            return stride.threshold_logp(action, mean, std, active), stride.threshold_entropy(std, active)
+        out, eta = self.module().apply(params, features)
+        logits = stride.decision_logits(out, previous, eta, first)
+        return stride.decision_logp(logits, decision, active), stride.decision_entropy(logits, active)

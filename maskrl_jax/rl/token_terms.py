@@ -1,0 +1,163 @@
+"""Token terms of the policy loss for a micro-batch of network calls (specs/speed_rl.md sections 5.2-5.4)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from maskrl_jax.rl import kl, step_likelihood, surrogate
+
+Array = jax.Array
+DISTRIBUTIONS = ("guided_sg", "guided_full", "cond")
+KLS = ("forward", "reverse", "k3")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLoss:
+    """Static settings of the token terms."""
+
+    likelihood: str = "transition"
+    distribution: str = "guided_sg"  # guided_sg: no gradient through the unconditional branch
+    kl: str = "forward"
+    clip_low: float = 0.1
+    clip_high: float = 0.2
+    temperature: float = 1.0
+    guided: bool = True
+    chunk: int = 512  # positions whose [chunk, K] arrays exist at a time
+
+    def __post_init__(self):
+        for name, value, allowed in (
+            ("likelihood", self.likelihood, step_likelihood.KINDS),
+            ("distribution", self.distribution, DISTRIBUTIONS),
+            ("kl", self.kl, KLS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}")
+
+
+class Calls(NamedTuple):
+    """A micro-batch of M network calls, rebuilt from records."""
+
+    inputs: Array  # int32 [M,N], what the network saw
+    timestep: Array  # int32 [M]
+    cond: Any  # [M, ...]
+    ids: Array  # int32 [M,N], what was drawn
+    committed: Array  # bool [M,N]
+    remasked: Array  # bool [M,N]
+    z_star: Array  # float32 [M]
+    tau: Array  # float32 [M]
+    scale: Array  # float32 [M], guidance
+    advantage: Array  # float32 [M]
+    token_weight: Array  # float32 [M,N]
+    kl_weight: Array  # float32 [M,N]
+
+
+class Model(NamedTuple):
+    """The network, split so that the head runs inside a rematerialised chunk."""
+
+    features: Callable[[Any], Callable]  # params -> (ids, timestep, cond) -> [M,N,D]
+    head: Callable[[Any], Callable]  # params -> [..., D] -> [..., K]
+    null: Any  # null condition of one sample
+
+
+class Sums(NamedTuple):
+    """Sums over all positions; pairs are (sum, weight)."""
+
+    token: Array
+    kl: Array
+    clip: tuple[Array, Array]
+    entropy: tuple[Array, Array]
+
+
+def token_terms(loss: TokenLoss, model: Model, params: Any, old: Any, reference: Any, calls: Calls):
+    """Return (Sums, largest |ratio - 1|, log pi(y) of every position [M,N]).
+
+    `old` holds the behaviour parameters, or None where they are the current ones (one update a rollout):
+    then the ratio is exactly 1. Log-probabilities and ratios are float32.
+    """
+    null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape).astype(c.dtype), model.null, calls.cond)
+    guided = loss.guided and loss.distribution != "cond"
+
+    def features(p):
+        conditional = model.features(p)(calls.inputs, calls.timestep, calls.cond)
+        if not guided:
+            return {"c": conditional}
+        frozen = p if loss.distribution == "guided_full" else jax.lax.stop_gradient(p)
+        return {"c": conditional, "u": model.features(frozen)(calls.inputs, calls.timestep, null)}
+
+    per_row = {"z_star": calls.z_star, "tau": calls.tau, "scale": calls.scale, "advantage": calls.advantage}
+    positions = {
+        "new": features(params),
+        "old": None if old is None else jax.lax.stop_gradient(features(old)),
+        "reference": jax.lax.stop_gradient(
+            model.features(reference)(calls.inputs, calls.timestep, calls.cond)
+        ),
+        "ids": calls.ids,
+        "committed": calls.committed,
+        "remasked": calls.remasked,
+        "token_weight": calls.token_weight,
+        "kl_weight": calls.kl_weight,
+        **{name: jnp.broadcast_to(row[:, None], calls.ids.shape) for name, row in per_row.items()},
+    }
+    rows, length = calls.ids.shape
+    size = min(loss.chunk, rows * length)
+    chunks = jax.tree.map(lambda x: _chunked(x.reshape(rows * length, *x.shape[2:]), size), positions)
+    sums, error, drawn = jax.lax.map(
+        jax.checkpoint(lambda x: _chunk(loss, model, guided, params, old, reference, x)), chunks
+    )
+    return (
+        jax.tree.map(lambda x: x.sum(0), sums),
+        error.max(),
+        drawn.reshape(-1)[: rows * length].reshape(rows, length),
+    )
+
+
+def _chunked(x: Array, size: int) -> Array:
+    """[P, ...] -> [chunks, size, ...], filled up with zeros, whose weights are zero too."""
+    x = jnp.pad(x, ((0, -len(x) % size), *[(0, 0)] * (x.ndim - 1)))
+    return x.reshape(-1, size, *x.shape[1:])
+
+
+def _chunk(loss, model, guided, params, old, reference, x):
+    """Terms of one chunk of positions; everything of size [chunk, K] lives and dies here."""
+    logp_cond, logp = _log_probs(loss, model, guided, params, x["new"], x["scale"])
+    if old is None:
+        logp_old = jax.lax.stop_gradient(logp)
+    else:
+        logp_old = jax.lax.stop_gradient(_log_probs(loss, model, guided, old, x["old"], x["scale"])[1])
+    new, before, scored = step_likelihood.position_likelihood(
+        loss.likelihood, logp, logp_old, x["ids"], x["committed"], x["remasked"], x["z_star"], x["tau"]
+    )
+    weight = scored * x["token_weight"]
+    bounds = {"low": loss.clip_low, "high": loss.clip_high}
+    token, _ = surrogate.clipped_surrogate(new, before, x["advantage"], weight, **bounds)
+    clip = surrogate.clip_fraction(new, before, x["advantage"], weight, **bounds)
+    divergence = _divergence(
+        loss, logp_cond, jax.nn.log_softmax(model.head(reference)(x["reference"])), x["ids"]
+    )
+    masked = (x["committed"] | x["remasked"]).astype(jnp.float32) * (x["kl_weight"] > 0)
+    entropy = jax.lax.stop_gradient((kl.entropy(logp) * masked).sum())
+    drawn = jnp.take_along_axis(logp, jnp.minimum(x["ids"], logp.shape[-1] - 1)[:, None], axis=-1)[:, 0]
+    sums = Sums(token, (divergence * x["kl_weight"]).sum(), clip, (entropy, masked.sum()))
+    return sums, surrogate.ratio_error(new, before, weight), jax.lax.stop_gradient(drawn)
+
+
+def _log_probs(loss, model, guided, params, features, scale):
+    """Log-probabilities of the conditional branch and of what tokens are drawn from, [chunk, K] each."""
+    conditional = model.head(params)(features["c"])
+    logits = conditional
+    if guided:
+        frozen = params if loss.distribution == "guided_full" else jax.lax.stop_gradient(params)
+        unconditional = model.head(frozen)(features["u"])
+        if loss.distribution == "guided_sg":
+            unconditional = jax.lax.stop_gradient(unconditional)
+        logits = unconditional + scale[:, None] * (conditional - unconditional)
+    return jax.nn.log_softmax(conditional), jax.nn.log_softmax(logits / loss.temperature)
+
+
+def _divergence(loss, logp, logp_ref, ids):
+    if loss.kl == "k3":
+        return kl.k3(logp, logp_ref, jnp.minimum(ids, logp.shape[-1] - 1))
+    return {"forward": kl.forward_kl, "reverse": kl.reverse_kl}[loss.kl](logp, logp_ref)

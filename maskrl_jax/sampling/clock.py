@@ -1,0 +1,89 @@
+"""The integer clock that all policies share: how many tokens are still masked at a tick."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """Hold the host tables of one decoding clock (speed_rl spec 4.1; our choice).
+
+    A call at tick c sees `masked[c]` masked tokens; a constant stride ticks / T gives the cosine schedule of
+    T steps exactly. The tables are numpy, made once in float64, and become constants of a compiled program.
+
+    Args:
+      num_tokens: N, image tokens.
+      ticks: C, length of the clock; choose it divisible by every step count in use.
+      timesteps: range of the model's timestep condition, which does not depend on T.
+      noise_scale: Gumbel scale at tick 0; it falls linearly to 0 at tick C.
+    """
+
+    num_tokens: int
+    ticks: int = 960
+    timesteps: int = 64
+    noise_scale: float = 2.0
+
+    def __post_init__(self):
+        if min(self.num_tokens, self.ticks, self.timesteps) < 1:
+            raise ValueError(f"num_tokens, ticks and timesteps must be positive; got {self}")
+
+    @functools.cached_property
+    def masked(self) -> np.ndarray:
+        """Tabulate floor(N cos(pi/2 c/C) + 1e-6), int32 [C + 1], before the clip by the previous count."""
+        fraction = np.arange(self.ticks + 1, dtype=np.float64) / self.ticks
+        count = np.floor(self.num_tokens * np.cos(np.pi / 2 * fraction) + 1e-6).astype(np.int32)
+        count[-1] = 0
+        return count
+
+    @functools.cached_property
+    def timestep(self) -> np.ndarray:
+        """Tabulate ceil((C - c) timesteps / C) - 1, int32 [C + 1], 0 at the end of the clock."""
+        left = self.ticks - np.arange(self.ticks + 1)
+        return np.maximum(-(-left * self.timesteps // self.ticks) - 1, 0).astype(np.int32)
+
+    @functools.cached_property
+    def noise(self) -> np.ndarray:
+        """Tabulate the Gumbel scale noise_scale (1 - c/C), float32 [C + 1]."""
+        fraction = np.arange(self.ticks + 1, dtype=np.float64) / self.ticks
+        return (self.noise_scale * (1 - fraction)).astype(np.float32)
+
+    def stride(self, num_steps: int) -> int:
+        """Give the stride of a T-step schedule; ValueError if T does not divide the clock or exceeds N."""
+        if num_steps < 1 or self.ticks % num_steps:
+            raise ValueError(f"num_steps {num_steps} does not divide the clock of {self.ticks} ticks")
+        if num_steps > self.num_tokens:
+            raise ValueError(f"num_steps {num_steps} exceeds the {self.num_tokens} image tokens")
+        return self.ticks // num_steps
+
+    def constant_stride_masked(self, num_steps: int) -> np.ndarray:
+        """Count the masked tokens before each call of a T-step schedule and after the last, int32 [T + 1]."""
+        stride, masked = self.stride(num_steps), [self.num_tokens]
+        for step in range(1, num_steps):
+            masked.append(max(min(max(int(self.masked[step * stride]), 1), masked[-1] - 1), 0))
+        return np.array([*masked, 0], np.int32)
+
+    def constant_stride_counts(self, num_steps: int) -> np.ndarray:
+        """Count the newly unmasked tokens of each call of a T-step schedule, int32 [T], sum N."""
+        return -np.diff(self.constant_stride_masked(num_steps))
+
+
+def next_masked(clock: Clock, tick_next: jax.Array, masked_prev: jax.Array) -> jax.Array:
+    """Count the tokens that stay masked once the clock reads `tick_next` (speed_rl spec 4.1).
+
+    Every call commits at least one token and none before the end of the clock commits the last by rounding;
+    once nothing is masked the answer stays 0. Ticks beyond the end read as the end.
+
+    Args:
+      clock: the tables.
+      tick_next: int32 [...], the clock after this call.
+      masked_prev: int32 [...], masked tokens before this call.
+    Returns:
+      int32 [...].
+    """
+    tick = jnp.minimum(tick_next, clock.ticks)
+    count = jnp.minimum(jnp.maximum(jnp.asarray(clock.masked)[tick], 1), masked_prev - 1)
+    return jnp.where(tick >= clock.ticks, 0, jnp.maximum(count, 0)).astype(jnp.int32)

@@ -1,0 +1,63 @@
+"""One sampling step's parts: guided logits, token draws, confidence, and which tokens to commit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+LogitsFn = Callable[[Array, Array, Any], Array]  # (ids [B,N], timestep [B], cond) -> logits [B,N,K] float32
+
+TOKENS, NOISE, DECISION, ORDER = 0, 1, 2, 3  # purposes a sample's key is folded with
+
+
+def step_keys(keys_B: Array, step: Array, purpose: int) -> Array:
+    """Keys of one step and purpose, [B]: derived from the sample's key, so batch-independent."""
+    return jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, step), purpose))(keys_B)
+
+
+def guided(logits_fn: LogitsFn, null_cond: Any) -> Callable[[Array, Array, Any, Array], Array]:
+    """Classifier-free guidance in one doubled batch: l = u + s (c - u), s = 1 is the plain model.
+
+    `null_cond` has the shape of one sample's cond. The result takes (ids, timestep, cond, scale [B]).
+    """
+
+    def fn(ids_BN: Array, timestep_B: Array, cond: Any, scale_B: Array) -> Array:
+        nulls = jax.tree.map(lambda null, c: jnp.broadcast_to(null, c.shape).astype(c.dtype), null_cond, cond)
+        both = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, nulls)
+        logits = logits_fn(jnp.tile(ids_BN, (2, 1)), jnp.tile(timestep_B, 2), both)
+        conditional, unconditional = jnp.split(logits, 2)
+        return unconditional + scale_B[:, None, None] * (conditional - unconditional)
+
+    return fn
+
+
+def draw_tokens(keys_B: Array, logp_BNK: Array) -> tuple[Array, Array]:
+    """Draw a token at every position: (ids [B,N] int32, their log-probability [B,N] float32).
+
+    By inverting the cumulative distribution: one uniform a token, where Gumbel-argmax would need K.
+    """
+    cumulative = jnp.cumsum(jnp.exp(logp_BNK), axis=-1)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, logp_BNK.shape[1:2]))(keys_B)
+    level = uniform[..., None] * cumulative[..., -1:]
+    ids = jnp.minimum((cumulative <= level).sum(-1), logp_BNK.shape[-1] - 1).astype(jnp.int32)
+    return ids, jnp.take_along_axis(logp_BNK, ids[..., None], axis=-1)[..., 0]
+
+
+def gumbel(keys_B: Array, num_tokens: int) -> Array:
+    """Standard Gumbel noise [B,N] float32."""
+    return jax.vmap(lambda key: jax.random.gumbel(key, (num_tokens,)))(keys_B)
+
+
+def commit_top(priority_BN: Array, masked_BN: Array, count_B: Array) -> Array:
+    """Choose exactly `count` masked positions of highest priority a row (ties: lower index), [B,N] bool."""
+    priority = jnp.where(masked_BN, priority_BN, -jnp.inf)
+    order = jnp.argsort(-priority, axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1, stable=True)
+    return (rank < count_B[:, None]) & masked_BN
+
+
+def entropy(logp_BNK: Array) -> Array:
+    """Entropy in nats, [B,N] float32."""
+    return -(jnp.exp(logp_BNK) * logp_BNK).sum(-1)

@@ -1,0 +1,164 @@
+"""The fixed-plan decode loop: confidence, Halton, random order, and the training-free threshold."""
+
+import dataclasses
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskrl_jax.sampling import draws, schedules
+
+Array = jax.Array
+MODES = ("confidence", "halton", "random", "threshold", "entropy")
+GIVEN = 255  # commit step of tokens that were given, not sampled
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """What a user sets. `max_steps` fixes the table length: one program serves every num_steps up to it."""
+
+    mode: str = "confidence"
+    num_steps: int = 16
+    max_steps: int = 16
+    schedule: str = "cosine"
+    gumbel: float = 4.5  # noise scale on the confidence at the first step; falls linearly to 0
+    temperature: float = 1.0  # divides the logits before the draw
+    guidance: float = 1.0  # 1 = no guidance
+    guidance_schedule: str = "constant"
+    threshold: float = 0.9  # mode threshold: commit at probability >= this; entropy: at nats <= this
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"sampler mode {self.mode!r} is not one of {', '.join(MODES)}")
+        if not 1 <= self.num_steps <= self.max_steps < GIVEN:
+            raise ValueError(f"num_steps {self.num_steps} must lie in 1..max_steps ({self.max_steps}), below {GIVEN}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature {self.temperature} must be positive")
+
+
+class Plan(flax.struct.PyTreeNode):
+    """Host-made constants of one sampler; leaves are traced, so changing them compiles nothing."""
+
+    num_steps: Array  # int32 []
+    masked_after: Array  # int32 [S], tokens left masked after each step of an empty grid
+    noise: Array  # float32 [S]
+    guidance: Array  # float32 [S]
+    timestep: Array  # int32 [S], 63 down to 0
+    order: Array  # int32 [N], rank of every position (Halton)
+    temperature: Array  # float32 []
+    threshold: Array  # float32 []
+    mode: str = flax.struct.field(pytree_node=False)
+    guide: bool = flax.struct.field(pytree_node=False)
+
+
+class Rollout(flax.struct.PyTreeNode):
+    """What a decode returns."""
+
+    ids: Array  # int32 [B,N], no MASK left
+    commit_step: Array  # uint8 [B,N], the call that committed each token; GIVEN where it was given
+    calls: Array  # int32 [B], network calls the sample needed (guidance doubles the batch, not this)
+
+
+def make_plan(config: SamplerConfig, num_tokens: int) -> Plan:
+    """Tables of a sampler for N tokens, padded to `max_steps`. Raises ValueError when T > N."""
+    steps = config.num_steps
+    progress = np.arange(steps) / steps
+    left = schedules.masked_after(config.schedule, num_tokens, steps)
+    last = np.arange(steps) / max(steps - 1, 1)
+    side = round(num_tokens**0.5)
+
+    def pad(table, dtype):
+        return np.pad(np.asarray(table, dtype), (0, config.max_steps - steps))
+
+    order = schedules.halton_order(side) if config.mode == "halton" else np.arange(num_tokens)
+    noise = config.gumbel * (1 - progress) if config.mode == "confidence" else np.zeros(steps)
+    return Plan(
+        num_steps=np.int32(steps),
+        masked_after=pad(left, np.int32),
+        noise=pad(noise, np.float32),
+        guidance=pad(schedules.guidance_table(config.guidance_schedule, config.guidance, last), np.float32),
+        timestep=pad(np.ceil(64 * (1 - progress)) - 1, np.int32),
+        order=np.argsort(order).astype(np.int32),
+        temperature=np.float32(config.temperature),
+        threshold=np.float32(config.threshold),
+        mode=config.mode,
+        guide=config.guidance != 1.0,
+    )
+
+
+def decode(
+    logits_fn: draws.LogitsFn,
+    keys_B: Array,
+    cond: Any,
+    null_cond: Any,
+    plan: Plan,
+    given_BN: Array,
+    mask_id: int,
+) -> Rollout:
+    """Fill every MASK of `given_BN` int32 [B,N]; tokens that are not MASK never change (inpainting).
+
+    A while loop: it stops after the plan's steps, or when no sample has a masked token left, which is
+    how the threshold modes save calls. Given tokens shrink every step's share in proportion.
+    Published: confidence (arXiv 2202.04200), Halton order (arXiv 2503.17076); threshold: our choice,
+    with the plan's counts as the least to commit.
+    """
+    chex.assert_rank([given_BN, keys_B], [2, 1])
+    batch, num_tokens = given_BN.shape
+    start_B = (given_BN == mask_id).sum(-1)
+    branch = draws.guided(logits_fn, null_cond) if plan.guide else lambda ids, t, c, _: logits_fn(ids, t, c)
+
+    def running(carry):
+        step, ids_BN, *_ = carry
+        return (step < plan.num_steps) & (ids_BN == mask_id).any()
+
+    def body(carry):
+        step, ids_BN, commit_BN, calls_B = carry
+        masked_BN = ids_BN == mask_id
+        row = jnp.full((batch,), 1, jnp.int32)
+        logits = branch(ids_BN, plan.timestep[step] * row, cond, plan.guidance[step] * row)
+        logp_BNK = jax.nn.log_softmax(logits / plan.temperature)
+        drawn_BN, confidence_BN = draws.draw_tokens(draws.step_keys(keys_B, step, draws.TOKENS), logp_BNK)
+        left_B = masked_BN.sum(-1)
+        target_B = jnp.minimum(plan.masked_after[step] * start_B // num_tokens, jnp.maximum(left_B - 1, 0))
+        priority_BN = _priority(plan, keys_B, step, confidence_BN, logp_BNK)
+        commit = draws.commit_top(priority_BN, masked_BN, left_B - target_B)
+        commit |= _certain(plan, confidence_BN, logp_BNK) & masked_BN
+        return (
+            step + 1,
+            jnp.where(commit, drawn_BN, ids_BN),
+            jnp.where(commit, step.astype(jnp.uint8), commit_BN),
+            calls_B + (left_B > 0),
+        )
+
+    carry = (jnp.int32(0), given_BN, jnp.full(given_BN.shape, GIVEN, jnp.uint8), jnp.zeros((batch,), jnp.int32))
+    _, ids_BN, commit_BN, calls_B = jax.lax.while_loop(running, body, carry)
+    return Rollout(ids=ids_BN, commit_step=commit_BN, calls=calls_B)
+
+
+def _priority(plan: Plan, keys_B: Array, step: Array, confidence_BN: Array, logp_BNK: Array) -> Array:
+    """Order in which masked positions are committed, [B,N] float32, highest first."""
+    num_tokens = confidence_BN.shape[1]
+    if plan.mode == "halton":
+        # Every sample rolls the list by its own offset (`randomize` of the published sampler).
+        roll = jax.vmap(lambda key: jax.random.randint(key, (1,), 0, num_tokens))(
+            draws.step_keys(keys_B, 0, draws.ORDER)
+        )
+        return -((plan.order[None] + roll) % num_tokens).astype(jnp.float32)
+    if plan.mode == "random":
+        return draws.gumbel(draws.step_keys(keys_B, 0, draws.ORDER), num_tokens)
+    if plan.mode == "entropy":
+        return -draws.entropy(logp_BNK)
+    noise = draws.gumbel(draws.step_keys(keys_B, step, draws.NOISE), num_tokens)
+    return confidence_BN + plan.noise[step] * noise
+
+
+def _certain(plan: Plan, confidence_BN: Array, logp_BNK: Array) -> Array:
+    """Positions that a threshold mode commits beyond the plan's count, [B,N] bool."""
+    if plan.mode == "threshold":
+        return jnp.exp(confidence_BN) >= plan.threshold
+    if plan.mode == "entropy":
+        return draws.entropy(logp_BNK) <= plan.threshold
+    return jnp.zeros(confidence_BN.shape, bool)

@@ -1,0 +1,71 @@
+"""Schedules as host tables: how many tokens stay masked, in which order, with how much guidance."""
+
+import math
+
+import numpy as np
+
+_SHARES = {
+    "cosine": lambda r: math.cos(math.pi / 2 * r),
+    "arccos": lambda r: 2 / math.pi * math.acos(r),
+    "linear": lambda r: 1 - r,
+    "square": lambda r: 1 - r * r,
+}
+SCHEDULES = tuple(_SHARES)
+GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
+
+
+def masked_after(schedule: str, num_tokens: int, num_steps: int) -> np.ndarray:
+    """Tokens still masked after each of T steps, int32 [T]; strictly decreasing, 0 at the end.
+
+    Cumulative rule (specs/maskgit.md section 4): floor(N * gamma((s+1)/T)), at least one token is
+    committed a step and at least one stays masked before the last. gamma: cosine cos(pi r/2),
+    arccos 2/pi*arccos(r), linear 1-r, square 1-r^2.
+    """
+    if schedule not in _SHARES:
+        raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
+    if not 1 <= num_steps <= num_tokens:
+        raise ValueError(f"num_steps {num_steps} must lie in 1..{num_tokens}, the number of image tokens")
+    masked, table = num_tokens, []
+    for step in range(1, num_steps):
+        share = _SHARES[schedule](step / num_steps)
+        # The later steps need a token each, so that T steps are always T network calls.
+        masked = min(max(math.floor(num_tokens * share + 1e-6), num_steps - step), masked - 1)
+        table.append(masked)
+    return np.asarray([*table, 0], np.int32)
+
+
+def guidance_table(schedule: str, scale: float, progress: np.ndarray) -> np.ndarray:
+    """Guidance scale s at progress in [0,1] (float32, same shape); s = 1 is no guidance.
+
+    constant: s; linear: 1 + (s-1) q; cosine: 1 + (s-1)(1 - cos(pi q))/2. Our choice of names; the
+    linear ramp is sampler A's of specs/maskgit.md section 3 with w = s - 1.
+    """
+    if schedule not in GUIDANCE_SCHEDULES:
+        raise ValueError(f"guidance schedule {schedule!r} is not one of {', '.join(GUIDANCE_SCHEDULES)}")
+    q = np.asarray(progress, np.float64)
+    ramp = {"constant": np.ones_like(q), "linear": q, "cosine": (1 - np.cos(np.pi * q)) / 2}[schedule]
+    return (1 + (scale - 1) * ramp).astype(np.float32)
+
+
+def halton_order(side: int) -> np.ndarray:
+    """Flat cell indices of an S x S grid in Halton order, int32 [S*S] (specs/maskgit.md section 5).
+
+    Points are generated until every cell is covered; the first visit of a cell counts.
+    """
+    order, seen, index = [], set(), 0
+    while len(order) < side * side:
+        index += 1
+        cell = int(side * _radical_inverse(index, 2)) * side + int(side * _radical_inverse(index, 3))
+        if cell not in seen:
+            seen.add(cell)
+            order.append(cell)
+    return np.asarray(order, np.int32)
+
+
+def _radical_inverse(index: int, base: int) -> float:
+    """Digits of `index` in `base`, mirrored behind the point (exact up to float64)."""
+    numerator, denominator = 0, 1
+    while index:
+        index, digit = divmod(index, base)
+        numerator, denominator = numerator * base + digit, denominator * base
+    return numerator / denominator

@@ -1,0 +1,254 @@
+"""Stage `maskgit`: the base generator, a bidirectional transformer trained on masked tokens."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskrl_jax import state as train_state
+from maskrl_jax.data.batches import batch_at
+from maskrl_jax.data.dataset import Conditioning, Dataset, conditioning_of, open_dataset
+from maskrl_jax.evaluate.bench import Bench, Evaluation
+from maskrl_jax.evaluate.measure import System
+from maskrl_jax.evaluate.report import Findings
+from maskrl_jax.evaluate.systems import Studio, features_of, fixed_program, fixed_system, judge_scorer
+from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys
+from maskrl_jax.models.maskgit import MaskGIT, MaskGITConfig
+from maskrl_jax.parallel import mean_gradients
+from maskrl_jax.phase import Phase
+from maskrl_jax.sampling.draws import commit_top
+from maskrl_jax.sampling.maskgit import SamplerConfig
+from maskrl_jax.tasks import judge as judge_task
+from maskrl_jax.tasks import tokenizer as tokenizer_task
+from maskrl_jax.tasks.task import Context, Parent, Task
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A trained base model as functions of its parameters."""
+
+    config: MaskGITConfig
+    params: Any
+    logits: Callable[[Any], Callable]  # params -> logits_fn(ids, timestep, cond)
+    features: Callable[[Any], Callable]  # params -> feature_fn(ids, timestep, cond) [B,N,D]
+    head: Callable[[Any], Callable]  # params -> head_fn(features [...,D]) -> logits [...,K]
+    null: np.ndarray  # the null condition, shape of one cond
+
+    @property
+    def mask_id(self) -> int:
+        return self.config.mask_id
+
+
+def model_config(config: Any, tokenizer: Any, conditioning: Conditioning) -> MaskGITConfig:
+    """Sizes that follow from the tokenizer and the data, and those that the config names."""
+    sizes = tokenizer_task.TokenizerConfig(**tokenizer.model)
+    return MaskGITConfig(
+        num_tokens=sizes.num_tokens,
+        codebook_size=sizes.codebook_size,
+        cond_vocab=conditioning.vocab_size,
+        cond_length=max(conditioning.length, 1),
+        **config.model,
+    )
+
+
+def generator(config: MaskGITConfig, params: Any, null: np.ndarray) -> Generator:
+    """Wrap a MaskGIT's sizes and parameters (which may be abstract)."""
+    model = MaskGIT(config)
+    return Generator(
+        config,
+        params,
+        logits=lambda p: lambda ids, timestep, cond: model.apply(p, ids, cond),
+        features=lambda p: lambda ids, timestep, cond: model.apply(p, ids, cond, method="features"),
+        head=lambda p: lambda features: model.apply(p, features, method="logits"),
+        null=null,
+    )
+
+
+def load(parent: Parent, conditioning: Conditioning) -> Generator:
+    """Open a trained base model."""
+    sizes = model_config(parent.config, parent.config.parents.tokenizer, conditioning)
+    return generator(sizes, parent.params, conditioning.null)
+
+
+def mask_tokens(keys_B: Array, ids_BN: Array, mask_id: int) -> tuple[Array, Array]:
+    """Mask ceil(N * 2/pi*arccos(u)) random tokens a sample, u ~ U(0,1): (inputs, masked) [B,N].
+
+    The masking law is form A's (specs/maskgit.md section 6) with an exact count instead of
+    independent coins: our choice.
+    """
+    batch, num_tokens = ids_BN.shape
+    level = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(keys_B)
+    score = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (num_tokens,)))(keys_B)
+    count_B = jnp.maximum(jnp.ceil(num_tokens * 2 / jnp.pi * jnp.arccos(level)), 1)
+    masked = commit_top(score, jnp.ones((batch, num_tokens), bool), count_B)
+    return jnp.where(masked, mask_id, ids_BN), masked
+
+
+def masked_cross_entropy(logits_BNK: Array, ids_BN: Array, masked_BN: Array) -> tuple[Array, Array]:
+    """Cross-entropy over masked positions as (sum, weight)."""
+    logp = jax.nn.log_softmax(logits_BNK)
+    token = jnp.take_along_axis(logp, ids_BN[..., None], axis=-1)[..., 0]
+    return -(token * masked_BN).sum(), masked_BN.sum().astype(jnp.float32)
+
+
+class Wiring:
+    """The stage's pure functions, closed over its static configuration."""
+
+    def __init__(self, config: Any, conditioning: Conditioning):
+        self.config = config
+        self.tokens = tokenizer_task.TokenizerConfig(**config.parents.tokenizer.model)
+        self.codec = tokenizer_task.codec(self.tokens, None)
+        self.sizes = model_config(config, config.parents.tokenizer, conditioning)
+        self.model = MaskGIT(self.sizes)
+        self.null = conditioning.null
+        self.optimizer = train_state.OptimizerConfig(**config.optimizer)
+        self.tx = train_state.make_optimizer(self.optimizer)
+
+    def init(self, key: Array) -> train_state.TrainState:
+        ids = jnp.zeros((1, self.sizes.num_tokens), jnp.int32)
+        cond = jnp.broadcast_to(jnp.asarray(self.null), (1, *self.null.shape))
+        return train_state.create(self.model.init(key, ids, cond), self.tx)
+
+    def held_out_loss(self, params: Any, frozen: Any, images: Array, cond: Array) -> tuple[Array, Array]:
+        """Masked cross-entropy (sum, weight) of held-out images, always under the same masks."""
+        keys_B = sample_keys(self.config.seed, EVALUATE, 0, jnp.arange(len(images)))
+        ids = self.codec.encode(frozen["tokenizer"], images.astype(jnp.float32) / 255)
+        inputs, masked = mask_tokens(keys_B, ids, self.sizes.mask_id)
+        return masked_cross_entropy(self.model.apply(params, inputs, cond), ids, masked)
+
+    def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
+        """One optimizer step on images [b,H,W,3] uint8 with conditions."""
+        keys_B = sample_keys(self.config.seed, TRAIN, state.step, batch["index"])
+        ids = self.codec.encode(frozen["tokenizer"], batch["image"].astype(jnp.float32) / 255)
+        inputs, masked = mask_tokens(keys_B, ids, self.sizes.mask_id)
+        dropped = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 2)))(keys_B)
+        keep = (dropped >= self.config.cond_drop).reshape(-1, *[1] * self.null.ndim)
+        cond = jnp.where(keep, batch["cond"], jnp.asarray(self.null)[None])
+
+        def loss(params):
+            return masked_cross_entropy(self.model.apply(params, inputs, cond), ids, masked)
+
+        (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        grads = mean_gradients(grads, weight, axis)
+        state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
+        metrics = {"train/loss": axis.all_reduce((total, weight))}
+        return state, metrics | {f"train/{name}": (value, jnp.float32(1)) for name, value in info.items()}
+
+
+def phases(config: Any, parallel: Any) -> list[Phase]:
+    """What the stage compiles, with abstract arguments (for the dry run)."""
+    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    wiring = Wiring(config, conditioning)
+    side = wiring.tokens.image_size
+    struct = jax.ShapeDtypeStruct
+    batch = {
+        "image": struct((config.batch_size, side, side, 3), jnp.uint8),
+        "cond": struct((config.batch_size, *conditioning.null.shape), jnp.int32),
+        "index": struct((config.batch_size,), jnp.int32),
+    }
+    frozen = {"tokenizer": abstract_codec(config.parents.tokenizer)}
+    state = jax.eval_shape(wiring.init, jax.random.key(0))
+    return [Phase("update", wiring.update, (state, frozen, batch), kind="update")]
+
+
+def abstract_codec(config: Any) -> Any:
+    """Shapes of a tokenizer's parameters, without training one."""
+    state = jax.eval_shape(tokenizer_task.Wiring(config).init, jax.random.key(0))
+    return {"model": state.params, "codebook": state.extra["codebook"]["codes"]}
+
+
+def abstract_params(config: Any, conditioning: Conditioning) -> Any:
+    """Shapes of a base model's parameters, without training one."""
+    return jax.eval_shape(Wiring(config, conditioning).init, jax.random.key(0)).params
+
+
+def dataset_of(context: Context, split: str) -> Dataset:
+    """Open a split of the stage's data at the tokenizer's image size."""
+    data = context.config.data
+    size = context.config.parents.tokenizer.model.image_size
+    return open_dataset(data.name, split, context.data_dir, size, data.text_length)
+
+
+def studio_of(context: Context, sizes: MaskGITConfig, null: np.ndarray) -> Studio:
+    """What systems of this stage and of those above it generate with."""
+    codec = tokenizer_task.load(context.parents["tokenizer"])
+    return Studio(
+        parallel=context.parallel,
+        logits=generator(sizes, None, null).logits,
+        decode=codec.decode,
+        tokenizer=context.parallel.replicate(codec.params),
+        null=null,
+        num_tokens=sizes.num_tokens,
+        mask_id=sizes.mask_id,
+    )
+
+
+def bench_of(context: Context) -> Bench:
+    """The measuring bench of a generator stage: held-out split, judge, exact verifier."""
+    held_out = dataset_of(context, "validation")
+    judge = judge_task.load(context.parents["judge"])
+    settings = Evaluation(**context.config.evaluation)
+    real = held_out.take(np.arange(min(2048, len(held_out))))["image"]
+    return Bench(
+        dataset=held_out,
+        scorer=judge_scorer(judge.read, judge.params, judge.config.kind, held_out),
+        real_features=features_of(judge.read, judge.params, real),
+        settings=settings,
+        workdir=context.workdir,
+    )
+
+
+def build(context: Context) -> Task:
+    """Wire the base-model stage."""
+    config, parallel = context.config, context.parallel
+    train = dataset_of(context, "train")
+    wiring = Wiring(config, train.conditioning)
+    studio = studio_of(context, wiring.sizes, wiring.null)
+    frozen = {"tokenizer": studio.tokenizer}
+    rows = parallel.rows(config.batch_size)
+    update = parallel.update(wiring.update)
+    sampler = SamplerConfig(**config.sampler)
+    bench = functools.cache(lambda: bench_of(context))
+    held_out_loss = jax.jit(wiring.held_out_loss)
+    program = fixed_program(studio)
+
+    def system(params: Any, chosen: SamplerConfig) -> System:
+        return fixed_system(studio, program, params, chosen, "base", "base")
+
+    def batch(step):
+        example = batch_at(train, step, config.batch_size, rows, config.seed)
+        return {name: example[name] for name in ("image", "cond", "index")}
+
+    def evaluate(state, step):
+        examples = bench().dataset.take(np.arange(256) % len(bench().dataset))
+        loss, weight = jax.device_get(held_out_loss(state.ema, frozen, examples["image"], examples["cond"]))
+        scores, picture = bench().glance(system(state.ema, sampler), bench().settings.glance_steps)
+        return {"eval/loss": float(loss / weight), **scores}, {"samples/grid": picture}
+
+    def report(params):
+        best = bench().tune(functools.partial(system, params), sampler)
+        points = bench().measure(system(params, best), bench().settings.steps)
+        findings = Findings(
+            title=f"{config.task} on {config.data.name}",
+            config=config.name,
+            points=points,
+            reference=points[-1:],
+            criteria=bench().criteria(),
+            held_out=("prompts and pictures of the validation split",),
+        )
+        facts = {"sampler": f"{best.mode}, Gumbel {best.gumbel:g}, guidance {best.guidance:g} ({best.guidance_schedule})"}
+        bench().write(findings, config.num_steps, facts)
+
+    return Task(
+        init=lambda key: parallel.init(wiring.init, key),
+        batch=batch,
+        step=lambda state, b: update(state, frozen, b),
+        evaluate=evaluate,
+        report=report,
+    )

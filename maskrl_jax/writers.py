@@ -1,0 +1,128 @@
+"""What a run leaves to look at: TensorBoard events, metrics.jsonl, sample pictures, a progress bar."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+METRICS = "metrics.jsonl"
+
+
+class Writer:
+    """Write scalars and pictures of a run into its workdir, from process 0 only.
+
+    `start` is the step that the run resumes from: what an interrupted run wrote beyond it is dropped, since
+    the same steps follow again.
+    """
+
+    def __init__(self, workdir: str, start: int = 0):
+        self._active = jax.process_index() == 0
+        self._workdir = workdir
+        if not self._active:
+            return
+        # Imported here and below: it costs most of a second, and only a run that trains needs it.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        os.makedirs(workdir, exist_ok=True)
+        _drop_after(os.path.join(workdir, METRICS), start)
+        # Not SummaryWriter: it hands events to a thread, and its flush does not wait for that thread.
+        self._events = EventsWriter(os.path.join(workdir, "events"))
+        if start:  # TensorBoard hides what an earlier file of the folder has from this step on
+            again = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(wall_time=time.time(), step=start + 1, session_log=again))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write named numbers; NaN and infinity become null in metrics.jsonl, which JSON has no word for."""
+        if not self._active or not values:
+            return
+        from tensorboardX.summary import scalar
+
+        values = {name: float(value) for name, value in values.items()}
+        clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with open(os.path.join(self._workdir, METRICS), "a") as file:
+            file.write(json.dumps({"step": step, **clean}) + "\n")
+        self._add(step, [scalar(name, value) for name, value in values.items()])
+
+    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Write uint8 [H, W, 3] pictures as events and as PNG under samples/."""
+        if not self._active or not pictures:
+            return
+        from PIL import Image
+        from tensorboardX.summary import image
+
+        for name, picture in pictures.items():
+            path = os.path.join(self._workdir, "samples", f"{name.removeprefix('samples/')}_{step:07d}.png")
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            Image.fromarray(picture).save(path)
+        self._add(step, [image(name, picture, dataformats="HWC") for name, picture in pictures.items()])
+
+    def _add(self, step, summaries):
+        from tensorboardX.proto.event_pb2 import Event
+
+        for summary in summaries:
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._events.flush()
+
+    def close(self) -> None:
+        """Flush and release the event file."""
+        if self._active:
+            self._events.close()
+
+
+def read_metrics(workdir: str) -> list[dict]:
+    """Return the lines of metrics.jsonl; a last line cut short by a kill is left out."""
+    path = os.path.join(workdir, METRICS)
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file if line.endswith("\n") and line.strip()]
+
+
+def _drop_after(path, step):
+    if not os.path.exists(path):
+        return
+    kept = [line for line in read_metrics(os.path.dirname(path)) if line["step"] <= step]
+    with open(path + ".tmp", "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in kept)
+    os.replace(path + ".tmp", path)
+
+
+class Progress:
+    """Show how far a stage is and how long it will take.
+
+    A bar on a terminal; elsewhere a line every `every` seconds, so that a log file stays readable.
+    """
+
+    def __init__(self, name: str, start: int, total: int, every: float = 15.0):
+        self._name, self._start, self._total, self._every = name, start, total, every
+        self._began = self._told = time.monotonic()
+        self._bar = None
+        self._active = jax.process_index() == 0
+        if self._active and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
+
+    def update(self, step: int) -> None:
+        """Tell that `step` steps are done."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+        elif self._active and time.monotonic() - self._told >= self._every:
+            self._told = time.monotonic()
+            print(f"{self._name}: step {step}/{self._total}, {self._left(step)} left", flush=True)
+
+    def _left(self, step):
+        pace = (time.monotonic() - self._began) / max(step - self._start, 1)
+        seconds = round(pace * (self._total - step))
+        return f"{seconds // 60}:{seconds % 60:02d}"
+
+    def close(self) -> None:
+        """End the bar's line."""
+        if self._bar is not None:
+            self._bar.close()

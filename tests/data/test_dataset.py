@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+
+from maskrl_jax.data.dataset import open_dataset
+from maskrl_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def validation(shapes_dir):
+    return open_dataset("shapes", "validation", shapes_dir, 32)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_dataset("digits", "validation", "unused", 16)
+
+
+def test_a_shapes_sample_has_its_parts(validation):
+    sample = validation.get(3)
+    assert sorted(sample) == ["cond", "image", "label", "tone"]
+    assert sample["image"].shape == (32, 32, 3) and sample["image"].dtype == np.uint8
+    assert sample["cond"].shape == (8,) and sample["cond"].dtype == np.int32
+    assert sample["label"].shape == (8, 8) and sample["tone"].shape == ()
+
+
+def test_conditions_describe_their_pictures(validation):
+    samples = validation.take(np.arange(len(validation)))
+    prompts = validation.describe(samples["cond"])
+    assert (validation.verify(samples["image"] / np.float32(255), prompts)["strict"] == 1).all()
+    np.testing.assert_array_equal(validation.encode(prompts), samples["cond"])
+
+
+def test_conditioning_counts_the_null_condition(validation, digits):
+    caption, label = validation.conditioning, digits.conditioning
+    assert (caption.kind, caption.vocab_size, caption.length) == ("caption", 15, 8)
+    np.testing.assert_array_equal(caption.null, np.zeros(8, np.int32))
+    assert (label.kind, label.vocab_size, label.length, label.null.shape) == ("class", 11, 0, ())
+    assert label.null == 10
+
+
+def test_prompts_repeat_only_when_the_split_is_used_up(validation):
+    assert validation.prompts(5, seed=1) == validation.prompts(5, seed=1)
+    assert validation.prompts(64, seed=1) != validation.prompts(64, seed=2)
+    every = validation.prompts(128, seed=0)
+    assert every[:64] == every[64:]
+    assert sorted(every[:64]) == sorted(validation.describe(validation.columns["cond"]))
+
+
+def test_classes_go_by_number_or_name(digits):
+    assert digits.encode(["3", " 7 "]).tolist() == [3, 7]
+    assert digits.describe(np.array([3, 10])) == ["3", ""]
+    assert digits.verify is None
+    assert set(digits.prompts(20, seed=0)) <= set("0123456789")
+    for bad in ("ten", "10", "-1", ""):
+        with pytest.raises(UserError, match="digits has no class"):
+            digits.encode([bad])
+
+
+def test_columns_cannot_be_changed_by_accident(validation):
+    with pytest.raises(ValueError, match="read-only"):
+        validation.get(0)["image"][0, 0, 0] = 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"split": "test"}, "unknown split 'test'"),
+        ({"image_size": 64}, "pictures of 32 pixels, not 64"),
+        ({"text_length": 0}, "text_length is 0"),
+        ({"name": "digits", "image_size": 0}, "image_size is 0"),
+    ],
+)
+def test_bad_arguments_are_refused(shapes_dir, change, message):
+    arguments = {"name": "shapes", "split": "train", "data_dir": shapes_dir, "image_size": 32} | change
+    with pytest.raises(UserError, match=message):
+        open_dataset(**arguments)

@@ -1,0 +1,159 @@
+"""Stride head maths: features, decisions, prior, threshold rule (speed_rl spec 4.4; spec 9, oracle 10)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskrl_jax.rl import stride
+from maskrl_jax.sampling.clock import Clock, next_masked
+
+PRIOR = stride.PriorConfig()
+
+
+def test_prior_bias_peaks_at_the_centre():
+    bias = stride.prior_bias(PRIOR)
+    assert bias[2] == 0.0
+    np.testing.assert_allclose(bias[0], -(np.log(24 / 16) ** 2) / 0.32)
+
+
+def test_jumps_of_the_published_clock():
+    assert stride.jumps(PRIOR.divisors, 960).tolist() == [40, 48, 60, 80, 96, 120, 160, 240, 320, 480, 960]
+    with pytest.raises(ValueError, match="divide"):
+        stride.jumps((7,), 960)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"divisors": ()}, {"divisors": (4, 4)}, {"divisors": (0,)}, {"width": 0.0}]
+)
+def test_impossible_priors_are_refused(wrong):
+    with pytest.raises(ValueError, match="must be"):
+        stride.PriorConfig(**wrong)
+
+
+def test_features_by_hand():
+    probability = np.array([[[0.5, 0.5], [0.9, 0.1], [0.7, 0.3]]])
+    masked = jnp.array([[True, False, True]])
+    found = stride.features(
+        jnp.log(jnp.float32(probability)), masked, jnp.array([480]), jnp.array([6]), ticks=960, max_calls=24
+    )
+    entropy = [np.log(2), -(0.7 * np.log(0.7) + 0.3 * np.log(0.3))]
+    quantiles = np.quantile([0.5, 0.7], np.arange(0.05, 1, 0.1))
+    expected = [2 / 3, 0.5, 0.25, np.mean(entropy) / np.log(2), np.log([0.5, 0.7]).mean(), *quantiles]
+    np.testing.assert_allclose(found, [expected], rtol=1e-5)
+    assert found.shape == (1, stride.NUM_FEATURES)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 17, 40])
+def test_masked_quantiles_equal_numpy(count):
+    values = np.random.default_rng(0).random((1, 40), np.float32)
+    masked = np.zeros((1, 40), bool)
+    masked[0, np.random.default_rng(1).permutation(40)[:count]] = True
+    expected = np.quantile(values[masked], stride.QUANTILES) if count else np.zeros(10)
+    np.testing.assert_allclose(
+        stride.masked_quantiles(jnp.asarray(values), jnp.asarray(masked))[0], expected, atol=1e-6
+    )
+
+
+def test_features_are_an_observation_without_gradient():
+    logp = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (1, 4, 3)))
+    zero = jnp.zeros(1, jnp.int32)
+    gradient = jax.grad(
+        lambda x: stride.features(x, jnp.ones((1, 4), bool), zero, zero, ticks=6, max_calls=3).sum()
+    )(logp)
+    np.testing.assert_array_equal(gradient, np.zeros((1, 4, 3)))
+
+
+def test_decisions_are_a_law_and_sticky_after_the_first_call():
+    net = jnp.zeros((2, 3))
+    logits = stride.decision_logits(net, jnp.array([1, 1]), jnp.float32(4.0), jnp.array([True, False]))
+    np.testing.assert_array_equal(logits, [[0, 0, 0], [0, 4, 0]])
+    each = [stride.decision_logp(logits, jnp.full(2, d), jnp.ones(2, bool)) for d in range(3)]
+    np.testing.assert_allclose(np.exp(each).sum(0), [1.0, 1.0], rtol=1e-6)
+
+
+def test_finished_rows_add_exactly_nothing():
+    def total(net, active):
+        logits = stride.decision_logits(net, jnp.zeros(2, jnp.int32), jnp.float32(4.0), jnp.zeros(2, bool))
+        decisions = stride.decision_logp(logits, jnp.array([0, 2]), active) + stride.decision_entropy(
+            logits, active
+        )
+        return decisions.sum() + stride.threshold_logp(net[:, 0], net[:, 1], jnp.exp(net[:, 2]), active).sum()
+
+    value, gradient = jax.value_and_grad(total)(jnp.ones((2, 3)), jnp.zeros(2, bool))
+    assert float(value) == 0.0
+    np.testing.assert_array_equal(gradient, np.zeros((2, 3)))
+    assert np.abs(jax.grad(total)(jnp.ones((2, 3)), jnp.array([True, False]))[1]).max() == 0
+
+
+def test_decision_entropy_of_a_flat_head():
+    np.testing.assert_allclose(
+        stride.decision_entropy(jnp.zeros((1, 11)), jnp.ones(1, bool)), [np.log(11)], rtol=1e-6
+    )
+
+
+def test_speed_dial_favours_few_calls():
+    np.testing.assert_allclose(stride.speed_dial((4, 1), 2.0), [-2 * np.log(4), 0.0], rtol=1e-6)
+
+
+def prior_calls(prior, clock, rows):
+    """Roll the untrained head out and count the calls, [rows]."""
+    bias, jump = (
+        jnp.asarray(stride.prior_bias(prior), jnp.float32),
+        jnp.asarray(stride.jumps(prior.divisors, clock.ticks)),
+    )
+    max_calls = max(prior.divisors)
+
+    def call(state, k):
+        tick, previous, masked, calls = state
+        logits = stride.decision_logits(
+            jnp.broadcast_to(bias, (rows, bias.size)),
+            previous,
+            prior.stickiness,
+            jnp.broadcast_to(k == 0, (rows,)),
+        )
+        decision = jax.random.categorical(jax.random.fold_in(jax.random.key(0), k), logits)
+        after = tick + jump[decision]
+        return (after, decision, next_masked(clock, after, masked), calls + (masked > 0)), None
+
+    zero = jnp.zeros(rows, jnp.int32)
+    start = (zero, zero, jnp.full(rows, clock.num_tokens), zero)
+    (_, _, masked, calls), _ = jax.lax.scan(call, start, jnp.arange(max_calls))
+    return masked, calls
+
+
+def test_untrained_head_makes_about_sixteen_calls_and_always_ends():
+    masked, calls = jax.jit(lambda: prior_calls(PRIOR, Clock(4096), 20_000))()
+    assert int(masked.max()) == 0
+    assert int(calls.max()) <= 24
+    np.testing.assert_allclose([calls.mean(), calls.std()], [15.8, 3.6], atol=0.1)
+
+
+def test_threshold_action_is_scored_as_a_normal_law():
+    logp = stride.threshold_logp(jnp.array([1.0]), jnp.array([0.0]), jnp.array([2.0]), jnp.array([True]))
+    np.testing.assert_allclose(logp, [-0.125 - np.log(2) - 0.5 * np.log(2 * np.pi)], rtol=1e-6)
+    entropy = stride.threshold_entropy(jnp.array([2.0]), jnp.array([True]))
+    np.testing.assert_allclose(entropy, [0.5 * np.log(2 * np.pi * np.e * 4)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kappa", "minimum", "last", "committed", "c_star"),
+    [
+        (0.55, 1, False, [1, 0, 1, 0], 0.55),
+        (0.95, 2, False, [1, 0, 1, 0], 0.6),
+        (0.55, 3, False, [1, 1, 1, 0], 0.3),
+        (0.95, 9, False, [1, 1, 1, 0], 0.3),
+        (0.95, 1, True, [1, 1, 1, 0], 0.0),
+    ],
+)
+def test_threshold_commits_the_confident_but_never_too_few(kappa, minimum, last, committed, c_star):
+    """Confidences .9 .3 .6 and a known token that must not be touched."""
+    chosen, log_c = stride.threshold_commit(
+        jnp.log(jnp.array([[0.9, 0.3, 0.6, 0.99]])),
+        jnp.array([[True, True, True, False]]),
+        jnp.log(jnp.array([kappa])),
+        jnp.array([minimum]),
+        jnp.array([last]),
+    )
+    np.testing.assert_array_equal(chosen, [np.array(committed, bool)])
+    np.testing.assert_allclose(np.exp(log_c), [c_star], rtol=1e-6)

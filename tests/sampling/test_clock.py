@@ -1,0 +1,79 @@
+"""Counts and tables of the integer clock (speed_rl spec 9, oracles 1 and 2)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskrl_jax.sampling.clock import Clock, next_masked
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "first", "last"),
+    [
+        (4, [312, 888, 1329, 1567], []),
+        (6, [140, 409, 651, 848, 988, 1060], []),
+        (8, [79, 233, 379, 509, 621, 708, 768, 799], []),
+        (16, [20, 59, 98, 135, 172], [390, 398, 401]),
+        (48, [3, 6, 11, 16, 19], []),
+        (64, [2, 3, 7, 8, 11], []),
+    ],
+)
+def test_counts_of_4096_tokens(num_steps, first, last):
+    counts = Clock(4096).constant_stride_counts(num_steps)
+    assert counts[: len(first)].tolist() == first
+    assert counts[len(counts) - len(last) :].tolist() == last
+    assert counts.sum() == 4096
+
+
+def test_every_step_of_a_small_grid_commits_something():
+    for num_steps in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64):
+        counts = Clock(64).constant_stride_counts(num_steps)
+        assert counts.min() >= 1
+        assert counts.sum() == 64
+
+
+def test_timestep_does_not_depend_on_the_number_of_steps():
+    clock = Clock(4096)
+    assert clock.timestep[np.arange(0, 960, 120)].tolist() == [63, 55, 47, 39, 31, 23, 15, 7]
+    assert clock.timestep[np.arange(0, 960, 15)].tolist() == list(range(63, -1, -1))
+
+
+def test_noise_falls_linearly_to_zero():
+    np.testing.assert_allclose(Clock(16, noise_scale=3.0).noise[[0, 480, 960]], [3.0, 1.5, 0.0])
+
+
+def test_next_masked_walks_the_constant_stride_schedule():
+    clock, masked = Clock(4096), [jnp.int32(4096)]
+    step = jax.jit(lambda tick, prev: next_masked(clock, tick, prev))
+    for tick in range(120, 961, 120):
+        masked.append(step(jnp.int32(tick), masked[-1]))
+    assert [int(m) for m in masked] == clock.constant_stride_masked(8).tolist()
+
+
+@pytest.mark.parametrize(
+    ("tick", "previous", "expected", "why"),
+    [
+        (1, 16, 15, "the cosine has not moved yet, one token is committed all the same"),
+        (958, 9, 1, "rounding to 0 before the end keeps one"),
+        (959, 1, 0, "the last token may go before the end"),
+        (40, 0, 0, "nothing left stays nothing"),
+        (960, 9, 0, "the end commits the rest"),
+        (1500, 9, 0, "so does anything beyond"),
+    ],
+)
+def test_next_masked_at_the_edges(tick, previous, expected, why):
+    assert int(next_masked(Clock(16), jnp.int32(tick), jnp.int32(previous))) == expected, why
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "message"), [(7, "does not divide"), (32, "exceeds"), (0, "does not divide")]
+)
+def test_impossible_step_counts_are_refused(num_steps, message):
+    with pytest.raises(ValueError, match=message):
+        Clock(16).constant_stride_counts(num_steps)
+
+
+def test_empty_grid_is_refused():
+    with pytest.raises(ValueError, match="positive"):
+        Clock(0)

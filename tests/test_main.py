@@ -1,0 +1,105 @@
+"""The command line in processes of its own: errors in one line, signals, several processes, kills."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.kill_resume import kill_and_resume
+from maskrl_jax.checkpoint import load_params
+
+HERE = pathlib.Path(__file__).parent
+COMMAND = [sys.executable, str(HERE / "toy_main.py")]
+
+
+def start(*arguments, devices=2):
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        env={**os.environ, "TOY_DEVICES": str(devices)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def toy(tmp_path, name, *arguments, argument=""):
+    config = f"--config={HERE / 'toy_task.py'}{argument}"
+    return [config, f"--workdir={tmp_path / name}", f"--store={tmp_path / 'store'}", *arguments]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected --config=<file>"),
+        (["--config=configs/nothing.py"], "No such file"),
+        (["--config={toy}", "--config.model.widht=8"], 'Did you mean "width"'),
+        (["--config={toy}", "--config.task=tokeniser"], "did you mean 'tokenizer'"),
+        (["--config={toy}", "--config.seed=x"], "seed"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_1(arguments, message):
+    process = start(*(argument.format(toy=HERE / "toy_task.py") for argument in arguments))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert message in errors and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_importing_starts_no_device_and_no_tensorflow():
+    code = (
+        "import sys, maskrl_jax.main, maskrl_jax.runner, jax\n"
+        "assert not jax._src.xla_bridge.backends_are_initialized()\n"
+        "assert not {'tensorflow', 'tensorflow_datasets', 'tensorboardX', 'matplotlib'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parent)
+
+
+def test_sigterm_saves_and_exits_143_and_the_same_command_resumes(tmp_path):
+    arguments = toy(
+        tmp_path, "a", "--config.num_steps=30", "--config.data.slow=0.1", "--config.save_every=1000"
+    )
+    process = start(*arguments)
+    while not (tmp_path / "a" / "metrics.jsonl").exists():  # written at step 2
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "run it again to resume" in out
+    process = start(*arguments)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "step 0/30" not in out and (tmp_path / "a" / "done").read_text() == "30"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["pmap", "sharded"])
+def test_two_processes_equal_one(tmp_path, strategy):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    arguments = toy(tmp_path, "two", f"--config.parallel={strategy}", argument=":child")
+    cluster = ["--distributed", f"--coordinator=localhost:{port}", "--num_processes=2"]
+    processes = [start(*arguments, *cluster, f"--process_id={i}") for i in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    alone = start(*toy(tmp_path, "one", argument=":child"), devices=1)
+    _, errors = alone.communicate(timeout=60)
+    assert alone.returncode == 0, errors
+    pair = zip(*(jax.tree.leaves(load_params(str(tmp_path / name))) for name in ("one", "two")), strict=True)
+    for one, two in pair:
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_do_not_change_the_result(tmp_path):
+    settings = ["--config.num_steps=60", "--config.save_every=3", "--config.data.slow=0.02"]
+    command = [*COMMAND, f"--config={HERE / 'toy_task.py'}", f"--store={tmp_path / 'store'}", *settings]
+    assert kill_and_resume(command, str(tmp_path), kills=3, seed=0)

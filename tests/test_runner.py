@@ -1,0 +1,172 @@
+"""The stage graph: parents trained once, fingerprints, what a config may not do."""
+
+import fcntl
+import json
+import threading
+
+import jax
+import pytest
+import toy_task
+
+from maskrl_jax import runner
+from maskrl_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def toy_is_known(monkeypatch):
+    monkeypatch.setitem(runner.TASKS, "toy", "toy_task")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Collect the workdirs that are really trained, with a loop that only leaves a checkpoint."""
+    from maskrl_jax.checkpoint import Checkpoints
+
+    calls = []
+
+    def train(task, config, workdir, parallel):
+        calls.append(workdir)
+        checkpoints = Checkpoints(workdir, parallel)
+        checkpoints.save(config.num_steps, task.init(jax.random.key(config.seed)))
+        checkpoints.close()
+
+    monkeypatch.setattr(runner.loop, "train", train)
+    return calls
+
+
+def test_a_missing_parent_is_trained_once_and_reused(tmp_path, trained, capsys):
+    config, store = toy_task.get_config("child"), str(tmp_path / "store")
+    runner.run(config, str(tmp_path / "a"), store)
+    base = runner.stage_workdir(config.parents.base, store)
+    assert trained == [base, str(tmp_path / "a")]
+    config.seed = 1
+    runner.run(config, str(tmp_path / "b"), store)
+    runner.run(config, str(tmp_path / "b"), store)
+    assert trained[2:] == [str(tmp_path / "b")]
+    assert f"toy ({base}): finished before" in capsys.readouterr().out
+
+
+def test_init_replaces_a_parent(tmp_path, trained):
+    runner.run(toy_task.get_config(), str(tmp_path / "mine"), str(tmp_path / "store"))
+    config = toy_task.get_config("child")
+    config.init.base = str(tmp_path / "mine")
+    runner.run(config, str(tmp_path / "a"), str(tmp_path / "store"))
+    assert trained == [str(tmp_path / "mine"), str(tmp_path / "a")]
+
+
+def test_fingerprint_follows_what_changes_the_result_and_nothing_else(tmp_path):
+    plain = runner.fingerprint(toy_task.get_config("child"))
+    for key, value in {
+        "log_every": 7,
+        "eval_every": 3,
+        "save_every": 9,
+        "keep": 4,
+        "parallel": "sharded",
+    }.items():
+        config = toy_task.get_config("child")
+        config[key] = config.parents.base[key] = value
+        assert runner.fingerprint(config) == plain
+    for change in ({"seed": 1}, {"model": {"width": 8}}, {"parents": {"base": {"num_steps": 7}}}):
+        config = toy_task.get_config("child")
+        config.update(change)
+        assert runner.fingerprint(config) != plain
+
+
+def test_fingerprint_of_a_replaced_parent_is_that_of_what_lies_there(tmp_path):
+    base = toy_task.get_config()
+    config = toy_task.get_config("child")
+    plain = runner.fingerprint(config)
+    config.init.base = str(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(runner.plain(base)))
+    assert runner.fingerprint(config) == plain
+    base.seed = 5
+    (tmp_path / "config.json").write_text(json.dumps(runner.plain(base)))
+    assert runner.fingerprint(config) != plain
+
+
+def test_a_stored_config_comes_back_hashable(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": {"stages": [1, [2, 3]]}}')
+    assert runner.read_config(str(tmp_path)).model.stages == (1, (2, 3))
+
+
+def refused(config, tmp_path, workdir="a"):
+    with pytest.raises(UserError) as error:
+        runner.run(config, str(tmp_path / workdir), str(tmp_path / "store"))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "tokeniser"}, "unknown task 'tokeniser'; did you mean 'tokenizer'?"),
+        ({"batch_size": 12}, "batch of 12 does not divide by 8 devices"),
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"parallel": "pmpa"}, "did you mean 'pmap'"),
+        ({"optimizer": {"learning_rat": 1.0}}, "did you mean 'learning_rate'"),
+        ({"init": {"bas": "x"}}, "unknown parent in init 'bas'; did you mean 'base'?"),
+        ({"init": {"base": "/nowhere"}}, "init.base=/nowhere has no config.json"),
+        ({"parents": {"base": {"batch_size": 12}}}, "batch of 12"),
+    ],
+)
+def test_a_config_that_cannot_run_is_refused_before_any_training(tmp_path, trained, change, message):
+    config = toy_task.get_config("child")
+    config.update(change)
+    assert message in refused(config, tmp_path)
+    assert trained == []
+
+
+def test_a_config_without_a_key_is_named(tmp_path):
+    config = toy_task.get_config()
+    del config.max_bad_steps
+    assert "has no max_bad_steps" in refused(config, tmp_path)
+
+
+def test_an_init_of_another_task_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"task": "judge"}')
+    config = toy_task.get_config("child")
+    config.init.base = str(tmp_path)
+    assert "holds a 'judge' stage" in refused(config, tmp_path)
+
+
+def test_an_init_without_checkpoint_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(runner.plain(toy_task.get_config())))
+    config = toy_task.get_config("child")
+    config.init.base = str(tmp_path)
+    assert "no checkpoint under" in refused(config, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"model": {"width": 8}}, {"parents": {"base": {"seed": 3}}}])
+def test_another_architecture_in_the_workdir_is_refused(tmp_path, trained, change):
+    runner.run(toy_task.get_config("child"), str(tmp_path / "a"), str(tmp_path / "store"))
+    config = toy_task.get_config("child")
+    config.update(change)
+    assert "was begun with another config" in refused(config, tmp_path)
+
+
+def test_a_finished_workdir_refuses_other_settings_but_goes_on_with_more_steps(tmp_path, trained, capsys):
+    config = toy_task.get_config()
+    runner.run(config, str(tmp_path / "a"), str(tmp_path / "store"))
+    config.seed = 1
+    assert "finished with another config: seed: 0 -> 1" in refused(config, tmp_path)
+    config.num_steps = 8
+    runner.run(config, str(tmp_path / "a"), str(tmp_path / "store"))
+    assert "config changed since the last run: seed: 0 -> 1" in capsys.readouterr().out
+    assert len(trained) == 2
+    config.num_steps = 6
+    assert "is at step 8, num_steps is 6" in refused(config, tmp_path)
+
+
+def test_a_second_run_waits_for_the_first_and_does_not_train_again(tmp_path, trained, capsys):
+    config, workdir = toy_task.get_config(), tmp_path / "a"
+    workdir.mkdir()
+    with open(workdir / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        other = threading.Thread(target=runner.run, args=(config, str(workdir), str(tmp_path / "store")))
+        other.start()
+        other.join(1.0)
+        assert other.is_alive()
+        (workdir / "done").write_text("6")
+    other.join(20)
+    assert not other.is_alive() and trained == []
+    assert "waiting for another run" in capsys.readouterr().out
