@@ -199,7 +199,7 @@ class Parallel:
                 f"use a batch size that is a multiple of {self.num_local}"
             )
         if self._pmap:
-            return jax.device_put(x.reshape(self.num_local, -1, *x.shape[1:]), self._rows)
+            return jax.device_put(x.reshape(self.num_local, x.shape[0] // self.num_local, *x.shape[1:]), self._rows)
         with jax.transfer_guard_host_to_device("allow"):  # asked for, unlike what a guard looks for
             return jax.make_array_from_process_local_data(self._rows, x)
 
@@ -210,7 +210,7 @@ class Parallel:
     def _get(self, x):
         if self._pmap:
             x = jax.device_get(x)
-            return x.reshape(-1, *x.shape[2:])
+            return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])  # -1 would be ambiguous for empty rows
         if x.is_fully_addressable:
             return jax.device_get(x)
         shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start)

@@ -28,10 +28,11 @@ TASKS = {
     "speed_rl": "maskrl_jax.tasks.speed_rl",
 }
 # Keys that do not change what a stage computes, only how it is run and watched.
-NEUTRAL = ("log_every", "eval_every", "save_every", "keep", "parallel", "init")
+RUNNING = ("name", "log_every", "eval_every", "save_every", "keep", "parallel", "init")
+NEUTRAL = (*RUNNING, "evaluation")
 # Keys whose change makes a stored checkpoint another model.
 ARCHITECTURE = ("task", "model", "data", "parents")
-REQUIRED = ("seed", "num_steps", "batch_size", "max_bad_steps", "optimizer", *NEUTRAL, *ARCHITECTURE)
+REQUIRED = ("seed", "num_steps", "batch_size", "max_bad_steps", "optimizer", *RUNNING, *ARCHITECTURE)
 OPTIMIZER_KEYS = tuple(field.name for field in dataclasses.fields(OptimizerConfig))
 CONFIG = "config.json"
 DONE = "done"

@@ -52,6 +52,7 @@ class OptimizerConfig:
     decay: str = "constant"
     decay_steps: int = 0
     muon_learning_rate: float = 0.02
+    muon_skip: str = "embedding|position|head|codes"  # matrices that are tables or outputs, not maps
     ema_decay: float = 0.999
     rates: tuple[tuple[str, float], ...] = ()
 
@@ -86,16 +87,21 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
     """Build the optimizer; parameters are grouped by rule and rate factor when it first sees them."""
     patterns = [(re.compile(pattern), float(factor)) for pattern, factor in cfg.rates]
 
+    tables = re.compile(cfg.muon_skip)
+
+    def name_of(path):
+        return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+
     def factor_of(path):
-        name = "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
-        return next((factor for pattern, factor in patterns if pattern.search(name)), 1.0)
+        return next((factor for pattern, factor in patterns if pattern.search(name_of(path))), 1.0)
 
     def labels(params):
         def label(path, leaf):
             factor = factor_of(path)
             if factor == 0.0:
                 return "frozen"
-            return f"{'muon' if cfg.name == 'muon' and leaf.ndim == 2 else 'rest'}*{factor}"
+            maps = cfg.name == "muon" and leaf.ndim == 2 and not tables.search(name_of(path))
+            return f"{'muon' if maps else 'rest'}*{factor}"
 
         return jax.tree_util.tree_map_with_path(label, params)
 

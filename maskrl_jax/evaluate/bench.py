@@ -35,6 +35,7 @@ class Evaluation:
     tune_gumbel: tuple[float, ...] = (2.0, 4.0, 8.0)
     tune_guidance: tuple[float, ...] = (1.0, 2.0)
     timing_repeats: int = 5  # 0: no timing
+    goal: float = 3.0  # times fewer calls that a tuned policy is to reach
     margin: float = 0.02  # equal quality: lower bound of the difference at least -margin
     keep: int = 8  # prompts whose pictures a report shows
 

@@ -71,13 +71,8 @@ def fixed_system(
     return System(name, label, generate)
 
 
-def clocked_system(
-    studio: Studio, params: Any, config: adaptive.AdaptiveConfig, decide: Callable, name: str, label: str
-) -> System:
-    """A policy on the clock; `decide(params, setting)` is its decision function.
-
-    The setting is the head's speed dial, or the number of steps where strides are given.
-    """
+def clocked_program(studio: Studio, config: adaptive.AdaptiveConfig, decide: Callable) -> Callable:
+    """Compile the clocked decode; `decide(params, setting float32 [B])` gives its decision function."""
 
     def program(p, frozen, batch, axis):
         keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
@@ -93,12 +88,19 @@ def clocked_system(
         )
         return _outputs(studio, frozen, record)
 
-    compiled = studio.parallel.map(program)
+    return studio.parallel.map(program)
+
+
+def clocked_system(studio: Studio, program: Callable, params: Any, name: str, label: str) -> System:
+    """A policy through a `clocked_program`.
+
+    The setting is the head's speed dial, or the number of steps where strides are given.
+    """
 
     def generate(setting, cond, sample_ids, seed):
         batch = _batch(cond, sample_ids, seed)
         batch["setting"] = np.full(len(sample_ids), setting, np.float32)
-        return Generated(**studio.run(compiled, params, {"tokenizer": studio.tokenizer}, batch))
+        return Generated(**studio.run(program, params, {"tokenizer": studio.tokenizer}, batch))
 
     return System(name, label, generate)
 

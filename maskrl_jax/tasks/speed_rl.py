@@ -4,7 +4,6 @@ Everything quantitative here is our choice (specs/speed_rl.md section 2): the pa
 """
 
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -12,28 +11,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax import state as train_state
-from maskrl_jax.data.batches import batch_at
-from maskrl_jax.data.dataset import Conditioning, conditioning_of, open_dataset
+from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.errors import UserError
-from maskrl_jax.keys import EVALUATE, MASKS, ROLLOUT, sample_keys
+from maskrl_jax.evaluate import curve
+from maskrl_jax.evaluate.bench import Bench, read_sampler
+from maskrl_jax.evaluate.measure import System
+from maskrl_jax.evaluate.report import Findings
+from maskrl_jax.evaluate.systems import Studio, clocked_program, clocked_system, fixed_program, fixed_system
+from maskrl_jax.keys import EVALUATE, ROLLOUT, sample_keys
 from maskrl_jax.models.judge import Judge, JudgeConfig
+from maskrl_jax.parallel import Axis
 from maskrl_jax.phase import Phase
 from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.rewards import mix
-from maskrl_jax.rl import credit, surrogate
-from maskrl_jax.rl.pairs import accumulate
+from maskrl_jax.rl import credit
 from maskrl_jax.rl.policy import Head, Policy
-from maskrl_jax.rl.token_terms import Calls, Model, TokenLoss, token_terms
+from maskrl_jax.rl.speed_update import RECORD, SpeedUpdate
+from maskrl_jax.rl.token_terms import Model, TokenLoss
 from maskrl_jax.sampling import adaptive
-from maskrl_jax.sampling.draws import commit_top
-from maskrl_jax.sampling.maskgit import SamplerConfig, decode, make_plan
-from maskrl_jax.tasks import judge as judge_task
+from maskrl_jax.sampling.maskgit import SamplerConfig, decode
+from maskrl_jax.tasks.rollouts import Rollouts
 from maskrl_jax.tasks import maskgit as maskgit_task
 from maskrl_jax.tasks import tokenizer as tokenizer_task
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
-RECORD = tuple(adaptive.Record.__dataclass_fields__)
+_UNKNOWN = "The paper's algorithm and numbers are not public; this is our algorithm, and no parity is claimed."
+NOTES = {
+    "adaptive": (_UNKNOWN, "The number of calls is decided by the policy, so the speed reward has a true gradient."),
+    "fixed": (_UNKNOWN, "No speed reward: quality is trained at a fixed number of calls."),
+    "budget": (_UNKNOWN, "The likelihood of `budget` is a surrogate (random re-masking), not the behaviour's."),
+}
 
 
 class Wiring:
@@ -50,10 +58,21 @@ class Wiring:
         self.null = conditioning.null
         self.policy = Policy(**config.policy)
         self.head = Head(self.policy)
-        self.loss = TokenLoss(
-            **config.loss.tokens, temperature=self.policy.temperature, guided=self.policy.guidance != 1.0
+        self.speed = SpeedUpdate(
+            policy=self.policy,
+            head=self.head,
+            tokens=TokenLoss(
+                **config.loss.tokens, temperature=self.policy.temperature, guided=self.policy.guidance != 1.0
+            ),
+            model=Model(self.generator.features, self.generator.head, self.null),
+            num_tokens=self.sizes.num_tokens,
+            mask_id=self.sizes.mask_id,
+            seed=config.seed,
+            micro_batch=config.micro_batch,
+            kl_coefficient=config.loss.kl_coefficient,
+            per_rollout_mean=config.loss.per_rollout_mean,
         )
-        self.sampler = self.policy.sampler(self.sizes.num_tokens, keep_predictions=self.loss.likelihood == "all")
+        self.sampler = self.speed.sampler
         self.credit = credit.CreditConfig(
             **config.credit, max_calls=self.policy.max_calls, std_of_quality=self.policy.kind == "budget"
         )
@@ -62,7 +81,6 @@ class Wiring:
         self.optimizer = train_state.OptimizerConfig(**config.optimizer)
         self.tx = train_state.make_optimizer(self.optimizer)
         self.groups = _groups(config)
-        self.model = Model(self.generator.features, self.generator.head, self.null)
         if self.policy.kind == "budget" and config.group % len(self.policy.step_set):
             raise UserError(
                 f"group {config.group} is not divisible by the {len(self.policy.step_set)} step counts of "
@@ -80,11 +98,9 @@ class Wiring:
         """Sample, decode and score a batch of rollouts; per-sample outputs."""
         keys_B = sample_keys(self.config.seed, ROLLOUT, batch["round"][0], batch["index"])
         logits = self.generator.logits(params["model"])
-        decide = self.head.decide(params["head"])
-        if self.policy.kind != "adaptive":
-            decide = adaptive.given_strides(batch["jump"])
+        setting = jnp.zeros(len(keys_B)) if self.policy.kind == "adaptive" else self.policy.ticks / batch["jump"]
         record = adaptive.rollout(
-            logits, decide, keys_B, batch["cond"], self.null, self.sampler, self.sizes.num_tokens, self.sizes.mask_id
+            logits, self.decide(params, setting), keys_B, batch["cond"], self.null, self.sampler, self.sizes.num_tokens, self.sizes.mask_id
         )
         images = self.codec.decode(frozen["tokenizer"], record.ids)
         scores = judge_reward.score(
@@ -92,6 +108,18 @@ class Wiring:
         )
         fields = {name: getattr(record, name) for name in RECORD}
         return fields | {"quality": mix.weighted_sum(scores, self.rewards), "images": images}
+
+    def decide(self, params: Any, setting_B: Array):
+        """Decision function of the policy at a setting: speed dial of the head, or number of steps."""
+        if self.policy.kind == "adaptive":
+            return self.head.decide(params["head"], setting_B)
+        return adaptive.given_strides(jnp.round(self.policy.ticks / setting_B).astype(jnp.int32))
+
+    def passes(self, parallel: Any) -> int:
+        """Most micro-batches of an update on one device."""
+        calls = self.policy.levels if self.policy.kind == "budget" else self.policy.max_calls
+        rows = self.config.batch_size // parallel.num_devices
+        return -(-rows * calls // self.config.micro_batch)
 
     def reference(self, params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
         """Quality of the base at its reference number of calls, per sample."""
@@ -112,171 +140,17 @@ class Wiring:
         )
         return {"quality": mix.weighted_sum(scores, self.rewards)}
 
-    # Update
-
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
-        """One optimizer step from recorded rollouts with advantages."""
-        record = adaptive.Record(**{name: batch[name] for name in RECORD})
-        old = frozen.get("old")
-        valid, build = self._budget_calls(batch) if self.policy.kind == "budget" else self._policy_calls(record, batch)
-        totals = surrogate.Normalisers(
-            *axis.all_reduce(
-                (batch["keep"].sum(), jnp.float32(len(batch["keep"])), record.calls.sum().astype(jnp.float32))
+        """`inner_updates` optimizer steps on recorded rollouts; the state's step counts batches of rollouts."""
+        first, old = state, state.params if self.config.inner_updates > 1 else None
+        entropy = _linear(self.config.loss.head_entropy, state.step, self.config.num_steps)
+        for _ in range(self.config.inner_updates):
+            grads, metrics = self.speed.gradients(
+                state.params, old, frozen["reference"], batch, entropy, axis
             )
-        )
-        entropy_coefficient = _linear(self.config.loss.head_entropy, state.step, self.config.num_steps)
-
-        def loss(params, pair, real):
-            rows, calls, floor = build(pair, real)
-            calls, rows, real = axis.split((calls, rows, real))
-            sums, error, drawn = token_terms(
-                self.loss, self.model, params["model"], old and old["model"], frozen["reference"], calls
-            )
-            decision, head_entropy = self._decision_terms(params["head"], old, record, batch, rows, pair, real)
-            terms = surrogate.Terms(sums.token, decision, sums.kl, head_entropy)
-            total = surrogate.policy_loss(
-                terms, totals, kl_coefficient=self.config.loss.kl_coefficient, entropy_coefficient=entropy_coefficient
-            )
-            gap = jnp.where(calls.committed, drawn, jnp.inf).min(-1) - floor
-            gap = jnp.where(real, jnp.abs(gap), 0.0).sum()
-            stats = {
-                "kl": sums.kl,
-                "clip": sums.clip,
-                "entropy": sums.entropy,
-                "head_entropy": head_entropy,
-                "gap": (gap, real.sum().astype(jnp.float32)),
-            }
-            return total, (stats, error)
-
-        def part(pair, real):
-            grads, (stats, error) = jax.grad(loss, has_aux=True)(state.params, pair, real)
-            return (grads, stats), error
-
-        (grads, stats), error = accumulate(part, valid, self.config.micro_batch * axis.size)
-        grads, stats = axis.all_reduce((grads, stats))
-        state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
-        one = jnp.float32(1)
-        return state, {
-            "rl/kl": (stats["kl"], totals.rollouts),
-            "rl/clip_frac": stats["clip"],
-            "rl/entropy": stats["entropy"],
-            "rl/head_entropy": (stats["head_entropy"], totals.decisions),
-            "rl/sampler_gap": stats["gap"],
-            # The largest of a device, averaged over devices: there is no max in the all-reduce.
-            "rl/ratio_max_err": axis.all_reduce((error, one)),
-            "train/grad_norm": (info["grad_norm"], one),
-            "train/skipped": (info["skipped"], one),
-        }
-
-    def _policy_calls(self, record: adaptive.Record, batch: dict):
-        """Pairs of `adaptive` and `fixed`: every call that a rollout made."""
-        length, num_tokens = self.policy.max_calls, self.sizes.num_tokens
-        valid = jnp.arange(length)[None] < record.calls[:, None]
-
-        def build(pair, real):
-            row, call = pair // length, pair % length
-            ids = record.ids[row]
-            committed = (record.commit_step[row] == call[:, None]) & real[:, None]
-            remasked = (record.commit_step[row] > call[:, None]) & real[:, None]
-            if self.loss.likelihood == "all":
-                ids = record.predictions[row, call].astype(jnp.int32)
-            weights = surrogate.term_weights(
-                record.calls[row],
-                num_tokens=num_tokens,
-                max_calls=length,
-                per_rollout_mean=self.config.loss.per_rollout_mean,
-            )
-            keep = batch["keep"][row] * real
-            exact = self.loss.likelihood == "hard" and self.policy.action == "stride"
-            tick = record.tick[row, call]
-            calls = Calls(
-                inputs=jnp.where(record.commit_step[row] < call[:, None], record.ids[row], self.sizes.mask_id),
-                timestep=jnp.asarray(self.sampler.clock.timestep)[tick],
-                cond=batch["cond"][row],
-                ids=ids,
-                committed=committed,
-                remasked=remasked,
-                z_star=(record.log_floor if exact else record.z_star)[row, call],
-                tau=jnp.asarray(self.sampler.clock.noise)[tick] * (self.policy.action == "stride"),
-                scale=adaptive.guidance_at(self.sampler, tick),
-                advantage=batch["advantage"][row],
-                token_weight=(keep * weights.token)[:, None] * jnp.ones((1, num_tokens)),
-                kl_weight=surrogate.kl_weight(committed | remasked, record.calls[row]) * real[:, None],
-            )
-            return row, calls, record.log_floor[row, call]
-
-        return valid, build
-
-    def _budget_calls(self, batch: dict):
-        """Pairs of `budget`: mask levels of the final image, the same for all rollouts of a prompt.
-
-        This likelihood is not the behaviour's (specs/speed_rl.md 4.3): a surrogate, on the conditional
-        branch of randomly masked images.
-        """
-        levels, num_tokens = self.policy.levels, self.sizes.num_tokens
-        clock = self.sampler.clock
-        keys_B = sample_keys(self.config.seed, MASKS, batch["round"][0], batch["prompt"])
-        valid = jnp.ones((len(batch["prompt"]), levels), bool)
-
-        def build(pair, real):
-            row, level = pair // levels, pair % levels
-            keys = jax.vmap(jax.random.fold_in)(keys_B[row], level)
-            place = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(keys)
-            share = (level + place) / levels
-            score = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (num_tokens,)))(keys)
-            count = jnp.clip(jnp.ceil(num_tokens * jnp.cos(jnp.pi / 2 * share)), 1, num_tokens).astype(jnp.int32)
-            masked = commit_top(score, jnp.ones(score.shape, bool), count) & real[:, None]
-            tick = jnp.minimum(share * clock.ticks, clock.ticks - 1).astype(jnp.int32)
-            ids, zero = batch["ids"][row], jnp.zeros(row.shape)
-            calls = Calls(
-                inputs=jnp.where(masked, self.sizes.mask_id, ids),
-                timestep=jnp.asarray(clock.timestep)[tick],
-                cond=batch["cond"][row],
-                ids=ids,
-                committed=masked,
-                remasked=jnp.zeros(masked.shape, bool),
-                z_star=zero,
-                tau=zero,
-                scale=zero + 1,
-                advantage=batch["advantage"][row],
-                token_weight=surrogate.budget_weight(masked, levels) * (batch["keep"][row] * real)[:, None],
-                kl_weight=surrogate.budget_weight(masked, levels) * real[:, None],
-            )
-            return row, calls, zero
-
-        return valid, build
-
-    def _decision_terms(self, head: Any, old: Any, record: adaptive.Record, batch: dict, row, pair, real):
-        """(clipped objective, entropy) of the decisions of a micro-batch, summed."""
-        if self.policy.kind != "adaptive":
-            return jnp.float32(0), jnp.float32(0)
-        call = pair % self.policy.max_calls
-        # The last call of the threshold action is forced: no decision, so no term.
-        free = real & ((call < self.policy.max_calls - 1) | (self.policy.action == "stride"))
-        seen = (
-            record.features[row, call],
-            record.decision[row, jnp.maximum(call - 1, 0)],
-            record.decision[row, call],
-            record.action[row, call],
-            call == 0,
-        )
-        logp, entropy = self.head.score(head, *seen)
-        before = logp if old is None else self.head.score(old["head"], *seen)[0]
-        weights = surrogate.term_weights(
-            record.calls[row],
-            num_tokens=self.sizes.num_tokens,
-            max_calls=self.policy.max_calls,
-            per_rollout_mean=self.config.loss.per_rollout_mean,
-        )
-        total, _ = surrogate.clipped_surrogate(
-            logp,
-            before,
-            batch["advantage"][row],
-            batch["keep"][row] * free * weights.decision,
-            low=self.config.loss.tokens.clip_low,
-            high=self.config.loss.tokens.clip_high,
-        )
-        return total, jnp.where(free, entropy, 0.0).sum()
+            state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
+        metrics |= {f"train/{name}": (value, jnp.float32(1)) for name, value in info.items()}
+        return state.replace(step=first.step + 1), metrics
 
 
 def _groups(config: Any) -> int:
@@ -294,91 +168,143 @@ def _linear(ends: tuple[float, float], step: Array, num_steps: int) -> Array:
     return ends[0] + (ends[1] - ends[0]) * jnp.minimum(step / num_steps, 1.0)
 
 
-class Rollouts:
-    """Rollouts of a batch of prompts with their advantages; rejected groups are rolled out anew."""
+def phases(config: Any, parallel: Any) -> list[Phase]:
+    """What the stage compiles, with abstract arguments (for the dry run)."""
+    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    wiring = Wiring(config, conditioning)
+    base = maskgit_task.abstract_params(config.parents.maskgit, conditioning)
+    size = config.parents.tokenizer.model.image_size
+    frozen = {
+        "tokenizer": maskgit_task.abstract_codec(config.parents.tokenizer),
+        "judge": jax.eval_shape(wiring.judge.init, jax.random.key(0), jnp.zeros((1, size, size, 3))),
+        "reference": base,
+    }
+    state = jax.eval_shape(wiring.init, jax.random.key(0), base)
+    struct, rows = jax.ShapeDtypeStruct, config.batch_size
+    whole = struct((rows,), jnp.int32)
+    target = struct((rows, 3), jnp.int32) if wiring.judge_sizes.kind == "cells" else whole
+    request = {
+        "cond": struct((rows, *conditioning.null.shape), jnp.int32),
+        "target": target,
+        "index": whole,
+        "round": whole,
+        "jump": whole,
+    }
+    axis = Axis(1)
+    made = jax.eval_shape(functools.partial(wiring.rollout, axis=axis), state.params, frozen, request)
+    share = struct((rows,), jnp.float32)
+    learn = {name: made[name] for name in RECORD} | {"advantage": share, "keep": share}
+    learn |= {"cond": request["cond"], "prompt": whole, "round": whole}
+    calls = config.policy.max_calls
+    return [
+        Phase("rollout", wiring.rollout, (state.params, frozen, request), kind="map", loop_trips=calls),
+        Phase("update", wiring.update, (state, frozen, learn), kind="update", loop_trips=wiring.passes(parallel)),
+    ]
 
-    def __init__(self, context: Context, wiring: Wiring, train: Any, frozen: Any, references: np.ndarray):
-        self.config, self.parallel, self.wiring = context.config, context.parallel, wiring
-        self.train, self.frozen = train, frozen
-        # Prompts repeat: the reference quality is known per distinct condition.
-        self.reference_of = {key: value for key, value in zip(distinct(train)[1], references, strict=True)}
-        self.program = context.parallel.map(wiring.rollout)
-        self.assign = jax.jit(functools.partial(credit.assign, wiring.credit))
-        self.remember = jax.jit(functools.partial(credit.remember, wiring.credit))
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Rollout requests of an update, all processes' rows; a pure function of the step."""
-        config, wiring = self.config, self.wiring
-        prompts = batch_at(self.train, step, wiring.groups, slice(0, wiring.groups), config.seed)
-        cond = prompts["cond"]
-        texts = self.train.describe(cond)
-        target = judge_reward.targets(wiring.judge_sizes.kind, cond, texts)
-        reference = np.asarray([self.reference_of[c.tobytes()] for c in cond], np.float32)
-        rows = {"cond": cond, "target": target, "prompt": prompts["index"], "reference": reference}
-        rows = {name: value.repeat(config.group, axis=0) for name, value in rows.items()}
-        place = np.arange(config.batch_size, dtype=np.int32)
-        steps = wiring.policy.steps() if wiring.policy.kind != "adaptive" else (1,)
-        return rows | {
-            "index": (step * config.batch_size + place).astype(np.int32),
-            "jump": (wiring.policy.ticks // np.asarray(steps, np.int32))[place % len(steps)],
+class Gallery:
+    """What the stage measures: the tuned policy beside the base at its best sampler."""
+
+    def __init__(self, context: Context, wiring: Wiring, studio: Studio, sampler: SamplerConfig, base: Any):
+        self.context, self.config, self.wiring, self.studio = context, context.config, wiring, studio
+        self.sampler, self.base = sampler, base
+        self.fixed = fixed_program(studio)
+        self.clocked = clocked_program(studio, wiring.sampler, wiring.decide)
+
+    @functools.cached_property
+    def bench(self) -> Bench:
+        """Made when first needed: it reads the held-out pictures."""
+        return maskgit_task.bench_of(self.context)
+
+    def tuned(self, params: Any) -> System:
+        """The policy as a system; its setting is the speed dial, or the steps of a policy without a head."""
+        return clocked_system(self.studio, self.clocked, params, "tuned", f"tuned ({self.wiring.policy.kind})")
+
+    def settings(self) -> tuple[float, ...]:
+        """Settings of the tuned curve."""
+        s, policy = self.bench.settings, self.wiring.policy
+        if policy.kind == "adaptive":
+            return s.dials
+        return tuple(t for t in s.steps if policy.ticks % t == 0 and t <= policy.max_calls)
+
+    def evaluate(self, state: Any, step: int) -> tuple[dict, dict]:
+        """A glance at the average and at the raw parameters."""
+        policy = self.wiring.policy
+        setting = {"adaptive": 0.0, "fixed": policy.target_calls, "budget": min(policy.step_set)}[policy.kind]
+        values, picture = self.bench.glance(self.tuned(state.ema), setting)
+        raw, _ = self.bench.glance(self.tuned(state.params), setting)
+        return values | {f"raw/{name}": value for name, value in raw.items()}, {"samples/grid": picture}
+
+    def report(self, params: Any) -> None:
+        """Curves of base and tuned, T*, timing, figures, report.md."""
+        bench, config, policy = self.bench, self.config, self.wiring.policy
+        base = fixed_system(self.studio, self.fixed, self.base, self.sampler, "base", "base")
+        tuned = self.tuned(params)
+        base_points = bench.measure(base, bench.settings.steps)
+        tuned_points = bench.measure(tuned, self.settings())
+        found = curve.first_equal(tuned_points, base_points[-1:], bench.criteria())
+        timings = []
+        if bench.settings.timing_repeats:
+            chosen = found.best or min(found.table, key=lambda row: abs(row.calls_mean - bench.settings.reference / 3))
+            sizes = (self.studio.parallel.num_devices, bench.settings.batch_size)
+            timings = bench.time((base, bench.settings.reference), (tuned, chosen.setting), sizes)
+        findings = Findings(
+            title=f"Speed-RL-like tuning on {config.data.name}: {policy.kind}",
+            config=config.name,
+            points=[*base_points, *tuned_points],
+            reference=base_points[-1:],
+            criteria=bench.criteria(),
+            tuned="tuned",
+            goal=bench.settings.goal,
+            trained_on=tuple(f"{name} x {weight:g}" for name, weight in self.wiring.rewards.items()),
+            held_out=("the exact verifier", "prompts and pictures of the validation split"),
+            notes=NOTES[policy.kind],
+            timings=timings,
+        )
+        facts = {
+            "base sampler": f"Gumbel {self.sampler.gumbel:g}, guidance {self.sampler.guidance:g}, "
+            f"{self.sampler.schedule}, tuned on prompts of its own",
+            "policy sampler": f"Gumbel {policy.noise:g}, guidance {policy.guidance:g}",
+            "updates": f"{config.num_steps} of {config.batch_size} rollouts, seed {config.seed}",
         }
+        bench.write(findings, config.num_steps, facts)
 
-    def collect(self, state: Any, batch: dict, step: int) -> tuple[dict, credit.Credit, Any, dict]:
-        """Roll out, score and filter: (rollouts, credit, the filters' memory, shares rejected before and after).
 
-        All processes get all rows. Thresholds are those before the update, so that what is rolled out anew
-        changes nothing for the other groups; every group that was seen enters the history.
-        """
-        out = self._run(state, batch, step, 0)
-        result = self._credit(state.extra["credit"], step, out, batch)
-        memory = self._remember(state.extra["credit"], step, result, out, batch)
-        rejected = jax.device_get(result.rejected)
-        first = rejected.mean()
-        for attempt in range(1, self.config.resample.rounds + 1):
-            groups = np.flatnonzero(rejected)[: self.config.resample.groups]
-            if not len(groups):
-                break
-            out = self._resample(state, batch, step, attempt, groups, out)
-            result = self._credit(state.extra["credit"], step, out, batch)
-            anew = jax.device_put(np.isin(np.arange(len(rejected)), groups))
-            memory = self._remember(memory, step, result.replace(scored=result.scored & anew), out, batch)
-            rejected = jax.device_get(result.rejected)
-        return out, result, memory, {"rejected_first": float(first), "rejected": float(rejected.mean())}
+def build(context: Context) -> Task:
+    """Wire the stage: roll out, score and filter on the host, update."""
+    config, parallel = context.config, context.parallel
+    train = maskgit_task.dataset_of(context, "train")
+    wiring = Wiring(config, train.conditioning)
+    base = context.parents["maskgit"]
+    studio = maskgit_task.studio_of(context, wiring.sizes, wiring.null)
+    sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
+    frozen = {
+        "tokenizer": studio.tokenizer,
+        "judge": parallel.replicate(context.parents["judge"].params),
+        "reference": parallel.replicate(base.params),
+    }
+    rollouts = Rollouts(context, wiring, train, frozen, sampler)
+    update = parallel.update(wiring.update)
+    gallery = Gallery(context, wiring, studio, sampler, base.params)
 
-    def _remember(self, memory, step, result, out, batch):
-        reference = self._grouped(batch["reference"])[:, :1]
-        return self.remember(
-            memory, result, self._grouped(out["quality"]), reference, jax.device_put(np.int32(step))
-        )
+    def step(state, batch):
+        number = int(batch["index"][0]) // config.batch_size
+        out, result, memory, filtered = rollouts.collect(state, batch, number)
+        rows = parallel.rows(config.batch_size)
+        per_rollout = jax.device_get({"advantage": result.advantage, "keep": result.keep})
+        learn = {name: out[name] for name in RECORD} | {n: v.reshape(-1) for n, v in per_rollout.items()}
+        learn |= {name: batch[name] for name in ("cond", "prompt")}
+        learn |= {"round": np.full(config.batch_size, number, np.int32)}
+        learn = parallel.put({name: value[rows] for name, value in learn.items()})
+        statistics = rollouts.statistics(out, result, memory, filtered, batch)  # the update takes the memory
+        state = state.replace(extra={"credit": parallel.replicate(memory)})
+        state, metrics = update(state, frozen, learn)
+        return state, metrics | statistics
 
-    def _grouped(self, values: np.ndarray) -> Array:
-        return jax.device_put(np.asarray(values).reshape(self.wiring.groups, self.config.group))
-
-    def _credit(self, memory, step, out, batch):
-        return self.assign(
-            memory,
-            jax.device_put(np.int32(step)),
-            self._grouped(out["quality"]),
-            self._grouped(out["calls"]),
-            self._grouped(batch["reference"])[:, :1],
-        )
-
-    def _run(self, state, batch, step, attempt):
-        """Roll out a batch with the keys of an attempt; rows of all processes."""
-        size = len(batch["index"])
-        number = step * (self.config.resample.rounds + 1) + attempt
-        request = batch | {"round": np.full(size, number, np.int32)}
-        rows = self.parallel.rows(size)
-        mine = {name: value[rows] for name, value in request.items()}
-        return self.parallel.gather(self.program(state.params, self.frozen, mine))
-
-    def _resample(self, state, batch, step, attempt, groups, out):
-        """Roll the given groups out anew in a program of `resample.groups` groups, whatever their number."""
-        size = self.config.group
-        filled = np.resize(groups, self.config.resample.groups)
-        rows = (filled[:, None] * size + np.arange(size)).reshape(-1)
-        fresh = self._run(state, {name: value[rows] for name, value in batch.items()}, step, attempt)
-        out = {name: value.copy() for name, value in out.items()}
-        for name, value in out.items():
-            value[rows[: len(groups) * size]] = fresh[name][: len(groups) * size]
-        return out
+    return Task(
+        init=lambda key: parallel.init(wiring.init, key, base.params),
+        batch=rollouts.batch,
+        step=step,
+        evaluate=gallery.evaluate,
+        report=gallery.report,
+    )

@@ -40,4 +40,4 @@ class Task:
     batch: Callable[[int], Any]
     step: Callable[[TrainState, Any], tuple[TrainState, dict]]
     evaluate: Callable[[TrainState, int], tuple[dict[str, float], dict[str, np.ndarray]]]
-    report: Callable[[TrainState], None] | None = None
+    report: Callable[[Any], None] | None = None  # from the moving average of the parameters

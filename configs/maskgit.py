@@ -1,0 +1,74 @@
+"""Base generator: MaskGIT on the embedded sets.
+
+python -m maskrl_jax.main --config=configs/maskgit.py          # shapes with captions, minutes on two cores
+python -m maskrl_jax.main --config=configs/maskgit.py:full     # trained longer, about half an hour
+python -m maskrl_jax.main --config=configs/maskgit.py:digits   # handwritten digits by class
+"""
+
+from configs import judge, sizes, tokenizer
+
+STEPS = {"": 3000, "full": 9000, "smoke": 40, "digits": 2500, "digits-smoke": 40}
+
+
+def get_config(arg: str = ""):
+    """Sizes: default, `full`, `smoke`; `digits` for the class-conditioned set."""
+    steps = STEPS[sizes.check(arg, tuple(STEPS))]
+    digits, smoke = arg.startswith("digits"), arg.endswith("smoke")
+    parent = "-".join(["digits"] * digits + ["smoke"] * smoke)
+    return sizes.run(
+        "maskgit",
+        "configs/maskgit.py" + (f":{arg}" if arg else ""),
+        num_steps=steps,
+        batch_size=32,
+        cond_drop=0.1,
+        parents={"tokenizer": tokenizer.get_config(parent), "judge": judge.get_config(parent)},
+        init={"tokenizer": "", "judge": ""},
+        data={"name": "digits" if digits else "shapes", "text_length": 8},
+        model={"width": 128, "depth": 4, "heads": 4, "mlp_width": 512},
+        optimizer={
+            "name": "muon",
+            "learning_rate": 3e-3,
+            "muon_learning_rate": 0.02,
+            "warmup_steps": min(50, steps // 4),
+            "decay": "linear",
+            "decay_steps": steps,
+            "ema_decay": 0.998,
+        },
+        sampler={
+            "mode": "confidence",
+            "num_steps": 16,
+            "max_steps": 16,
+            "schedule": "cosine",
+            "gumbel": 4.0,
+            "temperature": 1.0,
+            "guidance": 2.0,
+            "guidance_schedule": "constant",
+        },
+        evaluation=evaluation(smoke),
+    )
+
+
+def evaluation(smoke: bool = False) -> dict:
+    """How much a base model's report measures."""
+    if smoke:
+        return {
+            "prompts": 8,
+            "group": 2,
+            "batch_size": 16,
+            "steps": (4, 16),
+            "glance_prompts": 8,
+            "tune_prompts": 8,
+            "tune_gumbel": (4.0,),
+            "tune_guidance": (1.0,),
+            "timing_repeats": 1,
+            "keep": 4,
+        }
+    return {
+        "prompts": 128,
+        "group": 2,
+        "batch_size": 128,
+        "steps": (2, 4, 6, 8, 12, 16),
+        "tune_prompts": 64,
+        "tune_gumbel": (2.0, 5.0, 10.0),
+        "tune_guidance": (1.0, 1.7),
+    }

@@ -1,0 +1,150 @@
+"""Speed-RL-like tuning of the embedded base: fewer network calls at equal quality.
+
+python -m maskrl_jax.main --config=configs/speed_rl.py         # at most 15 minutes on two cores, parents included
+python -m maskrl_jax.main --config=configs/speed_rl.py:full    # carries the claims
+python -m maskrl_jax.main --config=configs/speed_rl.py:smoke   # 90 seconds: does everything run?
+python -m maskrl_jax.main --config=configs/speed_rl.py:meissonic --dry_run=v5e:4x4   # published scale, compile only
+
+The numbers are our choice; the paper's are not public (specs: "not published").
+"""
+
+from configs import maskgit, sizes
+
+STEPS = {"": 120, "full": 400, "smoke": 3, "meissonic": 1200}
+
+
+def get_config(arg: str = ""):
+    """Sizes: default, `full`, `smoke`; `meissonic` holds the published-scale settings."""
+    sizes.check(arg, tuple(STEPS))
+    return published_scale() if arg == "meissonic" else embedded(arg)
+
+
+def embedded(arg: str):
+    """The embedded task: T_ref 16, at most 16 calls."""
+    smoke, steps = arg == "smoke", STEPS[arg]
+    base = maskgit.get_config({"": "", "full": "full", "smoke": "smoke"}[arg])
+    return sizes.run(
+        "speed_rl",
+        "configs/speed_rl.py" + (f":{arg}" if arg else ""),
+        num_steps=steps,
+        batch_size=8 if smoke else 96,  # rollouts of an update
+        group=4 if smoke else 8,  # rollouts of a prompt
+        micro_batch=8 if smoke else 32,
+        inner_updates=1,
+        reference_samples=1,
+        log_every=1 if smoke else 2,
+        save_every=20,
+        parents={"tokenizer": base.parents.tokenizer, "judge": base.parents.judge, "maskgit": base},
+        init={"tokenizer": "", "judge": "", "maskgit": ""},
+        data={"name": "shapes", "text_length": 8},
+        model={},
+        rewards={"judge": 1.0},
+        policy={
+            "kind": "adaptive",
+            "action": "stride",
+            "ticks": 960,
+            "max_calls": 16,
+            "noise": 5.0,
+            "divisors": (16, 12, 10, 8, 6, 5, 4, 3, 2, 1),
+            "centre": 6.0,
+            "width": 0.4,
+            "stickiness": 3.0,
+            "target_calls": 5,
+            "step_set": (4, 6, 8, 12),
+            "levels": 4,
+            "temperature": 1.0,
+            "guidance": 1.7,
+            "guidance_schedule": "constant",
+        },
+        credit={
+            "min_calls": 2,
+            "speed": "schedule",
+            "lambda_value": 1.0,
+            "lambda_zero_until": steps // 8,
+            "lambda_full_at": steps // 2,
+            "gate": "hard",
+            "gate_margin": 0.5,
+            "low_quality": "drop",
+            "low_quality_factor": 3.0,
+            "percentile": 10.0,
+            "history": 1000,
+            "history_min": 64,
+        },
+        resample={"rounds": 1, "groups": 1},
+        loss={
+            "tokens": {
+                "likelihood": "transition",
+                "distribution": "guided_sg",
+                "kl": "forward",
+                "clip_low": 0.1,
+                "clip_high": 0.2,
+                "chunk": 512,
+            },
+            "kl_coefficient": 0.01,
+            "head_entropy": (3e-3, 3e-4),
+            "per_rollout_mean": False,
+        },
+        optimizer={
+            "name": "muon",
+            "learning_rate": 3e-4,
+            "muon_learning_rate": 2e-3,
+            "b1": 0.9,
+            "b2": 0.95,
+            "warmup_steps": min(5, steps // 2),
+            "ema_decay": 0.95,
+            "rates": (("^head", 3.0),),
+        },
+        evaluation=evaluation(arg),
+    )
+
+
+def evaluation(arg: str) -> dict:
+    """How much the report measures."""
+    if arg == "smoke":
+        return {**maskgit.evaluation(smoke=True), "dials": (0.0,)}
+    return {
+        **maskgit.evaluation(),
+        "prompts": 512 if arg == "full" else 128,
+        "group": 4 if arg == "full" else 2,
+        "dials": (-1.0, 0.0, 1.0),
+        "glance_prompts": 32,
+    }
+
+
+def published_scale():
+    """Meissonic's sizes and the specification's starting points; serves --dry_run until its weights load."""
+    config = embedded("full")
+    config.name = "configs/speed_rl.py:meissonic"
+    config.num_steps = STEPS["meissonic"]
+    config.batch_size, config.group, config.micro_batch = 128, 8, 1
+    config.parallel = "sharded"
+    config.log_every, config.save_every = 1, 50
+    config.reference_samples = 2
+    config.data.text_length = 77
+    base = config.parents.maskgit
+    for tokenizer in (config.parents.tokenizer, base.parents.tokenizer):
+        tokenizer.model.update({"image_size": 1024, "patch": 16, "codebook_size": 8192, "code_width": 64})
+    for judge in (config.parents.judge, base.parents.judge):
+        judge.data.image_size, judge.model.patch = 1024, 128
+    base.data.text_length = 77
+    base.model.update({"width": 1024, "depth": 76, "heads": 16, "mlp_width": 4096})
+    base.model.dtype, base.model.remat, base.model.conv_stem = "bfloat16", True, False
+    base.sampler.num_steps = base.sampler.max_steps = 48
+    config.policy.update(
+        {
+            "max_calls": 24,
+            "noise": 2.0,
+            "divisors": (24, 20, 16, 12, 10, 8, 6, 4, 3, 2, 1),
+            "centre": 16.0,
+            "stickiness": 4.0,
+            "target_calls": 8,
+            "step_set": (6, 8, 12, 16),
+            "guidance": 5.0,
+        }
+    )
+    config.credit.update({"min_calls": 4, "lambda_zero_until": 50, "lambda_full_at": 250})
+    config.resample.rounds, config.resample.groups = 2, 16
+    config.optimizer.update({"name": "adamw", "learning_rate": 2e-6, "warmup_steps": 50, "ema_decay": 0.995})
+    config.optimizer.rates = (("^head", 150.0),)  # 3e-4 for the head
+    config.evaluation.update({"steps": (4, 6, 8, 12, 16, 24, 32, 48), "batch_size": 32})
+    return config

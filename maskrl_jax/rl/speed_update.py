@@ -1,0 +1,208 @@
+"""The gradient of Speed-RL's loss from recorded rollouts (specs/speed_rl.md section 5; our choice)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maskrl_jax.keys import MASKS, sample_keys
+from maskrl_jax.rl import surrogate
+from maskrl_jax.rl.pairs import accumulate
+from maskrl_jax.rl.policy import Head, Policy
+from maskrl_jax.rl.token_terms import Calls, Model, TokenLoss, token_terms
+from maskrl_jax.sampling import adaptive
+from maskrl_jax.sampling.draws import commit_top
+
+Array = jax.Array
+RECORD = tuple(adaptive.Record.__dataclass_fields__)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedUpdate:
+    """Static parts of an update.
+
+    A batch holds the record's fields and, per rollout, cond, advantage [B], keep [B] (omega), prompt [B]
+    and round [B] int32 (the same for all: the update's number).
+    """
+
+    policy: Policy
+    head: Head
+    tokens: TokenLoss
+    model: Model
+    num_tokens: int
+    mask_id: int
+    seed: int
+    micro_batch: int  # network calls a device scores at a time
+    kl_coefficient: float = 0.01
+    per_rollout_mean: bool = False
+
+    @property
+    def sampler(self) -> adaptive.AdaptiveConfig:
+        """The sampler that rollouts of this update come from."""
+        return self.policy.sampler(self.num_tokens, keep_predictions=self.tokens.likelihood == "all")
+
+    def gradients(
+        self, params: Any, old: Any, reference: Any, batch: dict, entropy_coefficient: Array, axis: Any
+    ) -> tuple[Any, dict]:
+        """Gradient of the loss over the whole batch, and metrics as (sum, weight), both all-reduced.
+
+        `params` and `old` are {"model", "head"}; `old` is None where they are the behaviour's own.
+        """
+        record = adaptive.Record(**{name: batch[name] for name in RECORD})
+        budget = self.policy.kind == "budget"
+        valid, build = self._budget_calls(batch) if budget else self._policy_calls(record, batch)
+        # The last call of the threshold action is forced, no decision.
+        last = self.policy.max_calls - (self.policy.action == "threshold")
+        decisions = jnp.minimum(record.calls, last).sum().astype(jnp.float32)
+        counts = (batch["keep"].sum(), jnp.float32(len(batch["keep"])), decisions)
+        totals = surrogate.Normalisers(*axis.all_reduce(counts))
+
+        def loss(params, pair, real):
+            row, calls, floor = build(pair, real)
+            calls, floor = axis.split((calls, floor))
+            sums, error, drawn = token_terms(
+                self.tokens, self.model, params["model"], old and old["model"], reference, calls
+            )
+            decision, head_entropy = self._decision_terms(params["head"], old, record, batch, row, pair, real)
+            terms = surrogate.Terms(sums.token, decision, sums.kl, head_entropy)
+            total = surrogate.policy_loss(
+                terms, totals, kl_coefficient=self.kl_coefficient, entropy_coefficient=entropy_coefficient
+            )
+            gap = jnp.abs(jnp.where(calls.committed, drawn, jnp.inf).min(-1) - floor)
+            seen = (real & calls.committed.any(-1)).astype(jnp.float32)
+            stats = {
+                "kl": sums.kl,
+                "clip": sums.clip,
+                "entropy": sums.entropy,
+                "head_entropy": head_entropy,
+                "gap": (jnp.where(seen > 0, gap, 0.0).sum(), seen.sum()),
+            }
+            return total, (stats, error)
+
+        def part(pair, real):
+            grads, (stats, error) = jax.grad(loss, has_aux=True)(params, pair, real)
+            return (grads, stats), error
+
+        (grads, stats), error = accumulate(part, valid, self.micro_batch * axis.size)
+        grads, stats = axis.all_reduce((grads, stats))
+        metrics = {
+            "rl/kl": (stats["kl"], totals.rollouts),
+            "rl/clip_frac": stats["clip"],
+            "rl/entropy": stats["entropy"],
+            "rl/head_entropy": (stats["head_entropy"], totals.decisions),
+            # The largest of a device, averaged over devices: the all-reduce has no maximum.
+            "rl/ratio_max_err": axis.all_reduce((error, jnp.float32(1))),
+        }
+        # A surrogate likelihood has no sampler to agree with.
+        return grads, metrics if budget else metrics | {"rl/sampler_gap": stats["gap"]}
+
+    def _policy_calls(self, record: adaptive.Record, batch: dict):
+        """Pairs of `adaptive` and `fixed`: every call that a rollout made."""
+        length, num_tokens = self.policy.max_calls, self.num_tokens
+        valid = jnp.arange(length)[None] < record.calls[:, None]
+
+        def build(pair, real):
+            row, call = pair // length, pair % length
+            ids = record.ids[row]
+            committed = (record.commit_step[row] == call[:, None]) & real[:, None]
+            remasked = (record.commit_step[row] > call[:, None]) & real[:, None]
+            if self.tokens.likelihood == "all":
+                ids = record.predictions[row, call].astype(jnp.int32)
+            weights = surrogate.term_weights(
+                record.calls[row],
+                num_tokens=num_tokens,
+                max_calls=length,
+                per_rollout_mean=self.per_rollout_mean,
+            )
+            keep = batch["keep"][row] * real
+            exact = self.tokens.likelihood == "hard" and self.policy.action == "stride"
+            tick = record.tick[row, call]
+            calls = Calls(
+                inputs=jnp.where(record.commit_step[row] < call[:, None], record.ids[row], self.mask_id),
+                timestep=jnp.asarray(self.sampler.clock.timestep)[tick],
+                cond=batch["cond"][row],
+                ids=ids,
+                committed=committed,
+                remasked=remasked,
+                z_star=(record.log_floor if exact else record.z_star)[row, call],
+                tau=jnp.asarray(self.sampler.clock.noise)[tick] * (self.policy.action == "stride"),
+                scale=adaptive.guidance_at(self.sampler, tick),
+                advantage=batch["advantage"][row],
+                token_weight=(keep * weights.token)[:, None] * jnp.ones((1, num_tokens)),
+                kl_weight=surrogate.kl_weight(committed | remasked, record.calls[row]) * real[:, None],
+            )
+            return row, calls, record.log_floor[row, call]
+
+        return valid, build
+
+    def _budget_calls(self, batch: dict):
+        """Pairs of `budget`: mask levels of the final image, the same for all rollouts of a prompt.
+
+        This likelihood is not the behaviour's (specs/speed_rl.md 4.3): a surrogate, on the conditional
+        branch of randomly masked images.
+        """
+        levels, num_tokens = self.policy.levels, self.num_tokens
+        clock = self.sampler.clock
+        keys_B = sample_keys(self.seed, MASKS, batch["round"][0], batch["prompt"])
+        valid = jnp.ones((len(batch["prompt"]), levels), bool)
+
+        def build(pair, real):
+            row, level = pair // levels, pair % levels
+            keys = jax.vmap(jax.random.fold_in)(keys_B[row], level)
+            place = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(keys)
+            share = (level + place) / levels
+            score = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), (num_tokens,)))(keys)
+            count = jnp.clip(jnp.ceil(num_tokens * jnp.cos(jnp.pi / 2 * share)), 1, num_tokens).astype(jnp.int32)
+            masked = commit_top(score, jnp.ones(score.shape, bool), count) & real[:, None]
+            tick = jnp.minimum(share * clock.ticks, clock.ticks - 1).astype(jnp.int32)
+            ids, zero = batch["ids"][row], jnp.zeros(row.shape)
+            calls = Calls(
+                inputs=jnp.where(masked, self.mask_id, ids),
+                timestep=jnp.asarray(clock.timestep)[tick],
+                cond=batch["cond"][row],
+                ids=ids,
+                committed=masked,
+                remasked=jnp.zeros(masked.shape, bool),
+                z_star=zero,
+                tau=zero,
+                scale=zero + 1,
+                advantage=batch["advantage"][row],
+                token_weight=surrogate.budget_weight(masked, levels) * (batch["keep"][row] * real)[:, None],
+                kl_weight=surrogate.budget_weight(masked, levels) * real[:, None],
+            )
+            return row, calls, zero
+
+        return valid, build
+
+    def _decision_terms(self, head: Any, old: Any, record: adaptive.Record, batch: dict, row, pair, real):
+        """(clipped objective, entropy) of the decisions of a micro-batch, summed."""
+        if self.policy.kind != "adaptive":
+            return jnp.float32(0), jnp.float32(0)
+        call = pair % self.policy.max_calls
+        # The last call of the threshold action is forced: no decision, so no term.
+        free = real & ((call < self.policy.max_calls - 1) | (self.policy.action == "stride"))
+        seen = (
+            record.features[row, call],
+            record.decision[row, jnp.maximum(call - 1, 0)],
+            record.decision[row, call],
+            record.action[row, call],
+            call == 0,
+        )
+        logp, entropy = self.head.score(head, *seen)
+        before = logp if old is None else self.head.score(old["head"], *seen)[0]
+        weights = surrogate.term_weights(
+            record.calls[row],
+            num_tokens=self.num_tokens,
+            max_calls=self.policy.max_calls,
+            per_rollout_mean=self.per_rollout_mean,
+        )
+        total, _ = surrogate.clipped_surrogate(
+            logp,
+            before,
+            batch["advantage"][row],
+            batch["keep"][row] * free * weights.decision,
+            low=self.tokens.clip_low,
+            high=self.tokens.clip_high,
+        )
+        return total, jnp.where(free, entropy, 0.0).sum()

@@ -1,0 +1,174 @@
+"""Rollouts of reinforcement-learning stages: requests, filters with resampling, and the base's reference quality."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from maskrl_jax.data.batches import batch_at
+from maskrl_jax.rewards import judge as judge_reward
+from maskrl_jax.rl import credit
+from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
+from maskrl_jax.tasks.task import Context
+
+Array = jax.Array
+
+
+class Rollouts:
+    """Rollouts of a batch of prompts with their advantages; rejected groups are rolled out anew."""
+
+    def __init__(self, context: Context, wiring: Any, train: Any, frozen: Any, sampler: SamplerConfig):
+        self.config, self.parallel, self.wiring = context.config, context.parallel, wiring
+        self.train, self.frozen = train, frozen
+        # Prompts repeat: the reference quality is known per distinct condition.
+        quality = reference_quality(context, wiring, train, frozen, sampler)
+        self.reference_of = dict(zip(distinct(train)[1], quality, strict=True))
+        self.program = context.parallel.map(wiring.rollout)
+        self.assign = jax.jit(functools.partial(credit.assign, wiring.credit))
+        self.remember = jax.jit(functools.partial(credit.remember, wiring.credit))
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """Rollout requests of an update, all processes' rows; a pure function of the step."""
+        config, wiring = self.config, self.wiring
+        prompts = batch_at(self.train, step, wiring.groups, slice(0, wiring.groups), config.seed)
+        cond = prompts["cond"]
+        texts = self.train.describe(cond)
+        target = judge_reward.targets(wiring.judge_sizes.kind, cond, texts)
+        reference = np.asarray([self.reference_of[c.tobytes()] for c in cond], np.float32)
+        rows = {"cond": cond, "target": target, "prompt": prompts["index"], "reference": reference}
+        rows = {name: value.repeat(config.group, axis=0) for name, value in rows.items()}
+        place = np.arange(config.batch_size, dtype=np.int32)
+        steps = wiring.policy.steps() if wiring.policy.kind != "adaptive" else (1,)
+        return rows | {
+            "index": (step * config.batch_size + place).astype(np.int32),
+            "jump": (wiring.policy.ticks // np.asarray(steps, np.int32))[place % len(steps)],
+        }
+
+    def collect(self, state: Any, batch: dict, step: int) -> tuple[dict, credit.Credit, Any, dict]:
+        """Roll out, score and filter: (rollouts, credit, the filters' memory, shares rejected before and after).
+
+        All processes get all rows. Thresholds are those before the update, so that what is rolled out anew
+        changes nothing for the other groups; every group that was seen enters the history.
+        """
+        before = jax.device_put(jax.device_get(state.extra["credit"]))
+        out = self._run(state, batch, step, 0)
+        result = self._credit(before, step, out, batch)
+        memory = self._remember(before, step, result, out, batch)
+        rejected = jax.device_get(result.rejected)
+        first = rejected.mean()
+        for attempt in range(1, self.config.resample.rounds + 1):
+            groups = np.flatnonzero(rejected)[: self.config.resample.groups]
+            if not len(groups):
+                break
+            out = self._resample(state, batch, step, attempt, groups, out)
+            result = self._credit(before, step, out, batch)
+            anew = jax.device_put(np.isin(np.arange(len(rejected)), groups))
+            memory = self._remember(memory, step, result.replace(scored=result.scored & anew), out, batch)
+            rejected = jax.device_get(result.rejected)
+        return out, result, memory, {"rejected_first": float(first), "rejected": float(rejected.mean())}
+
+    def _remember(self, memory, step, result, out, batch):
+        quality, reference = self._grouped(out["quality"]), self._reference(batch)
+        return self.remember(memory, result, quality, reference, jax.device_put(np.int32(step)))
+
+    def _credit(self, memory, step, out, batch):
+        grouped = (self._grouped(out["quality"]), self._grouped(out["calls"]), self._reference(batch))
+        return self.assign(memory, jax.device_put(np.int32(step)), *grouped)
+
+    def _grouped(self, values: np.ndarray) -> Array:
+        return jax.device_put(np.reshape(values, (self.wiring.groups, self.config.group)))
+
+    def _reference(self, batch: dict) -> Array:
+        return jax.device_put(batch["reference"].reshape(self.wiring.groups, -1)[:, :1])
+
+    def _run(self, state, batch, step, attempt):
+        """Roll out a batch with the keys of an attempt; rows of all processes."""
+        size = len(batch["index"])
+        number = step * (self.config.resample.rounds + 1) + attempt
+        request = batch | {"round": np.full(size, number, np.int32)}
+        rows = self.parallel.rows(size)
+        mine = {name: value[rows] for name, value in request.items()}
+        return self.parallel.gather(self.program(state.params, self.frozen, mine))
+
+    def _resample(self, state, batch, step, attempt, groups, out):
+        """Roll the given groups out anew in a program of `resample.groups` groups, whatever their number."""
+        size = self.config.group
+        filled = np.resize(groups, self.config.resample.groups)
+        rows = (filled[:, None] * size + np.arange(size)).reshape(-1)
+        fresh = self._run(state, {name: value[rows] for name, value in batch.items()}, step, attempt)
+        out = {name: value.copy() for name, value in out.items()}
+        for name, value in out.items():
+            value[rows[: len(groups) * size]] = fresh[name][: len(groups) * size]
+        return out
+
+    def statistics(self, out: dict, result: credit.Credit, memory: Any, filtered: dict, batch: dict) -> dict:
+        """Numbers of a batch of rollouts for the logs; the exact verifier is read, never trained on."""
+        result, memory = jax.device_get((result, memory))
+        calls, quality = out["calls"], out["quality"]
+        values = {
+            "reward/quality": np.nanmean(quality),
+            "reward/speed": result.speed.mean(),
+            "reward/total": result.reward.mean(),
+            "reward/gate": result.gate.mean(),
+            "reward/surplus": np.nanmean(quality - batch["reference"]),
+            "reward/sigma": memory.sigma,
+            "sampling/calls": calls.mean(),
+            "sampling/calls_sd": calls.std(),
+            "sampling/calls_max": calls.max(),
+            "rl/speed_weight": result.speed_weight,
+            "rl/adv_std": result.advantage.std(),
+            "rl/zero_std_ratio": (result.std == 0).mean(),
+            "rl/rejected": filtered["rejected"],
+            "rl/rejected_first": filtered["rejected_first"],
+            "rl/dropped": result.dropped.mean(),
+        }
+        if self.train.verify is not None:
+            verdict = self.train.verify(out["images"], self.train.describe(batch["cond"]))
+            values |= {f"reward_heldout/{name}": verdict[name].mean() for name in ("graded", "strict", "coherence")}
+        return {name: float(value) for name, value in values.items()}
+
+
+def distinct(train: Any) -> tuple[np.ndarray, list[bytes]]:
+    """Conditions of a split without repeats, and the bytes by which each is found again."""
+    cond = np.unique(train.columns["cond"], axis=0)
+    return cond, [row.tobytes() for row in cond]
+
+
+def reference_quality(context: Context, wiring: Any, train: Any, frozen: Any, sampler: SamplerConfig) -> np.ndarray:
+    """Mean quality of the base at T_ref on every distinct prompt, float32, kept in the workdir.
+
+    It gates the speed reward and bounds low quality (specs/speed_rl.md 4.5).
+    """
+    path = pathlib.Path(context.workdir, "reference.npz")
+    cond, _ = distinct(train)
+    repeats = context.config.reference_samples
+    stamp = f"{sampler} {repeats} {sorted(wiring.rewards.items())}"
+    if path.exists():
+        stored = np.load(path)
+        if str(stored["stamp"]) == stamp and len(stored["quality"]) == len(cond):
+            return stored["quality"]
+    program = context.parallel.map(wiring.reference)
+    plan = frozen | {"plan": make_plan(sampler, wiring.sizes.num_tokens)}
+    size, total = context.config.evaluation.batch_size, len(cond) * repeats
+    target = judge_reward.targets(wiring.judge_sizes.kind, cond, train.describe(cond))
+    rows, quality = context.parallel.rows(size), []
+    for start in range(0, total, size):
+        place = np.arange(start, start + size)
+        pick = np.minimum(place, total - 1) % len(cond)
+        batch = {
+            "cond": cond[pick],
+            "target": target[pick],
+            "index": place.astype(np.int32),
+            "round": np.full(size, context.config.seed, np.int32),
+        }
+        mine = {name: value[rows] for name, value in batch.items()}
+        quality.append(context.parallel.gather(program(frozen["reference"], plan, mine))["quality"])
+    means = np.concatenate(quality)[:total].reshape(repeats, len(cond)).mean(0)
+    if jax.process_index() == 0:
+        # By rename: a kill half-way must not leave half a file.
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            np.savez(file, quality=means, stamp=stamp)
+        path.with_suffix(".tmp").replace(path)
+    return means
