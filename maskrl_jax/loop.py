@@ -65,9 +65,7 @@ def _run(task, config, checkpoints, writer, stop, state, start, evaluated):
                 log.flush()
                 checkpoints.save(step, state)
             if stopped:
-                print(
-                    f"{config.task}: stopped by a signal at step {step}; run it again to resume", flush=True
-                )
+                print(f"{config.task}: stopped by a signal at step {step}; run it again to resume", flush=True)
                 raise SystemExit(128 + stopped)
             if step == config.num_steps:
                 return state

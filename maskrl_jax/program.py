@@ -60,9 +60,7 @@ def _sums(found) -> dict[str, Traffic]:
     sums = collections.defaultdict(Traffic)
     for times, (kind, size, group) in found:
         old, sent = sums[kind], roofline.wire_bytes(kind, size, group)
-        sums[kind] = Traffic(
-            old.count + times, old.tensor_bytes + times * size, old.wire_bytes + times * sent
-        )
+        sums[kind] = Traffic(old.count + times, old.tensor_bytes + times * size, old.wire_bytes + times * sent)
     return {kind: traffic for kind, traffic in sums.items() if traffic.count}
 
 

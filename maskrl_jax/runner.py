@@ -178,21 +178,15 @@ def _is_done(config, workdir):
     changes = _changes(config, workdir)
     broken = [line for key, line in changes.items() if key.split(".")[0] in ARCHITECTURE]
     if broken:
-        raise UserError(
-            f"{workdir} was begun with another config: {'; '.join(broken)}; use another --workdir"
-        )
+        raise UserError(f"{workdir} was begun with another config: {'; '.join(broken)}; use another --workdir")
     complete = _done_step(workdir)
     if complete is None or complete < config.num_steps:
         return False
     if complete > config.num_steps:
-        raise UserError(
-            f"{workdir} is at step {complete}, num_steps is {config.num_steps}; use another --workdir"
-        )
+        raise UserError(f"{workdir} is at step {complete}, num_steps is {config.num_steps}; use another --workdir")
     other = [line for key, line in changes.items() if key.split(".")[0] not in NEUTRAL]
     if other:
-        raise UserError(
-            f"{workdir} is finished with another config: {'; '.join(other)}; use another --workdir"
-        )
+        raise UserError(f"{workdir} is finished with another config: {'; '.join(other)}; use another --workdir")
     return True
 
 

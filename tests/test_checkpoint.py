@@ -65,9 +65,7 @@ def test_a_parent_is_read_as_its_moving_average(tmp_path):
 
 def test_a_parent_without_extra_state_has_an_empty_one(tmp_path):
     with opened(tmp_path) as (checkpoints, parallel):
-        checkpoints.save(
-            1, parallel.init(lambda key: train_state.create({"w": jnp.ones(2)}, TX), jax.random.key(0))
-        )
+        checkpoints.save(1, parallel.init(lambda key: train_state.create({"w": jnp.ones(2)}, TX), jax.random.key(0)))
     assert load_params(str(tmp_path))[1] == {}
 
 

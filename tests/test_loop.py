@@ -62,9 +62,7 @@ def test_resume_equals_a_straight_run_bit_for_bit(tmp_path, stop_at):
     assert int(arrays(tmp_path / "resumed")["step"]) == stop_at // 2 * 2
     run(tmp_path / "resumed")
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "resumed"), arrays(tmp_path / "straight"))
-    steps = [
-        [line["step"] for line in read_metrics(str(tmp_path / name))] for name in ("straight", "resumed")
-    ]
+    steps = [[line["step"] for line in read_metrics(str(tmp_path / name))] for name in ("straight", "resumed")]
     assert steps[0] == steps[1] == [2, 4, 6, 6]
 
 
@@ -104,9 +102,7 @@ def test_evaluation_comes_before_save_before_batch_before_step(tmp_path, monkeyp
 
             return noted
 
-        return dataclasses.replace(
-            task, step=noting("step", task.step), evaluate=noting("evaluate", task.evaluate)
-        )
+        return dataclasses.replace(task, step=noting("step", task.step), evaluate=noting("evaluate", task.evaluate))
 
     save = loop.Checkpoints.save
     monkeypatch.setattr(
@@ -137,9 +133,7 @@ def test_a_report_is_written_with_the_last_state(tmp_path):
 
 
 def test_means_divide_sums_by_weights_once():
-    means = loop._means(
-        [{"a": (2.0, 1.0), "b": 1.0, "c": (0.0, 0.0)}, {"a": (4.0, 3.0), "b": 2.0, "c": (0.0, 0.0)}]
-    )
+    means = loop._means([{"a": (2.0, 1.0), "b": 1.0, "c": (0.0, 0.0)}, {"a": (4.0, 3.0), "b": 2.0, "c": (0.0, 0.0)}])
     assert means == {"a": 1.5, "b": 1.5}
 
 

@@ -61,9 +61,7 @@ def test_importing_starts_no_device_and_no_tensorflow():
 
 
 def test_sigterm_saves_and_exits_143_and_the_same_command_resumes(tmp_path):
-    arguments = toy(
-        tmp_path, "a", "--config.num_steps=30", "--config.data.slow=0.1", "--config.save_every=1000"
-    )
+    arguments = toy(tmp_path, "a", "--config.num_steps=30", "--config.data.slow=0.1", "--config.save_every=1000")
     process = start(*arguments)
     while not (tmp_path / "a" / "metrics.jsonl").exists():  # written at step 2
         assert process.poll() is None

@@ -62,9 +62,7 @@ def test_mean_gradients_divide_by_the_weight_of_all_devices(strategy):
         return mean_gradients((batch["w"] * batch["g"]).sum(), batch["w"].sum(), axis), {}
 
     weight = np.array([0, 0, 0, 0, 0, 0, 1, 3], np.float32)
-    mean, _ = parallel.update(update)(
-        parallel.replicate(jnp.zeros(())), {}, {"w": weight, "g": np.arange(8.0)}
-    )
+    mean, _ = parallel.update(update)(parallel.replicate(jnp.zeros(())), {}, {"w": weight, "g": np.arange(8.0)})
     assert float(mean) == (6 + 21) / 4
 
 

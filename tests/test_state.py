@@ -16,15 +16,11 @@ PARAMS = {
 
 
 def updated(grads=None, steps=1, ema_decay=0.5, **settings):
-    tx = train_state.make_optimizer(
-        OptimizerConfig(**{"name": "sgd", "b1": 0.0, "clip_norm": 0.0, **settings})
-    )
+    tx = train_state.make_optimizer(OptimizerConfig(**{"name": "sgd", "b1": 0.0, "clip_norm": 0.0, **settings}))
     state = train_state.create(jax.tree.map(jnp.copy, PARAMS), tx, {"n": jnp.zeros(())})
     grads = jax.tree.map(jnp.ones_like, PARAMS) if grads is None else grads
     apply = jax.jit(
-        lambda s: train_state.apply_gradients(
-            s, grads, tx, ema_decay=ema_decay, extra={"n": s.extra["n"] + 1}
-        )
+        lambda s: train_state.apply_gradients(s, grads, tx, ema_decay=ema_decay, extra={"n": s.extra["n"] + 1})
     )
     for _ in range(steps):
         state, info = apply(state)

@@ -17,9 +17,7 @@ NUM_COLOURS = len(COLOUR_RGB)
 FOREIGN = NUM_COLOURS  # colour of what is none of the palette's
 FIRST_TONE = NUM_COLOURS + 1
 UNKNOWN = -1  # shape of what fits no template
-SIDES = np.array(
-    [[[0] * 3] * 3, [[0, 1, 0], [1, 1, 1], [0, 1, 0]], [[0] * 3] * 3], bool
-)  # not across pictures
+SIDES = np.array([[[0] * 3] * 3, [[0, 1, 0], [1, 1, 1], [0, 1, 0]], [[0] * 3] * 3], bool)  # not across pictures
 
 
 class Objects(NamedTuple):

@@ -65,9 +65,7 @@ def square(encoded: bytes, size: int) -> np.ndarray:
     try:
         picture = Image.open(io.BytesIO(encoded)).convert("RGB")
     except UnidentifiedImageError:
-        raise UserError(
-            "a picture of the set is unreadable; remove the set from data_dir and repeat"
-        ) from None
+        raise UserError("a picture of the set is unreadable; remove the set from data_dir and repeat") from None
     side = min(picture.size)
     left, top = ((length - side) // 2 for length in picture.size)
     middle = picture.crop((left, top, left + side, top + side))  # first: resize(box=...) reads beyond the box
@@ -86,9 +84,7 @@ def _builder(name: str, data_dir: str | None):
     except tfds.core.registered.DatasetNotFoundError:
         raise UserError(f"unknown data set {name!r}; use shapes, digits or a TFDS image set") from None
     except ValueError as error:  # such as a copy of the set on disk in another file format
-        raise UserError(
-            f"cannot open TFDS set {name!r} in {data_dir} ({error}); use another data_dir"
-        ) from None
+        raise UserError(f"cannot open TFDS set {name!r} in {data_dir} ({error}); use another data_dir") from None
 
 
 def _features(features, name: str) -> tuple[str, str]:

@@ -66,9 +66,7 @@ def _bounds(replicates: np.ndarray) -> tuple[float, float]:
 def mean_interval(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """Return the mean of [P] or [S, P] values with percentile bounds."""
     values_SP = _as_seeds_by_prompts(values)
-    return Interval(
-        float(values_SP.mean()), *_bounds(replicate_means(values_SP, seed=seed, resamples=resamples))
-    )
+    return Interval(float(values_SP.mean()), *_bounds(replicate_means(values_SP, seed=seed, resamples=resamples)))
 
 
 def paired_difference(tuned: np.ndarray, reference: np.ndarray, *, seed: int = 0) -> Interval:

@@ -93,9 +93,7 @@ def interval_over_seeds(points: Sequence[Point], metric: str) -> Interval | None
     if metric in ("frechet", "precision", "recall"):
         values = [getattr(point, metric) for point in points]
         return Interval(float(np.mean(values)), min(values), max(values))
-    if any(
-        point.diversity is None if metric == "diversity" else metric not in point.metrics for point in points
-    ):
+    if any(point.diversity is None if metric == "diversity" else metric not in point.metrics for point in points):
         return None
     return bootstrap.mean_interval(np.stack([point.per_prompt(metric) for point in points]))
 
@@ -126,9 +124,7 @@ def _unmet(criteria, differences, frechet_ratio, diversity_ratio) -> tuple[str, 
     if criteria.frechet_ratio and (frechet_ratio is None or frechet_ratio > criteria.frechet_ratio):
         found = "unknown" if frechet_ratio is None else f"×{frechet_ratio:.2f}"
         failed.append(f"Fréchet distance {found} > ×{criteria.frechet_ratio:.2f}")
-    if criteria.diversity_ratio and (
-        diversity_ratio is None or diversity_ratio.mean < criteria.diversity_ratio
-    ):
+    if criteria.diversity_ratio and (diversity_ratio is None or diversity_ratio.mean < criteria.diversity_ratio):
         found = "unknown" if diversity_ratio is None else f"×{diversity_ratio.mean:.2f}"
         failed.append(f"diversity {found} < ×{criteria.diversity_ratio:.2f}")
     return tuple(failed)
@@ -143,9 +139,7 @@ def compare(points: Sequence[Point], references: Sequence[Point], criteria: Crit
       ValueError: if a metric with a margin is missing, or prompts differ in number.
     """
     paired = _references_of(points, references)
-    shared = [
-        name for name in points[0].metrics if all(name in other.metrics for other in (*points, *paired))
-    ]
+    shared = [name for name in points[0].metrics if all(name in other.metrics for other in (*points, *paired))]
     absent = sorted(set(criteria.margins) - set(shared))
     if absent:
         raise ValueError(f"metrics {absent} have a margin but were not measured; measured: {sorted(shared)}")
@@ -153,9 +147,7 @@ def compare(points: Sequence[Point], references: Sequence[Point], criteria: Crit
     base = {name: np.stack([point.per_prompt(name) for point in paired]) for name in shared}
     differences = {name: bootstrap.paired_difference(tuned[name], base[name]) for name in shared}
     base_frechet = float(np.mean([point.frechet for point in paired]))
-    frechet_ratio = (
-        float(np.mean([point.frechet for point in points])) / base_frechet if base_frechet > 0 else None
-    )
+    frechet_ratio = float(np.mean([point.frechet for point in points])) / base_frechet if base_frechet > 0 else None
     diversity_ratio = None
     if all(point.diversity is not None for point in (*points, *paired)):
         spread = [np.stack([point.per_prompt("diversity") for point in side]) for side in (points, paired)]

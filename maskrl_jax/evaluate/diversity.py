@@ -20,7 +20,5 @@ def within_prompt_diversity(features_PGD: np.ndarray) -> np.ndarray:
         raise ValueError(f"diversity needs features [P, G, D] with G >= 2, got shape {features.shape}")
     first, second = np.triu_indices(features.shape[1], k=1)
     # One pair at a time keeps memory at [P, D]; G is small.
-    pairs = [
-        np.linalg.norm(features[:, a] - features[:, b], axis=-1) for a, b in zip(first, second, strict=True)
-    ]
+    pairs = [np.linalg.norm(features[:, a] - features[:, b], axis=-1) for a, b in zip(first, second, strict=True)]
     return np.mean(pairs, axis=0)

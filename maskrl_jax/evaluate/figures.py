@@ -41,9 +41,7 @@ def _draw_curve(axes, points: Sequence[Point], metric: str, colour: str, marker:
     if not rows:
         return
     calls = [row[0] for row in rows]
-    axes.plot(
-        calls, [row[1].mean for row in rows], color=colour, marker=marker, markeredgecolor="white", zorder=3
-    )
+    axes.plot(calls, [row[1].mean for row in rows], color=colour, marker=marker, markeredgecolor="white", zorder=3)
     low, high = [row[1].low for row in rows], [row[1].high for row in rows]
     axes.fill_between(calls, low, high, color=colour, alpha=0.16, linewidth=0)
 
@@ -97,17 +95,13 @@ def quality_curves(
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
     labels = {point.system: point.label for point in points}
     lines = [_legend_line(figure.axes[0], place) for place in range(len(systems))]
-    figure.legend(
-        lines, [labels[name] for name in systems], loc="outside upper left", ncols=min(4, len(systems))
-    )
+    figure.legend(lines, [labels[name] for name in systems], loc="outside upper left", ncols=min(4, len(systems)))
     return canvas.save(figure, path)
 
 
 def _legend_line(axes, place: int):
     style = place % len(canvas.COLOURS)
-    (line,) = axes.plot(
-        [], [], color=canvas.COLOURS[style], marker=canvas.MARKERS[style], markeredgecolor="white"
-    )
+    (line,) = axes.plot([], [], color=canvas.COLOURS[style], marker=canvas.MARKERS[style], markeredgecolor="white")
     return line
 
 
@@ -134,9 +128,7 @@ def calls_histogram(
         axes.yaxis.set_major_locator(MaxNLocator(3))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
         axes.grid(axis="x", visible=False)
-    figure.axes[-1].set_xlabel(
-        "network calls of a sample" + (" (dotted: reference)" if reference_calls else "")
-    )
+    figure.axes[-1].set_xlabel("network calls of a sample" + (" (dotted: reference)" if reference_calls else ""))
     figure.supylabel("share of samples", fontsize=8.5)
     return canvas.save(figure, path)
 
@@ -175,9 +167,7 @@ def training_curves(
       series: tag -> (steps, values), as `logged_series` gives it.
       panels: panel title -> {tag: label}; tags that were not logged, and panels without any, are left out.
     """
-    logged = {
-        title: {tag: label for tag, label in tags.items() if tag in series} for title, tags in panels.items()
-    }
+    logged = {title: {tag: label for tag, label in tags.items() if tag in series} for title, tags in panels.items()}
     logged = {title: tags for title, tags in logged.items() if tags}
     if not logged:
         return None

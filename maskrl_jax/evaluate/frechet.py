@@ -86,9 +86,7 @@ def precision_recall(real_MD: np.ndarray, generated_ND: np.ndarray, k: int = 3) 
     """
     real, generated = np.asarray(real_MD, np.float64), np.asarray(generated_ND, np.float64)
     if min(len(real), len(generated)) <= k:
-        raise ValueError(
-            f"precision and recall need more than k={k} points, got {len(real)}, {len(generated)}"
-        )
+        raise ValueError(f"precision and recall need more than k={k} points, got {len(real)}, {len(generated)}")
     # The expanded square loses digits far from the origin, so both sets are centred together.
     centre = real.mean(axis=0)
     real, generated = real - centre, generated - centre

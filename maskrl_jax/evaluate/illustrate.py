@@ -40,9 +40,7 @@ def _nearest_calls(points: Sequence[Point], calls: float) -> Point:
     return min(points, key=lambda point: abs(point.calls_mean - calls))
 
 
-def shown_points(
-    points: Sequence[Point], reference: Point, tuned: str, best: curve.Comparison | None
-) -> list[Point]:
+def shown_points(points: Sequence[Point], reference: Point, tuned: str, best: curve.Comparison | None) -> list[Point]:
     """Pick what is drawn as pictures, all of the reference's seed.
 
     With a tuned system: the reference, the base at about the calls of the tuned one, the tuned one at T*
@@ -79,9 +77,7 @@ def _grid(path: pathlib.Path, shown: Sequence[Point], prompts: Sequence[str]) ->
 def _order(path: pathlib.Path, point: Point, prompts: Sequence[str]) -> np.ndarray:
     rows = slice(min(4, len(point.kept["images"])))
     kept = point.kept
-    return pictures.commit_order(
-        path, kept["images"][rows], kept["commit_step"][rows], kept["calls"][rows], prompts
-    )
+    return pictures.commit_order(path, kept["images"][rows], kept["commit_step"][rows], kept["calls"][rows], prompts)
 
 
 def _histograms(points: Sequence[Point], seed: int) -> dict[str, dict[int, int]]:
@@ -111,9 +107,7 @@ def illustrate(
         if image is not None:
             drawn.append(Illustration(f"figures/{name}", caption, image))
 
-    curves = (
-        "Quality against network calls. Bands: 95 % bootstrap bounds (of set distances: range over seeds)."
-    )
+    curves = "Quality against network calls. Bands: 95 % bootstrap bounds (of set distances: range over seeds)."
     metrics = tables.headline_metrics(points)
     add("quality_vs_calls.png", curves, figures.quality_curves, points, metrics, reference, equality)
     shown = shown_points(points, reference[0], tuned, equality and equality.best)

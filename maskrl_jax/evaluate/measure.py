@@ -83,9 +83,7 @@ class Point:
     recall: float
     diversity: Interval | None  # None with one sample a prompt
     per_sample: dict[str, np.ndarray] = dataclasses.field(repr=False)  # [n] or [n, D], prompt-major
-    kept: dict[str, np.ndarray] = dataclasses.field(
-        repr=False
-    )  # images uint8 [keep, H, W, 3], commit_step, calls
+    kept: dict[str, np.ndarray] = dataclasses.field(repr=False)  # images uint8 [keep, H, W, 3], commit_step, calls
 
     def per_prompt(self, metric: str) -> np.ndarray:
         """Return the mean over a prompt's samples, float64 [P]; "diversity" is known per prompt only."""
@@ -119,13 +117,9 @@ def _collect(system: System, setting: float, protocol: Protocol, scorer: Scorer)
         made = system.generate(setting, protocol.cond[rows], ids, protocol.seed)
         images = np.asarray(made.images, np.float32)
         scores = scorer(images, [protocol.prompts[row] for row in rows])
-        numbers.append(
-            {name: value[real] for name, value in {**scores, "calls": np.asarray(made.calls)}.items()}
-        )
+        numbers.append({name: value[real] for name, value in {**scores, "calls": np.asarray(made.calls)}.items()})
         picked = real & np.isin(ids, wanted)
-        kept.append(
-            _pictures(images[picked], np.asarray(made.commit_step)[picked], np.asarray(made.calls)[picked])
-        )
+        kept.append(_pictures(images[picked], np.asarray(made.commit_step)[picked], np.asarray(made.calls)[picked]))
     return _concatenate(numbers), _concatenate(kept)
 
 
@@ -153,9 +147,7 @@ def measure(system: System, setting: float, protocol: Protocol, scorer: Scorer) 
     scores = {name: value for name, value in numbers.items() if name not in ("features", "calls")}
     for name, value in scores.items():
         if value.shape != (num_prompts * group,) or not np.isfinite(value).all():
-            raise ValueError(
-                f"score {name!r} must be finite [{num_prompts * group}], got shape {value.shape}"
-            )
+            raise ValueError(f"score {name!r} must be finite [{num_prompts * group}], got shape {value.shape}")
     calls, features = numbers["calls"], numbers["features"]
     precision, recall = frechet.precision_recall(protocol.real_features, features)
     spread = None

@@ -38,9 +38,7 @@ def commit_hash(folder: str | pathlib.Path) -> str:
     """Return the git commit of a folder, "-dirty" added where files differ, or "unknown" without git."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
@@ -93,11 +91,7 @@ def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
         return _base_headline(findings)
     own = found[findings.tuned]
     seeds = len(own.table[0].seeds)
-    runs = (
-        "One seed: nothing is known about how it varies over training runs."
-        if seeds == 1
-        else f"{seeds} seeds."
-    )
+    runs = "One seed: nothing is known about how it varies over training runs." if seeds == 1 else f"{seeds} seeds."
     if base.best is None:
         untuned = "The untuned base passes the same test at no measured setting."
     else:
@@ -144,9 +138,7 @@ def _criteria(criteria: curve.Criteria) -> str:
     margins = ", ".join(f"{name} ≥ −{margin:g}" for name, margin in criteria.margins.items())
     parts = [f"the lower 95 % bound of (system − reference) is {margins}"] if margins else []
     if criteria.frechet_ratio:
-        parts.append(
-            f"the Fréchet distance is at most {criteria.frechet_ratio:g} × the reference's (point value)"
-        )
+        parts.append(f"the Fréchet distance is at most {criteria.frechet_ratio:g} × the reference's (point value)")
     if criteria.diversity_ratio:
         parts.append(f"within-prompt diversity is at least {criteria.diversity_ratio:g} × (point value)")
     rule = f"Equal quality means, for all of: {'; '.join(parts)}."
@@ -169,9 +161,7 @@ def _tuned_sections(findings: Findings, found: Mapping[str, curve.Equality]) -> 
     if matched:
         parts += ["## Against the base at no fewer calls", tables.same_calls_table(matched)]
     if findings.timings:
-        text = (
-            "Compilation excluded, decoding included, runs interleaved; median [quartiles]. A batch takes as "
-        )
+        text = "Compilation excluded, decoding included, runs interleaved; median [quartiles]. A batch takes as "
         parts += [
             "## Time",
             text + "many calls as its slowest sample.",
@@ -182,9 +172,7 @@ def _tuned_sections(findings: Findings, found: Mapping[str, curve.Equality]) -> 
 
 def _markdown(findings: Findings, found: Mapping[str, curve.Equality], facts: Mapping[str, str]) -> str:
     parts = [f"# {findings.title}", headline(findings, found), _protocol(findings, facts)]
-    named = {
-        pathlib.PurePosixPath(shown.path).stem.replace("_", " "): shown for shown in findings.illustrations
-    }
+    named = {pathlib.PurePosixPath(shown.path).stem.replace("_", " "): shown for shown in findings.illustrations}
     for name, shown in named.items():
         parts += [f"![{name}]({shown.path})", f"*{shown.caption}*"]
     parts += ["## Every measured point", tables.points_table(findings.points)]
@@ -235,9 +223,7 @@ def results(findings: Findings, found: Mapping[str, curve.Equality], facts: Mapp
     )
 
 
-def write(
-    workdir: str | pathlib.Path, findings: Findings, facts: Mapping[str, str] | None = None
-) -> pathlib.Path:
+def write(workdir: str | pathlib.Path, findings: Findings, facts: Mapping[str, str] | None = None) -> pathlib.Path:
     """Write `report.md` and `results.json` into the workdir; returns the report's path.
 
     `facts` are further lines of the protocol; commit and machine are added here.

@@ -44,10 +44,10 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: Array) -> Array:
         batch, length, width = x_BSD.shape
-        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x_BSD)
+        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(_rows(x_BSD))
         query, key, value = jnp.split(qkv.reshape(batch, length, 3 * self.heads, -1), 3, axis=2)
         mixed = jax.nn.dot_product_attention(query, key, value)
-        return nn.Dense(width, dtype=self.dtype, name="out")(mixed.reshape(batch, length, width))
+        return nn.Dense(width, dtype=self.dtype, name="out")(_rows(mixed.reshape(x_BSD.shape))).reshape(x_BSD.shape)
 
 
 class Block(nn.Module):
@@ -61,5 +61,11 @@ class Block(nn.Module):
     def __call__(self, x_BSD: Array) -> Array:
         mixed = Attention(self.heads, self.dtype, name="attention")(layer_norm("norm_attention")(x_BSD))
         x_BSD = x_BSD + mixed
-        hidden = nn.Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")(layer_norm("norm_mlp")(x_BSD))
-        return x_BSD + nn.Dense(x_BSD.shape[-1], dtype=self.dtype, name="mlp_out")(nn.gelu(hidden))
+        hidden = nn.Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")(_rows(layer_norm("norm_mlp")(x_BSD)))
+        out = nn.Dense(x_BSD.shape[-1], dtype=self.dtype, name="mlp_out")(nn.gelu(hidden))
+        return x_BSD + out.reshape(x_BSD.shape)
+
+
+def _rows(x: Array) -> Array:
+    """[..., D] -> [M, D]: the weight gradient of a matmul over two leading axes costs a transpose on CPU."""
+    return x.reshape(-1, x.shape[-1])

@@ -97,9 +97,7 @@ def assign(
     elif config.low_quality == "clip":
         quality_PG = jnp.where(scored_PG, advantages.clip_low_quality(*floor_args), quality_PG)
     keep = scored_PG & ~dropped
-    gate = speed_reward.quality_gate(
-        quality_PG, reference_P1, sigma, kind=config.gate, margin=config.gate_margin
-    )
+    gate = speed_reward.quality_gate(quality_PG, reference_P1, sigma, kind=config.gate, margin=config.gate_margin)
     speed = speed_reward.speed_reward(calls_PG, config.max_calls, config.min_calls)
     weight = _speed_weight(config, state, step)
     reward = speed_reward.total_reward(jnp.where(scored_PG, quality_PG, 0.0), sigma, speed, gate, weight)

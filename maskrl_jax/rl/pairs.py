@@ -9,9 +9,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def accumulate(
-    fn: Callable[[Array, Array], tuple[Any, Any]], valid_BT: Array, micro_batch: int
-) -> tuple[Any, Any]:
+def accumulate(fn: Callable[[Array, Array], tuple[Any, Any]], valid_BT: Array, micro_batch: int) -> tuple[Any, Any]:
     """Run fn over all valid pairs, `micro_batch` at a time: (sum of sums, maximum of maxima).
 
     The number of passes is data, so one compiled program serves every number of calls and takes no

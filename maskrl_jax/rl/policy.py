@@ -78,9 +78,7 @@ class Head:
         """Linen module of the policy's action."""
         if self.policy.action == "threshold":
             return ThresholdHead()
-        prior = stride.PriorConfig(
-            self.policy.divisors, self.policy.centre, self.policy.width, self.policy.stickiness
-        )
+        prior = stride.PriorConfig(self.policy.divisors, self.policy.centre, self.policy.width, self.policy.stickiness)
         return StrideHead(bias=stride.prior_bias(prior), stickiness=prior.stickiness)
 
     def init(self, key: Array) -> Any:
@@ -108,9 +106,7 @@ class Head:
 
         return thresholds if policy.action == "threshold" else strides
 
-    def score(
-        self, params: Any, features: Array, previous: Array, decision: Array, action: Array, first: Array
-    ):
+    def score(self, params: Any, features: Array, previous: Array, decision: Array, action: Array, first: Array):
         """(log-prob [M], entropy [M]) of recorded decisions."""
         active = jnp.ones(first.shape, bool)
         if self.policy.action == "threshold":

@@ -91,9 +91,7 @@ def token_terms(loss: TokenLoss, model: Model, params: Any, old: Any, reference:
     positions = {
         "new": features(params),
         "old": None if old is None else jax.lax.stop_gradient(features(old)),
-        "reference": jax.lax.stop_gradient(
-            model.features(reference)(calls.inputs, calls.timestep, calls.cond)
-        ),
+        "reference": jax.lax.stop_gradient(model.features(reference)(calls.inputs, calls.timestep, calls.cond)),
         "ids": calls.ids,
         "committed": calls.committed,
         "remasked": calls.remasked,
@@ -134,9 +132,7 @@ def _chunk(loss, model, guided, params, old, reference, x):
     bounds = {"low": loss.clip_low, "high": loss.clip_high}
     token, _ = surrogate.clipped_surrogate(new, before, x["advantage"], weight, **bounds)
     clip = surrogate.clip_fraction(new, before, x["advantage"], weight, **bounds)
-    divergence = _divergence(
-        loss, logp_cond, jax.nn.log_softmax(model.head(reference)(x["reference"])), x["ids"]
-    )
+    divergence = _divergence(loss, logp_cond, jax.nn.log_softmax(model.head(reference)(x["reference"])), x["ids"])
     masked = (x["committed"] | x["remasked"]).astype(jnp.float32) * (x["kl_weight"] > 0)
     entropy = jax.lax.stop_gradient((kl.entropy(logp) * masked).sum())
     drawn = jnp.take_along_axis(logp, jnp.minimum(x["ids"], logp.shape[-1] - 1)[:, None], axis=-1)[:, 0]

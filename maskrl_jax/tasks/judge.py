@@ -96,9 +96,7 @@ class Wiring:
             right = (logits.argmax(-1) == batch["label"]).sum().astype(jnp.float32)
             return losses.sum(), {"train/accuracy": (right, jnp.float32(len(images)))}
         other = batch["other_image"].astype(jnp.float32) / 255
-        images, cells, mixed = stitch(
-            keys_B, images, batch["label"], other, batch["other_label"], self.sizes.patch
-        )
+        images, cells, mixed = stitch(keys_B, images, batch["label"], other, batch["other_label"], self.sizes.patch)
         out = self.model.apply(params, images)
         cell_loss = optax.softmax_cross_entropy_with_integer_labels(out["cells"], cells).sum((1, 2))
         mixed_loss = optax.sigmoid_binary_cross_entropy(out["mixed"], mixed.astype(jnp.float32)).mean((1, 2))

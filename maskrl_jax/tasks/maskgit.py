@@ -242,7 +242,9 @@ def build(context: Context) -> Task:
             criteria=bench().criteria(),
             held_out=("prompts and pictures of the validation split",),
         )
-        facts = {"sampler": f"{best.mode}, Gumbel {best.gumbel:g}, guidance {best.guidance:g} ({best.guidance_schedule})"}
+        facts = {
+            "sampler": f"{best.mode}, Gumbel {best.gumbel:g}, guidance {best.guidance:g} ({best.guidance_schedule})"
+        }
         bench().write(findings, config.num_steps, facts)
 
     return Task(

@@ -30,9 +30,9 @@ from maskrl_jax.rl.speed_update import RECORD, SpeedUpdate
 from maskrl_jax.rl.token_terms import Model, TokenLoss
 from maskrl_jax.sampling import adaptive
 from maskrl_jax.sampling.maskgit import SamplerConfig, decode
-from maskrl_jax.tasks.rollouts import Rollouts
 from maskrl_jax.tasks import maskgit as maskgit_task
 from maskrl_jax.tasks import tokenizer as tokenizer_task
+from maskrl_jax.tasks.rollouts import Rollouts
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
@@ -100,12 +100,17 @@ class Wiring:
         logits = self.generator.logits(params["model"])
         setting = jnp.zeros(len(keys_B)) if self.policy.kind == "adaptive" else self.policy.ticks / batch["jump"]
         record = adaptive.rollout(
-            logits, self.decide(params, setting), keys_B, batch["cond"], self.null, self.sampler, self.sizes.num_tokens, self.sizes.mask_id
+            logits,
+            self.decide(params, setting),
+            keys_B,
+            batch["cond"],
+            self.null,
+            self.sampler,
+            self.sizes.num_tokens,
+            self.sizes.mask_id,
         )
         images = self.codec.decode(frozen["tokenizer"], record.ids)
-        scores = judge_reward.score(
-            self.judge_sizes.kind, self.judge.apply(frozen["judge"], images), batch["target"]
-        )
+        scores = judge_reward.score(self.judge_sizes.kind, self.judge.apply(frozen["judge"], images), batch["target"])
         fields = {name: getattr(record, name) for name in RECORD}
         return fields | {"quality": mix.weighted_sum(scores, self.rewards), "images": images}
 
@@ -135,9 +140,7 @@ class Wiring:
             self.sizes.mask_id,
         )
         images = self.codec.decode(frozen["tokenizer"], rollout.ids)
-        scores = judge_reward.score(
-            self.judge_sizes.kind, self.judge.apply(frozen["judge"], images), batch["target"]
-        )
+        scores = judge_reward.score(self.judge_sizes.kind, self.judge.apply(frozen["judge"], images), batch["target"])
         return {"quality": mix.weighted_sum(scores, self.rewards)}
 
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
@@ -145,9 +148,7 @@ class Wiring:
         first, old = state, state.params if self.config.inner_updates > 1 else None
         entropy = _linear(self.config.loss.head_entropy, state.step, self.config.num_steps)
         for _ in range(self.config.inner_updates):
-            grads, metrics = self.speed.gradients(
-                state.params, old, frozen["reference"], batch, entropy, axis
-            )
+            grads, metrics = self.speed.gradients(state.params, old, frozen["reference"], batch, entropy, axis)
             state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
         metrics |= {f"train/{name}": (value, jnp.float32(1)) for name, value in info.items()}
         return state.replace(step=first.step + 1), metrics

@@ -40,9 +40,7 @@ def test_encode_refuses_an_empty_prompt():
         captions.encode(["a red circle", "  "], 8)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "red circle", "a circle red", f"{PAIR} below", "a red circle of a red cross"]
-)
+@pytest.mark.parametrize("text", ["", "red circle", "a circle red", f"{PAIR} below", "a red circle of a red cross"])
 def test_parse_refuses_what_is_outside_the_grammar(text):
     with pytest.raises(UserError, match="cannot verify caption"):
         captions.parse(text)

@@ -33,9 +33,7 @@ def _images(noise, amount, cond):
     images = np.full((len(noise), 32, 32, 3), 0.93, np.float32)
     for image, row, value in zip(images, noise, cond, strict=True):
         top, left = 3 + 4 * (int(value) % 4), 5 + 3 * (int(value) % 5)
-        image[top : top + 11, left : left + 11] = [(0.84, 0.2, 0.15), (0.1, 0.4, 0.75), (0.2, 0.6, 0.3)][
-            int(value) % 3
-        ]
+        image[top : top + 11, left : left + 11] = [(0.84, 0.2, 0.15), (0.1, 0.4, 0.75), (0.2, 0.6, 0.3)][int(value) % 3]
         image += amount * row.reshape(32, 32, 3)
     return np.clip(images, 0, 1)
 

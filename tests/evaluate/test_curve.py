@@ -11,10 +11,7 @@ BASE = np.linspace(0.5, 0.9, 30)
 
 def tuned_curve(make_point, gains, **options):
     """Return points at 2, 4, 8, ... calls whose scores exceed the base's by these gains."""
-    return [
-        make_point("tuned", 2 ** (i + 1), 2 ** (i + 1), BASE + gain, **options)
-        for i, gain in enumerate(gains)
-    ]
+    return [make_point("tuned", 2 ** (i + 1), 2 ** (i + 1), BASE + gain, **options) for i, gain in enumerate(gains)]
 
 
 def test_first_equal_is_the_fewest_calls_within_the_margin(make_point):
@@ -31,41 +28,29 @@ def test_first_equal_is_the_fewest_calls_within_the_margin(make_point):
 
 
 def test_goal_that_is_missed_is_said_to_be_missed(make_point):
-    found = curve.first_equal(
-        tuned_curve(make_point, [-0.3, -0.3, 0.0]), [make_point("base", 16, 16, BASE)], CRITERIA
-    )
+    found = curve.first_equal(tuned_curve(make_point, [-0.3, -0.3, 0.0]), [make_point("base", 16, 16, BASE)], CRITERIA)
     assert found.speedup == 2.0
     assert curve.verdict(found).startswith("Not reached: ")
     assert curve.verdict(found, goal=2.0).startswith("Reached: equal quality in 2× fewer calls")
 
 
 def test_none_qualifies(make_point):
-    found = curve.first_equal(
-        tuned_curve(make_point, [-0.3, -0.1]), [make_point("base", 16, 16, BASE)], CRITERIA
-    )
+    found = curve.first_equal(tuned_curve(make_point, [-0.3, -0.1]), [make_point("base", 16, 16, BASE)], CRITERIA)
     assert found.best is None and found.speedup is None
     text = curve.verdict(found)
-    assert (
-        text.startswith("Not reached: ")
-        and "No measured setting of tuned" in text
-        and "at 4.0 mean calls" in text
-    )
+    assert text.startswith("Not reached: ") and "No measured setting of tuned" in text and "at 4.0 mean calls" in text
 
 
 def test_the_bound_decides_not_the_mean(make_point):
     # A mean difference of 0 with a spread of 0.2 over 30 prompts: the lower bound is about -0.07.
     noisy = BASE + np.tile([0.2, -0.2], 15)
-    comparison = curve.compare(
-        [make_point("tuned", 4, 4, noisy)], [make_point("base", 16, 16, BASE)], CRITERIA
-    )
+    comparison = curve.compare([make_point("tuned", 4, 4, noisy)], [make_point("base", 16, 16, BASE)], CRITERIA)
     assert comparison.differences["graded"].mean == pytest.approx(0.0)
     assert comparison.differences["graded"].low == pytest.approx(-0.0716, abs=0.01)
     assert not comparison.equal
 
 
-@pytest.mark.parametrize(
-    ("options", "word"), [({"frechet": 11.5}, "Fréchet"), ({"spread": 0.85}, "diversity")]
-)
+@pytest.mark.parametrize(("options", "word"), [({"frechet": 11.5}, "Fréchet"), ({"spread": 0.85}, "diversity")])
 def test_distance_and_diversity_are_conditions_too(make_point, options, word):
     reference = [make_point("base", 16, 16, BASE)]
     comparison = curve.compare([make_point("tuned", 4, 4, BASE, **options)], reference, CRITERIA)
@@ -108,9 +93,7 @@ def test_table_is_plain_json(make_point):
 
 
 def test_interval_of_a_set_distance_is_its_range_over_seeds(make_point):
-    points = [
-        make_point("base", 16, 16, BASE, seed=seed, frechet=value) for seed, value in enumerate((9.0, 12.0))
-    ]
+    points = [make_point("base", 16, 16, BASE, seed=seed, frechet=value) for seed, value in enumerate((9.0, 12.0))]
     interval = curve.interval_over_seeds(points, "frechet")
     assert (interval.mean, interval.low, interval.high) == (10.5, 9.0, 12.0)
     assert curve.interval_over_seeds(points, "strict") is None

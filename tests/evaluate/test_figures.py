@@ -48,7 +48,5 @@ def test_training_panels_without_data_are_left_out(tmp_path):
     series = {"rl/kl": (np.arange(4.0), np.array([0.0, 0.05, 0.1, 0.2]))}
     assert figures.training_curves(tmp_path / "x.png", series, {"Loss": {"train/loss": "loss"}}) is None
     assert not (tmp_path / "x.png").exists()
-    image = figures.training_curves(
-        tmp_path / "x.png", series, {"KL": {"rl/kl": "KL"}, "Loss": {"train/loss": ""}}
-    )
+    image = figures.training_curves(tmp_path / "x.png", series, {"KL": {"rl/kl": "KL"}, "Loss": {"train/loss": ""}})
     assert image.ndim == 3 and (tmp_path / "x.png").exists()

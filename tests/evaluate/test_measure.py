@@ -13,9 +13,7 @@ def recorder(seen):
 
     def generate(setting, cond, ids, seed):
         seen.append((setting, tuple(cond), tuple(ids), seed))
-        images = np.broadcast_to((cond + ids * 0.01)[:, None, None, None], (len(ids), 2, 2, 3)).astype(
-            np.float32
-        )
+        images = np.broadcast_to((cond + ids * 0.01)[:, None, None, None], (len(ids), 2, 2, 3)).astype(np.float32)
         return Generated(images, (ids % 2 + 1).astype(np.int32), np.zeros((len(ids), 4), np.uint8))
 
     return System("fake", "Fake", generate)
@@ -26,9 +24,7 @@ def judge(images, prompts):
     return {"judge": value, "features": np.stack([value, -value], axis=1)}
 
 
-PROTOCOL = Protocol(
-    ("a", "b", "c"), np.array([0.1, 0.2, 0.3]), 2, 4, 5, np.random.default_rng(0).normal(size=(9, 2))
-)
+PROTOCOL = Protocol(("a", "b", "c"), np.array([0.1, 0.2, 0.3]), 2, 4, 5, np.random.default_rng(0).normal(size=(9, 2)))
 
 
 def test_samples_are_keyed_by_a_global_index_in_batches_of_one_size():

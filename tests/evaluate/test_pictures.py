@@ -24,15 +24,11 @@ def test_grid_and_order_are_written(tmp_path):
     images = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), dtype=np.uint8)
     rows, right = {"base": images, "tuned": images}, {"base": [True, False, True], "tuned": np.ones(3, bool)}
     grid = pictures.sample_grid(tmp_path / "grid.png", rows, ["a red circle", "b", "c"], right)
-    order = pictures.commit_order(
-        tmp_path / "order.png", images, np.arange(12).reshape(3, 4) % 4, [4, 4, 4], "abc"
-    )
+    order = pictures.commit_order(tmp_path / "order.png", images, np.arange(12).reshape(3, 4) % 4, [4, 4, 4], "abc")
     for image, name in ((grid, "grid.png"), (order, "order.png")):
         assert image.shape[1] == round(canvas.WIDTH * 150) and (tmp_path / name).stat().st_size > 1000
 
 
 def test_tokens_must_form_a_square(tmp_path):
     with pytest.raises(ValueError, match="square"):
-        pictures.commit_order(
-            tmp_path / "x.png", np.zeros((1, 4, 4, 3), np.uint8), np.zeros((1, 5)), [1], ["a"]
-        )
+        pictures.commit_order(tmp_path / "x.png", np.zeros((1, 4, 4, 3), np.uint8), np.zeros((1, 5)), [1], ["a"])

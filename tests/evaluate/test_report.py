@@ -17,9 +17,7 @@ def timing_row(batch_size):
     return timing.Timing(batch_size, 3, spread, spread, spread, 16.0, 5.0)
 
 
-def write_run(
-    root, systems, protocol, scorer, *, settings=((4, 8, 16), (3, 5)), criteria=CRITERIA, tuned=True
-):
+def write_run(root, systems, protocol, scorer, *, settings=((4, 8, 16), (3, 5)), criteria=CRITERIA, tuned=True):
     base = [measure(systems[0], setting, protocol, scorer) for setting in settings[0]]
     own = [measure(systems[1], setting, protocol, scorer) for setting in settings[1]] if tuned else []
     name = "adaptive" if tuned else ""
@@ -85,9 +83,7 @@ def test_class_conditional_set_without_verifier(systems, protocol, scorer, tmp_p
 def test_several_seeds_are_listed(make_point, tmp_path):
     base = [make_point("base", 16, 16, np.full(20, 0.9), seed=seed) for seed in (0, 1, 2)]
     tuned = [make_point("adaptive", 5, 5, np.full(20, 0.9), seed=seed) for seed in (0, 1, 2)]
-    text = report.write(
-        tmp_path, report.Findings("t", "c", base + tuned, base, CRITERIA, "adaptive")
-    ).read_text()
+    text = report.write(tmp_path, report.Findings("t", "c", base + tuned, base, CRITERIA, "adaptive")).read_text()
     assert "3 seeds." in text and "Each seed alone" in text and "over prompts and seeds" in text
 
 

@@ -32,12 +32,8 @@ def test_constant_reward_teaches_nothing_and_has_no_spread():
 
 
 def test_advantage_carries_no_gradient():
-    gradient = jax.grad(lambda r: (adv.group_advantage(r, everyone(r)) * r).sum())(
-        jnp.array([[1.0, 2.0, 4.0]])
-    )
-    np.testing.assert_allclose(
-        gradient, adv.group_advantage(jnp.array([[1.0, 2.0, 4.0]]), jnp.ones((1, 3), bool))
-    )
+    gradient = jax.grad(lambda r: (adv.group_advantage(r, everyone(r)) * r).sum())(jnp.array([[1.0, 2.0, 4.0]]))
+    np.testing.assert_allclose(gradient, adv.group_advantage(jnp.array([[1.0, 2.0, 4.0]]), jnp.ones((1, 3), bool)))
 
 
 @pytest.mark.parametrize("dropped", [1e6, np.nan])
@@ -46,9 +42,7 @@ def test_dropped_rollouts_change_neither_mean_nor_std(dropped):
     keep = jnp.array([[True, False, True, True, True]])
     kept = jnp.array([[1.0, 2.0, 3.0, 4.0]])
     advantage = adv.group_advantage(reward, keep)
-    np.testing.assert_allclose(
-        advantage[:, [0, 2, 3, 4]], adv.group_advantage(kept, everyone(kept)), rtol=1e-6
-    )
+    np.testing.assert_allclose(advantage[:, [0, 2, 3, 4]], adv.group_advantage(kept, everyone(kept)), rtol=1e-6)
     assert advantage[0, 1] == 0
     np.testing.assert_allclose(adv.group_std(reward, keep), [np.std([1, 2, 3, 4], ddof=1)], rtol=1e-6)
 
@@ -68,9 +62,7 @@ def test_low_quality_is_measured_from_the_reference_or_the_group_median():
 
 
 def test_clip_raises_low_quality_to_the_floor():
-    np.testing.assert_allclose(
-        adv.clip_low_quality(jnp.array([[1.0, -5.0]]), jnp.array([[1.0]]), 0.5), [[1.0, -0.5]]
-    )
+    np.testing.assert_allclose(adv.clip_low_quality(jnp.array([[1.0, -5.0]]), jnp.array([[1.0]]), 0.5), [[1.0, -0.5]])
 
 
 def test_half_of_the_group_must_survive():

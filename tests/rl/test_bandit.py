@@ -32,9 +32,9 @@ def token_terms(logp_NK, masked, count_after, tick, key):
     draw_key, noise_key = jax.random.split(key)
     tau = jnp.asarray(CLOCK.noise)[jnp.minimum(tick, CLOCK.ticks)][:, None]
     ids = jax.random.categorical(draw_key, logp_NK[None], shape=masked.shape)
-    confidence = jnp.take_along_axis(
-        jnp.broadcast_to(logp_NK[None], (ROWS, *logp_NK.shape)), ids[..., None], -1
-    )[..., 0]
+    confidence = jnp.take_along_axis(jnp.broadcast_to(logp_NK[None], (ROWS, *logp_NK.shape)), ids[..., None], -1)[
+        ..., 0
+    ]
     noisy = jnp.where(masked, confidence + tau * jax.random.gumbel(noise_key, masked.shape), -jnp.inf)
     commits = masked.sum(-1) - count_after
     z_star = -jnp.take_along_axis(jnp.sort(-noisy, axis=-1), jnp.maximum(commits - 1, 0)[:, None], axis=-1)

@@ -195,9 +195,7 @@ def threshold_score(theta, old, table):
     share = density / np.maximum(density.sum(-1, keepdims=True), 1e-30)
     grid = np.broadcast_to(table["grid"][..., None], action.shape).ravel()
     decides = np.broadcast_to(table["decides"][..., None], action.shape).ravel()
-    logp = stride.threshold_logp(
-        action.ravel(), theta["mean"][grid], jnp.exp(theta["log_std"])[grid], decides
-    )
+    logp = stride.threshold_logp(action.ravel(), theta["mean"][grid], jnp.exp(theta["log_std"])[grid], decides)
     return (share * logp.reshape(action.shape)).sum((1, 2))
 
 

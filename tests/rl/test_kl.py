@@ -29,9 +29,7 @@ def test_forward_gradient_is_policy_minus_reference():
 
 def test_mean_over_masked_positions_divides_the_gradient():
     logits = jnp.stack([POLICY, POLICY])
-    gradient = jax.grad(lambda x: kl.forward_kl(jax.nn.log_softmax(x), jnp.stack([REFERENCE] * 2)).mean())(
-        logits
-    )
+    gradient = jax.grad(lambda x: kl.forward_kl(jax.nn.log_softmax(x), jnp.stack([REFERENCE] * 2)).mean())(logits)
     np.testing.assert_allclose(gradient, [[-0.05, 0, 0.05]] * 2, atol=1e-6)
 
 
@@ -39,9 +37,7 @@ def test_reverse_gradient():
     value = 0.5 * np.log(0.5 / 0.6) + 0.2 * np.log(0.2 / 0.1)
     np.testing.assert_allclose(kl.reverse_kl(POLICY, REFERENCE), value, atol=1e-6)
     expected = np.array([0.5, 0.3, 0.2]) * (np.log([0.5 / 0.6, 1.0, 2.0]) - value)
-    np.testing.assert_allclose(
-        logit_gradient(lambda logp: kl.reverse_kl(logp, REFERENCE)), expected, atol=1e-6
-    )
+    np.testing.assert_allclose(logit_gradient(lambda logp: kl.reverse_kl(logp, REFERENCE)), expected, atol=1e-6)
 
 
 def test_k3_averages_to_the_reverse_kl():

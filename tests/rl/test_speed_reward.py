@@ -29,9 +29,7 @@ def test_gate_allows_half_a_sigma():
 
 @pytest.mark.parametrize(("step", "value"), [(0, 0.0), (50, 0.0), (150, 0.5), (250, 1.0), (900, 1.0)])
 def test_lambda_ramp(step, value):
-    np.testing.assert_allclose(
-        sp.lambda_schedule(jnp.int32(step), zero_until=50, full_at=250, value=1.0), value
-    )
+    np.testing.assert_allclose(sp.lambda_schedule(jnp.int32(step), zero_until=50, full_at=250, value=1.0), value)
 
 
 def test_lambda_ramp_must_not_run_backwards():
@@ -41,9 +39,7 @@ def test_lambda_ramp_must_not_run_backwards():
 
 def test_dual_lambda_follows_the_quality_surplus():
     quality = jnp.array([[1.5, 2.5, jnp.nan]])
-    np.testing.assert_allclose(
-        sp.dual_lambda(1.0, quality, jnp.array([[1.0]]), 0.5), np.exp(0.02 * 2), rtol=1e-6
-    )
+    np.testing.assert_allclose(sp.dual_lambda(1.0, quality, jnp.array([[1.0]]), 0.5), np.exp(0.02 * 2), rtol=1e-6)
     assert float(sp.dual_lambda(4.99, jnp.array([9.0]), jnp.array([0.0]), 0.5)) == 5.0
     np.testing.assert_allclose(sp.dual_lambda(0.051, jnp.array([-9.0]), jnp.array([0.0]), 0.5), 0.05)
 

@@ -41,9 +41,7 @@ def test_values_at_zero_noise(kind, remasked, weight):
 def test_transition_weighs_codes_by_the_gumbel_law():
     probability = np.array([0.5, 0.3, 0.2])
     weight = np.exp(-np.exp(-(np.log(0.4) - np.log(probability)) / 2.0))
-    np.testing.assert_allclose(
-        score("transition", tau=2.0)[0][1], np.log((probability * weight).sum()), rtol=1e-5
-    )
+    np.testing.assert_allclose(score("transition", tau=2.0)[0][1], np.log((probability * weight).sum()), rtol=1e-5)
 
 
 def test_hard_reads_no_noise_scale():
@@ -82,9 +80,7 @@ def test_only_scored_positions_get_gradient_and_the_old_policy_none():
     assert np.abs(gradient[:2]).max() > 0
 
     def old(x):
-        return position_likelihood(
-            "transition", LOGP, x, IDS, COMMITTED, REMASKED, jnp.zeros(3), jnp.ones(3)
-        )[1].sum()
+        return position_likelihood("transition", LOGP, x, IDS, COMMITTED, REMASKED, jnp.zeros(3), jnp.ones(3))[1].sum()
 
     np.testing.assert_array_equal(jax.grad(old)(LOGP), np.zeros((3, 3)))
 

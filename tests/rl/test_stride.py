@@ -23,9 +23,7 @@ def test_jumps_of_the_published_clock():
         stride.jumps((7,), 960)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"divisors": ()}, {"divisors": (4, 4)}, {"divisors": (0,)}, {"width": 0.0}]
-)
+@pytest.mark.parametrize("wrong", [{"divisors": ()}, {"divisors": (4, 4)}, {"divisors": (0,)}, {"width": 0.0}])
 def test_impossible_priors_are_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
         stride.PriorConfig(**wrong)
@@ -58,9 +56,9 @@ def test_masked_quantiles_equal_numpy(count):
 def test_features_are_an_observation_without_gradient():
     logp = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (1, 4, 3)))
     zero = jnp.zeros(1, jnp.int32)
-    gradient = jax.grad(
-        lambda x: stride.features(x, jnp.ones((1, 4), bool), zero, zero, ticks=6, max_calls=3).sum()
-    )(logp)
+    gradient = jax.grad(lambda x: stride.features(x, jnp.ones((1, 4), bool), zero, zero, ticks=6, max_calls=3).sum())(
+        logp
+    )
     np.testing.assert_array_equal(gradient, np.zeros((1, 4, 3)))
 
 
@@ -75,9 +73,7 @@ def test_decisions_are_a_law_and_sticky_after_the_first_call():
 def test_finished_rows_add_exactly_nothing():
     def total(net, active):
         logits = stride.decision_logits(net, jnp.zeros(2, jnp.int32), jnp.float32(4.0), jnp.zeros(2, bool))
-        decisions = stride.decision_logp(logits, jnp.array([0, 2]), active) + stride.decision_entropy(
-            logits, active
-        )
+        decisions = stride.decision_logp(logits, jnp.array([0, 2]), active) + stride.decision_entropy(logits, active)
         return decisions.sum() + stride.threshold_logp(net[:, 0], net[:, 1], jnp.exp(net[:, 2]), active).sum()
 
     value, gradient = jax.value_and_grad(total)(jnp.ones((2, 3)), jnp.zeros(2, bool))
@@ -87,9 +83,7 @@ def test_finished_rows_add_exactly_nothing():
 
 
 def test_decision_entropy_of_a_flat_head():
-    np.testing.assert_allclose(
-        stride.decision_entropy(jnp.zeros((1, 11)), jnp.ones(1, bool)), [np.log(11)], rtol=1e-6
-    )
+    np.testing.assert_allclose(stride.decision_entropy(jnp.zeros((1, 11)), jnp.ones(1, bool)), [np.log(11)], rtol=1e-6)
 
 
 def test_speed_dial_favours_few_calls():

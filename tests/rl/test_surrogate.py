@@ -44,9 +44,7 @@ def test_padding_changes_nothing_whatever_it_holds():
 
 def test_gradient_before_the_first_update_is_reinforce():
     logp, advantage = jnp.array([[-1.0, -0.3], [-2.0, -0.1]]), jnp.array([[2.0], [-1.0]])
-    gradient = jax.grad(
-        lambda x: sur.clipped_surrogate(x, x, advantage, jnp.ones((2, 2)), low=0.1, high=0.2)[0]
-    )(logp)
+    gradient = jax.grad(lambda x: sur.clipped_surrogate(x, x, advantage, jnp.ones((2, 2)), low=0.1, high=0.2)[0])(logp)
     np.testing.assert_allclose(gradient, [[2.0, 2.0], [-1.0, -1.0]], rtol=1e-6)
 
 
@@ -61,9 +59,7 @@ def test_clip_fraction_counts_terms_without_gradient():
 def test_ratio_error_is_exactly_zero_before_the_first_update():
     logp = jnp.array([-1.0, jnp.nan])
     assert float(sur.ratio_error(logp, logp, jnp.array([1.0, 0.0]))) == 0.0
-    np.testing.assert_allclose(
-        sur.ratio_error(jnp.log(jnp.array([1.2])), jnp.zeros(1), jnp.ones(1)), 0.2, rtol=1e-5
-    )
+    np.testing.assert_allclose(sur.ratio_error(jnp.log(jnp.array([1.2])), jnp.zeros(1), jnp.ones(1)), 0.2, rtol=1e-5)
 
 
 def test_term_weights_give_every_rollout_the_same_mass():
@@ -92,14 +88,10 @@ def rollout_terms(rows):
     token = (jnp.arange(6)[None] < 3 + remasked[:, None]) * (survives * weights.token)[:, None]
     decision = (jnp.arange(3)[None] < decisions[:, None]) * (survives * weights.decision)[:, None]
     sums = [
-        sur.clipped_surrogate(jnp.zeros_like(w), jnp.zeros_like(w), advantage[:, None], w, low=0.1, high=0.2)[
-            0
-        ]
+        sur.clipped_surrogate(jnp.zeros_like(w), jnp.zeros_like(w), advantage[:, None], w, low=0.1, high=0.2)[0]
         for w in (jnp.where(rows[:, None], token, 0), jnp.where(rows[:, None], decision, 0))
     ]
-    return sur.Terms(
-        *sums, kl=jnp.float32(0.4) * rows.sum(), entropy=jnp.float32(2.0) * (rows * decisions).sum()
-    )
+    return sur.Terms(*sums, kl=jnp.float32(0.4) * rows.sum(), entropy=jnp.float32(2.0) * (rows * decisions).sum())
 
 
 TOTALS = sur.Normalisers(survivors=3.0, rollouts=4.0, decisions=8.0)

@@ -66,9 +66,7 @@ def test_next_masked_at_the_edges(tick, previous, expected, why):
     assert int(next_masked(Clock(16), jnp.int32(tick), jnp.int32(previous))) == expected, why
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "message"), [(7, "does not divide"), (32, "exceeds"), (0, "does not divide")]
-)
+@pytest.mark.parametrize(("num_steps", "message"), [(7, "does not divide"), (32, "exceeds"), (0, "does not divide")])
 def test_impossible_step_counts_are_refused(num_steps, message):
     with pytest.raises(ValueError, match=message):
         Clock(16).constant_stride_counts(num_steps)
