@@ -35,6 +35,7 @@ ARCHITECTURE = ("task", "model", "data", "parents")
 REQUIRED = ("seed", "num_steps", "batch_size", "max_bad_steps", "optimizer", *RUNNING, *ARCHITECTURE)
 OPTIMIZER_KEYS = tuple(field.name for field in dataclasses.fields(OptimizerConfig))
 CONFIG = "config.json"
+PARENTS = "parents.json"
 DONE = "done"
 
 
@@ -139,15 +140,66 @@ def _stage(config, workdir, store, seconds):
             for line in _changes(config, workdir).values():
                 print(f"config changed since the last run: {line}", flush=True)
             _write(os.path.join(workdir, CONFIG), json.dumps(plain(config), indent=1, sort_keys=True))
-        parallel = Parallel(config.parallel)
-        context = Context(config, trained, parallel, os.path.join(store, "data"), workdir)
-        task = importlib.import_module(TASKS[config.task]).build(context)
+            # Relative, so that a folder of runs can be moved as a whole.
+            places = {name: os.path.relpath(parent.workdir, workdir) for name, parent in trained.items()}
+            store_place = os.path.relpath(store, workdir)
+            _write(os.path.join(workdir, PARENTS), json.dumps({"parents": places, "store": store_place}, indent=1))
+        context = _context(config, trained, workdir, store)
+        task = build(context)
         try:
-            loop.train(task, config, workdir, parallel)
+            loop.train(task, context.config, workdir, context.parallel)
         finally:
             seconds[name] = time.monotonic() - began
         if jax.process_index() == 0:
             _write(os.path.join(workdir, DONE), str(config.num_steps))
+
+
+def _context(config, trained, workdir, store):
+    """Return what a stage is built from; its config names the parents as they are, also where init replaced them."""
+    resolved = ConfigDict(_tuples(plain(config)))
+    for name, parent in trained.items():
+        resolved.parents[name] = parent.config
+    return Context(resolved, trained, Parallel(config.parallel), os.path.join(store, "data"), workdir)
+
+
+def task_module(config: ConfigDict) -> Any:
+    """Import the module of a config's task."""
+    if config.task not in TASKS:
+        raise unknown("task", config.task, TASKS)
+    return importlib.import_module(TASKS[config.task])
+
+
+def build(context: Context) -> Any:
+    """Build a stage; sizes that cannot be are the user's mistake."""
+    try:
+        return task_module(context.config).build(context)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def open_workdir(workdir: str) -> tuple[Context, Any]:
+    """Return the context of a trained run and the average of its parameters, to sample or measure from.
+
+    Raises UserError where there is no run, or it or a parent has no checkpoint.
+    """
+    config = read_config(workdir)
+    if config is None:
+        raise UserError(f"{workdir} has no {CONFIG}; give the --workdir of a run")
+    path = os.path.join(workdir, PARENTS)
+    if not os.path.exists(path):
+        raise UserError(f"{workdir} has no {PARENTS}; run its training command again")
+    with open(path) as file:
+        places = json.load(file)
+    trained = {}
+    for name, place in places["parents"].items():
+        parent = os.path.normpath(os.path.join(workdir, place))
+        stored = read_config(parent)
+        if stored is None:
+            raise UserError(f"parent {name} of {workdir} is not at {parent} any more; run the training command again")
+        params, extra = checkpoint.load_params(parent)
+        trained[name] = Parent(config=stored, params=params, extra=extra, workdir=parent)
+    params, _ = checkpoint.load_params(workdir)
+    return _context(config, trained, workdir, os.path.normpath(os.path.join(workdir, places["store"]))), params
 
 
 def check(config: ConfigDict) -> None:

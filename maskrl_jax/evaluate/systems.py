@@ -17,7 +17,7 @@ from maskrl_jax.sampling.maskgit import SamplerConfig, decode, make_plan
 
 
 @dataclasses.dataclass(frozen=True)
-class Studio:
+class Engine:
     """What generation needs beside the parameters that are compared.
 
     Attributes:
@@ -44,54 +44,64 @@ class Studio:
         return self.parallel.gather(program(params, frozen, {name: x[rows] for name, x in batch.items()}))
 
 
-def fixed_program(studio: Studio) -> Callable:
+def fixed_program(engine: Engine) -> Callable:
     """Compile the fixed-plan decode; one program per sampler mode serves every number of steps."""
 
     def program(p, frozen, batch, axis):
         keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
         rollout = decode(
-            studio.logits(p), keys_B, batch["cond"], studio.null, frozen["plan"], batch["given"], studio.mask_id
+            engine.logits(p), keys_B, batch["cond"], engine.null, frozen["plan"], batch["given"], engine.mask_id
         )
-        return _outputs(studio, frozen, rollout)
+        return _outputs(engine, frozen, rollout)
 
-    return studio.parallel.map(program)
+    return engine.parallel.map(program)
 
 
 def fixed_system(
-    studio: Studio, program: Callable, params: Any, sampler: SamplerConfig, name: str, label: str
+    engine: Engine,
+    program: Callable,
+    params: Any,
+    sampler: SamplerConfig,
+    name: str,
+    label: str,
+    given: np.ndarray | None = None,
 ) -> System:
-    """A generator with a fixed plan, through a `fixed_program`; the setting is the number of steps."""
+    """A generator with a fixed plan, through a `fixed_program`; the setting is the number of steps.
+
+    `given` int32 [N] are tokens that every sample keeps where they are not MASK.
+    """
+    start = np.full(engine.num_tokens, engine.mask_id, np.int32) if given is None else given.astype(np.int32)
 
     def generate(setting, cond, sample_ids, seed):
-        plan = make_plan(dataclasses.replace(sampler, num_steps=int(setting)), studio.num_tokens)
-        given = np.full((len(sample_ids), studio.num_tokens), studio.mask_id, np.int32)
-        frozen = {"plan": plan, "tokenizer": studio.tokenizer}
-        return Generated(**studio.run(program, params, frozen, _batch(cond, sample_ids, seed) | {"given": given}))
+        plan = make_plan(dataclasses.replace(sampler, num_steps=int(setting)), engine.num_tokens)
+        kept = np.tile(start, (len(sample_ids), 1))
+        frozen = {"plan": plan, "tokenizer": engine.tokenizer}
+        return Generated(**engine.run(program, params, frozen, _batch(cond, sample_ids, seed) | {"given": kept}))
 
     return System(name, label, generate)
 
 
-def clocked_program(studio: Studio, config: adaptive.AdaptiveConfig, decide: Callable) -> Callable:
+def clocked_program(engine: Engine, config: adaptive.AdaptiveConfig, decide: Callable) -> Callable:
     """Compile the clocked decode; `decide(params, setting float32 [B])` gives its decision function."""
 
     def program(p, frozen, batch, axis):
         keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
         record = adaptive.rollout(
-            studio.logits(p["model"]),
+            engine.logits(p["model"]),
             decide(p, batch["setting"]),
             keys_B,
             batch["cond"],
-            studio.null,
+            engine.null,
             config,
-            studio.num_tokens,
-            studio.mask_id,
+            engine.num_tokens,
+            engine.mask_id,
         )
-        return _outputs(studio, frozen, record)
+        return _outputs(engine, frozen, record)
 
-    return studio.parallel.map(program)
+    return engine.parallel.map(program)
 
 
-def clocked_system(studio: Studio, program: Callable, params: Any, name: str, label: str) -> System:
+def clocked_system(engine: Engine, program: Callable, params: Any, name: str, label: str) -> System:
     """A policy through a `clocked_program`.
 
     The setting is the head's speed dial, or the number of steps where strides are given.
@@ -100,7 +110,7 @@ def clocked_system(studio: Studio, program: Callable, params: Any, name: str, la
     def generate(setting, cond, sample_ids, seed):
         batch = _batch(cond, sample_ids, seed)
         batch["setting"] = np.full(len(sample_ids), setting, np.float32)
-        return Generated(**studio.run(program, params, {"tokenizer": studio.tokenizer}, batch))
+        return Generated(**engine.run(program, params, {"tokenizer": engine.tokenizer}, batch))
 
     return System(name, label, generate)
 
@@ -109,8 +119,8 @@ def _batch(cond: np.ndarray, sample_ids: np.ndarray, seed: int) -> dict[str, np.
     return {"cond": cond, "index": sample_ids, "seed": np.full(len(sample_ids), seed, np.int32)}
 
 
-def _outputs(studio: Studio, frozen: Any, rollout: Any) -> dict[str, jax.Array]:
-    images = studio.decode(frozen["tokenizer"], rollout.ids)
+def _outputs(engine: Engine, frozen: Any, rollout: Any) -> dict[str, jax.Array]:
+    images = engine.decode(frozen["tokenizer"], rollout.ids)
     return {"images": images, "calls": rollout.calls, "commit_step": rollout.commit_step}
 
 

@@ -14,18 +14,16 @@ class StrideHead(nn.Module):
       bias: one initial logit per decision (`rl.stride.prior_bias`).
       stickiness: initial eta.
       hidden: widths of the MLP.
-      state_width: width to which the pooled backbone state is brought when one is given.
     """
 
     bias: tuple[float, ...]
     stickiness: float = 4.0
     hidden: tuple[int, ...] = (128, 128)
-    state_width: int = 64
 
     @nn.compact
-    def __call__(self, features_BF: jax.Array, state_BD: jax.Array | None = None):
+    def __call__(self, features_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Give (logits float32 [B, len(bias)], eta float32 scalar) for `rl.stride.decision_logits`."""
-        x = _trunk(features_BF, state_BD, self.hidden, self.state_width)
+        x = _trunk(features_BF, self.hidden)
         weights = nn.Dense(
             len(self.bias),
             kernel_init=nn.initializers.zeros,
@@ -43,29 +41,24 @@ class ThresholdHead(nn.Module):
       mean: initial mu, for every state.
       std: initial sigma.
       hidden: widths of the MLP.
-      state_width: width to which the pooled backbone state is brought when one is given.
     """
 
     mean: float = 2.0
     std: float = 1.0
     hidden: tuple[int, ...] = (128, 128)
-    state_width: int = 64
 
     @nn.compact
-    def __call__(self, features_BF: jax.Array, state_BD: jax.Array | None = None):
+    def __call__(self, features_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Give (mu float32 [B], sigma float32 [B] > 0)."""
-        x = _trunk(features_BF, state_BD, self.hidden, self.state_width)
+        x = _trunk(features_BF, self.hidden)
         initial = jnp.array([self.mean, 0.0], jnp.float32)
         out = nn.Dense(2, kernel_init=nn.initializers.zeros, bias_init=lambda *_: initial, name="out")(x)
         return out[:, 0], self.std * jnp.exp(out[:, 1])
 
 
-def _trunk(features_BF, state_BD, hidden, state_width):
-    """Run the SiLU MLP in float32; gradients stop at its inputs: the head trains by decision terms only."""
+def _trunk(features_BF, hidden):
+    """Run the SiLU MLP in float32; gradients stop at its input: the head trains by decision terms only."""
     x = jax.lax.stop_gradient(features_BF.astype(jnp.float32))
-    if state_BD is not None:
-        state = jax.lax.stop_gradient(state_BD.astype(jnp.float32))
-        x = jnp.concatenate([x, nn.Dense(state_width, name="state")(state)], axis=-1)
     for index, width in enumerate(hidden):
         x = nn.silu(nn.Dense(width, name=f"hidden_{index}")(x))
     return x

@@ -87,5 +87,6 @@ class Tokenizer(nn.Module):
 
 def nearest_code(codes: Array, codebook_KE: Array) -> Array:
     """Index of the nearest code by squared distance: [..., E] -> [...] int32."""
-    distance = (codebook_KE**2).sum(-1) - 2 * jnp.einsum("...e,ke->...k", codes, codebook_KE)
-    return jnp.argmin(distance, axis=-1).astype(jnp.int32)
+    codes_ME = codes.reshape(-1, codes.shape[-1])
+    distance_MK = (codebook_KE**2).sum(-1)[None] - 2 * codes_ME @ codebook_KE.T
+    return jnp.argmin(distance_MK, axis=-1).astype(jnp.int32).reshape(codes.shape[:-1])

@@ -49,11 +49,6 @@ def jumps(divisors: tuple[int, ...], ticks: int) -> np.ndarray:
     return np.array([ticks // d for d in divisors], np.int32)
 
 
-def speed_dial(divisors: tuple[int, ...], dial: float) -> np.ndarray:
-    """Give the user's bias on the logits, -dial ln T_d, float32 [D]: positive is faster, 0 no change."""
-    return (-dial * np.log(np.asarray(divisors, np.float64))).astype(np.float32)
-
-
 def features(logp_BNK, masked_BN, tick_B, call_B, *, ticks: int, max_calls: int) -> jax.Array:
     """Describe the state before a call to the head (speed_rl spec 4.4), stop-gradient.
 

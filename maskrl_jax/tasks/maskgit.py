@@ -12,10 +12,11 @@ import numpy as np
 from maskrl_jax import state as train_state
 from maskrl_jax.data.batches import batch_at
 from maskrl_jax.data.dataset import Conditioning, Dataset, conditioning_of, open_dataset
-from maskrl_jax.evaluate.bench import Bench, Evaluation
+from maskrl_jax.evaluate.bench import Bench, Evaluation, read_sampler
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
-from maskrl_jax.evaluate.systems import Studio, features_of, fixed_program, fixed_system, judge_scorer
+from maskrl_jax.evaluate.studio import Studio
+from maskrl_jax.evaluate.systems import Engine, features_of, fixed_program, fixed_system, judge_scorer
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys
 from maskrl_jax.models.maskgit import MaskGIT, MaskGITConfig
 from maskrl_jax.parallel import mean_gradients
@@ -175,10 +176,10 @@ def dataset_of(context: Context, split: str) -> Dataset:
     return open_dataset(data.name, split, context.data_dir, size, data.text_length)
 
 
-def studio_of(context: Context, sizes: MaskGITConfig, null: np.ndarray) -> Studio:
+def engine_of(context: Context, sizes: MaskGITConfig, null: np.ndarray) -> Engine:
     """What systems of this stage and of those above it generate with."""
     codec = tokenizer_task.load(context.parents["tokenizer"])
-    return Studio(
+    return Engine(
         parallel=context.parallel,
         logits=generator(sizes, None, null).logits,
         decode=codec.decode,
@@ -186,6 +187,21 @@ def studio_of(context: Context, sizes: MaskGITConfig, null: np.ndarray) -> Studi
         null=null,
         num_tokens=sizes.num_tokens,
         mask_id=sizes.mask_id,
+    )
+
+
+def studio(context: Context, params: Any) -> Studio:
+    """The trained base as a user samples from it."""
+    held_out = dataset_of(context, "validation")
+    sizes = model_config(context.config, context.config.parents.tokenizer, held_out.conditioning)
+    codec = tokenizer_task.load(context.parents["tokenizer"])
+    return Studio(
+        engine=engine_of(context, sizes, held_out.conditioning.null),
+        params=params,
+        dataset=held_out,
+        sampler=read_sampler(context.workdir, SamplerConfig(**context.config.sampler)),
+        encode=functools.partial(jax.jit(codec.encode), codec.params),
+        image_size=codec.config.image_size,
     )
 
 
@@ -209,17 +225,17 @@ def build(context: Context) -> Task:
     config, parallel = context.config, context.parallel
     train = dataset_of(context, "train")
     wiring = Wiring(config, train.conditioning)
-    studio = studio_of(context, wiring.sizes, wiring.null)
-    frozen = {"tokenizer": studio.tokenizer}
+    engine = engine_of(context, wiring.sizes, wiring.null)
+    frozen = {"tokenizer": engine.tokenizer}
     rows = parallel.rows(config.batch_size)
     update = parallel.update(wiring.update)
     sampler = SamplerConfig(**config.sampler)
     bench = functools.cache(lambda: bench_of(context))
     held_out_loss = jax.jit(wiring.held_out_loss)
-    program = fixed_program(studio)
+    program = fixed_program(engine)
 
     def system(params: Any, chosen: SamplerConfig) -> System:
-        return fixed_system(studio, program, params, chosen, "base", "base")
+        return fixed_system(engine, program, params, chosen, "base", "base")
 
     def batch(step):
         example = batch_at(train, step, config.batch_size, rows, config.seed)

@@ -3,6 +3,7 @@
 Everything quantitative here is our choice (specs/speed_rl.md section 2): the paper's algorithm is not public.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,7 +18,8 @@ from maskrl_jax.evaluate import curve
 from maskrl_jax.evaluate.bench import Bench, read_sampler
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
-from maskrl_jax.evaluate.systems import Studio, clocked_program, clocked_system, fixed_program, fixed_system
+from maskrl_jax.evaluate.studio import Studio
+from maskrl_jax.evaluate.systems import Engine, clocked_program, clocked_system, fixed_program, fixed_system
 from maskrl_jax.keys import EVALUATE, ROLLOUT, sample_keys
 from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.parallel import Axis
@@ -206,11 +208,11 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
 class Gallery:
     """What the stage measures: the tuned policy beside the base at its best sampler."""
 
-    def __init__(self, context: Context, wiring: Wiring, studio: Studio, sampler: SamplerConfig, base: Any):
-        self.context, self.config, self.wiring, self.studio = context, context.config, wiring, studio
+    def __init__(self, context: Context, wiring: Wiring, engine: Engine, sampler: SamplerConfig, base: Any):
+        self.context, self.config, self.wiring, self.engine = context, context.config, wiring, engine
         self.sampler, self.base = sampler, base
-        self.fixed = fixed_program(studio)
-        self.clocked = clocked_program(studio, wiring.sampler, wiring.decide)
+        self.fixed = fixed_program(engine)
+        self.clocked = clocked_program(engine, wiring.sampler, wiring.decide)
 
     @functools.cached_property
     def bench(self) -> Bench:
@@ -219,7 +221,7 @@ class Gallery:
 
     def tuned(self, params: Any) -> System:
         """The policy as a system; its setting is the speed dial, or the steps of a policy without a head."""
-        return clocked_system(self.studio, self.clocked, params, "tuned", f"tuned ({self.wiring.policy.kind})")
+        return clocked_system(self.engine, self.clocked, params, "tuned", f"tuned ({self.wiring.policy.kind})")
 
     def settings(self) -> tuple[float, ...]:
         """Settings of the tuned curve."""
@@ -239,7 +241,7 @@ class Gallery:
     def report(self, params: Any) -> None:
         """Curves of base and tuned, T*, timing, figures, report.md."""
         bench, config, policy = self.bench, self.config, self.wiring.policy
-        base = fixed_system(self.studio, self.fixed, self.base, self.sampler, "base", "base")
+        base = fixed_system(self.engine, self.fixed, self.base, self.sampler, "base", "base")
         tuned = self.tuned(params)
         base_points = bench.measure(base, bench.settings.steps)
         tuned_points = bench.measure(tuned, self.settings())
@@ -247,7 +249,7 @@ class Gallery:
         timings = []
         if bench.settings.timing_repeats:
             chosen = found.best or min(found.table, key=lambda row: abs(row.calls_mean - bench.settings.reference / 3))
-            sizes = (self.studio.parallel.num_devices, bench.settings.batch_size)
+            sizes = (self.engine.parallel.num_devices, bench.settings.batch_size)
             timings = bench.time((base, bench.settings.reference), (tuned, chosen.setting), sizes)
         findings = Findings(
             title=f"Speed-RL-like tuning on {config.data.name}: {policy.kind}",
@@ -271,22 +273,40 @@ class Gallery:
         bench.write(findings, config.num_steps, facts)
 
 
+def studio(context: Context, params: Any) -> Studio:
+    """The trained policy as a user samples from it: by its head, or with a fixed number of steps."""
+    # The base's own config names the sizes of the network.
+    as_base = dataclasses.replace(context, config=context.config.parents.maskgit)
+    base = maskgit_task.studio(as_base, params["model"])
+    wiring = Wiring(context.config, base.dataset.conditioning)
+    policy = wiring.policy
+    sampler = SamplerConfig(**context.config.parents.maskgit.sampler)
+    sampler = dataclasses.replace(
+        sampler, gumbel=policy.noise, guidance=policy.guidance, guidance_schedule=policy.guidance_schedule
+    )
+    tuned = None
+    if policy.kind == "adaptive":
+        program = clocked_program(base.engine, wiring.sampler, wiring.decide)
+        tuned = clocked_system(base.engine, program, params, "tuned", "tuned")
+    return dataclasses.replace(base, sampler=sampler, tuned=tuned)
+
+
 def build(context: Context) -> Task:
     """Wire the stage: roll out, score and filter on the host, update."""
     config, parallel = context.config, context.parallel
     train = maskgit_task.dataset_of(context, "train")
     wiring = Wiring(config, train.conditioning)
     base = context.parents["maskgit"]
-    studio = maskgit_task.studio_of(context, wiring.sizes, wiring.null)
+    engine = maskgit_task.engine_of(context, wiring.sizes, wiring.null)
     sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
     frozen = {
-        "tokenizer": studio.tokenizer,
+        "tokenizer": engine.tokenizer,
         "judge": parallel.replicate(context.parents["judge"].params),
         "reference": parallel.replicate(base.params),
     }
     rollouts = Rollouts(context, wiring, train, frozen, sampler)
     update = parallel.update(wiring.update)
-    gallery = Gallery(context, wiring, studio, sampler, base.params)
+    gallery = Gallery(context, wiring, engine, sampler, base.params)
 
     def step(state, batch):
         number = int(batch["index"][0]) // config.batch_size

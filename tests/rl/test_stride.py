@@ -86,10 +86,6 @@ def test_decision_entropy_of_a_flat_head():
     np.testing.assert_allclose(stride.decision_entropy(jnp.zeros((1, 11)), jnp.ones(1, bool)), [np.log(11)], rtol=1e-6)
 
 
-def test_speed_dial_favours_few_calls():
-    np.testing.assert_allclose(stride.speed_dial((4, 1), 2.0), [-2 * np.log(4), 0.0], rtol=1e-6)
-
-
 def prior_calls(prior, clock, rows):
     """Roll the untrained head out and count the calls, [rows]."""
     bias, jump = (

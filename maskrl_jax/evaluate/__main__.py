@@ -1,0 +1,39 @@
+"""Measure a finished run again and write its report anew: `python -m maskrl_jax.evaluate --workdir=<dir>`."""
+
+import sys
+
+from absl import app, flags, logging
+
+from maskrl_jax.errors import UserError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "finished run of a maskgit or speed_rl stage", required=True)
+PROMPTS = flags.DEFINE_integer("prompts", None, "held-out prompts", lower_bound=2)
+GROUP = flags.DEFINE_integer("group", None, "samples of each prompt", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", None, "seed of prompts and noise")
+STEPS = flags.DEFINE_list("steps", None, "steps of the base's curve, rising; the last is the reference")
+DIALS = flags.DEFINE_list("dials", None, "speed dials of the tuned curve")
+
+
+def main(_: list[str]) -> None:
+    """Evaluate as the flags say; a mistake of the user is one line on stderr and exit code 1."""
+    from maskrl_jax import runner
+
+    logging.set_verbosity(logging.WARNING)
+    try:
+        overrides = {flag.name: flag.value for flag in (PROMPTS, GROUP, SEED) if flag.value is not None}
+        overrides |= {
+            flag.name: tuple(kind(number) for number in flag.value)
+            for flag, kind in ((STEPS, int), (DIALS, float))
+            if flag.value
+        }
+        context, params = runner.open_workdir(WORKDIR.value)
+        if "evaluation" not in context.config:
+            raise UserError(f"{WORKDIR.value} holds a {context.config.task!r} stage, which makes no images")
+        context.config.evaluation.update(overrides)
+        runner.build(context).report(params)
+    except (UserError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

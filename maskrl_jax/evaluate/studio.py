@@ -1,0 +1,57 @@
+"""A trained generator as a user samples from it: any sampler, a tuned policy, inpainting."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from maskrl_jax.errors import UserError
+from maskrl_jax.evaluate.measure import System
+from maskrl_jax.evaluate.systems import Engine, fixed_program, fixed_system
+from maskrl_jax.sampling.maskgit import SamplerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Studio:
+    """What a generator stage offers for sampling.
+
+    Attributes:
+      engine: generation around the model.
+      params: parameters of the network.
+      dataset: held-out split; encodes prompts.
+      sampler: the sampler that was tuned for the base, or that the policy was trained with.
+      encode: images [B,H,W,3] in [0,1] -> tokens [B,N].
+      image_size: pixels a side.
+      tuned: the policy as a system, None for a base model.
+    """
+
+    engine: Engine
+    params: Any
+    dataset: Any
+    sampler: SamplerConfig
+    encode: Callable[[np.ndarray], np.ndarray]
+    image_size: int
+    tuned: System | None = None
+
+    def fixed(self, changes: Mapping[str, Any], given: np.ndarray | None = None) -> System:
+        """The fixed sampler with some settings changed; `given` int32 [N] are tokens to keep."""
+        sampler = dataclasses.replace(self.sampler, **changes)
+        return fixed_system(
+            self.engine, fixed_program(self.engine), self.params, sampler, "fixed", "fixed sampler", given
+        )
+
+    def inpainting(self, picture: np.ndarray, box: list[int]) -> np.ndarray:
+        """Tokens int32 [N] of a uint8 [H,W,3] picture, MASK where a cell touches the box (top, left, bottom, right)."""
+        size = self.image_size
+        if picture.shape[:2] != (size, size):
+            raise UserError(f"--image has {picture.shape[1]} x {picture.shape[0]} pixels; this model makes {size} x {size}")
+        if len(box) != 4 or not (0 <= box[0] < box[2] <= size and 0 <= box[1] < box[3] <= size):
+            raise UserError(f"--box {box} must be top,left,bottom,right with 0 <= top < bottom <= {size}, likewise across")
+        tokens = np.array(self.encode(picture[None].astype(np.float32) / 255))[0]
+        side = round(len(tokens) ** 0.5)
+        cell = size // side
+        top, left, bottom, right = box[0] // cell, box[1] // cell, -(-box[2] // cell), -(-box[3] // cell)
+        grid = tokens.reshape(side, side)
+        grid[top:bottom, left:right] = self.engine.mask_id
+        return grid.reshape(-1)

@@ -1,0 +1,110 @@
+"""Sample images from a trained stage: `python -m maskrl_jax.sample --workdir=<dir> --prompt="a red circle"`."""
+
+import sys
+
+import numpy as np
+from absl import app, flags, logging
+
+from maskrl_jax.errors import UserError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "run of a maskgit or speed_rl stage", required=True)
+PROMPT = flags.DEFINE_multi_string("prompt", None, "caption, or class name or number; may be repeated")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "images of each prompt", lower_bound=1)
+NUM_STEPS = flags.DEFINE_integer("num_steps", None, "steps of the fixed sampler; a tuned policy decides by itself")
+DIAL = flags.DEFINE_float("dial", 0.0, "asks a tuned policy for fewer (positive) or more calls")
+MODE = flags.DEFINE_string("mode", None, "fixed sampler: confidence, halton, random, threshold or entropy")
+SCHEDULE = flags.DEFINE_string("schedule", None, "fixed sampler: cosine, arccos, linear or square")
+GUMBEL = flags.DEFINE_float("gumbel", None, "fixed sampler: noise on the confidence")
+GUIDANCE = flags.DEFINE_float("guidance", None, "fixed sampler: guidance scale, 1 is none")
+GUIDANCE_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "fixed sampler: constant, linear or cosine")
+THRESHOLD = flags.DEFINE_float("threshold", None, "modes threshold (probability) and entropy (nats)")
+IMAGE = flags.DEFINE_string("image", None, "picture to inpaint")
+BOX = flags.DEFINE_list("box", None, "top,left,bottom,right in pixels: what of --image is made anew")
+SEED = flags.DEFINE_integer("seed", 0, "seed of the noise")
+OUT = flags.DEFINE_string("out", "samples.png", "picture to write: a row per prompt")
+ORDER = flags.DEFINE_string("order", None, "also draw in which order tokens appear, to this file")
+FIXED = {
+    "num_steps": NUM_STEPS,
+    "mode": MODE,
+    "schedule": SCHEDULE,
+    "gumbel": GUMBEL,
+    "guidance": GUIDANCE,
+    "guidance_schedule": GUIDANCE_SCHEDULE,
+    "threshold": THRESHOLD,
+}
+
+
+def main(_: list[str]) -> None:
+    """Sample as the flags say; a mistake of the user is one line on stderr and exit code 1."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        _sample()
+    except (UserError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _sample() -> None:
+    from PIL import Image
+
+    from maskrl_jax import runner
+    from maskrl_jax.evaluate.grid import image_grid
+
+    context, params = runner.open_workdir(WORKDIR.value)
+    stage = runner.task_module(context.config)
+    if not hasattr(stage, "studio"):
+        raise UserError(f"{WORKDIR.value} holds a {context.config.task!r} stage, which makes no images")
+    studio = stage.studio(context, params)
+    prompts = PROMPT.value or studio.dataset.prompts(4, SEED.value)
+    cond = studio.dataset.encode(prompts).repeat(NUM_IMAGES.value, axis=0)
+    system, setting = _system(studio)
+    made = system.generate(setting, cond, np.arange(len(cond), dtype=np.int32), SEED.value)
+    Image.fromarray(image_grid(made.images, columns=NUM_IMAGES.value)).save(OUT.value)
+    for row, prompt in enumerate(prompts):
+        calls = made.calls[row * NUM_IMAGES.value :][: NUM_IMAGES.value]
+        print(f"{prompt}: {calls.mean():.1f} network calls an image")
+    print(f"wrote {OUT.value}")
+    if ORDER.value:
+        from maskrl_jax.evaluate.pictures import commit_order
+
+        first = slice(None, None, NUM_IMAGES.value)
+        pixels = np.round(np.clip(made.images[first], 0, 1) * 255).astype(np.uint8)
+        commit_order(ORDER.value, pixels, made.commit_step[first], made.calls[first], prompts)
+        print(f"wrote {ORDER.value}")
+
+
+def _system(studio):
+    """The system that the flags ask for, and its setting."""
+    asked = {name: flag.value for name, flag in FIXED.items() if flag.value is not None}
+    given = _given(studio)
+    if studio.tuned is not None and not asked and given is None:
+        return studio.tuned, DIAL.value
+    if DIAL.value:
+        raise UserError("--dial is for a tuned policy alone; leave it out with flags of the fixed sampler or --image")
+    steps = asked.get("num_steps", studio.sampler.num_steps)
+    if not 1 <= steps <= studio.engine.num_tokens:
+        raise UserError(f"--num_steps={steps} must lie in 1..{studio.engine.num_tokens}, the number of image tokens")
+    asked["max_steps"] = max(steps, studio.sampler.max_steps)
+    return studio.fixed(asked, given), steps
+
+
+def _given(studio):
+    """Tokens of --image outside --box, MASK inside; None without an image."""
+    if (IMAGE.value is None) != (BOX.value is None):
+        raise UserError("--image and --box belong together: the picture, and the part of it to make anew")
+    if IMAGE.value is None:
+        return None
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = np.asarray(Image.open(IMAGE.value).convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"cannot read --image {IMAGE.value}: {error}") from None
+    try:
+        box = [int(number) for number in BOX.value]
+    except ValueError:
+        raise UserError(f"--box {','.join(BOX.value)} must be four numbers: top,left,bottom,right") from None
+    return studio.inpainting(picture, box)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,204 @@
+"""The fixed-plan decode loop, with models of three lines."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_model
+
+from maskrl_jax.sampling import schedules
+from maskrl_jax.sampling.maskgit import GIVEN, MODES, SamplerConfig, decode, make_plan
+
+CODES, TOKENS = 4, 16
+MASK = CODES
+COND = jnp.array([0, 1, 2])
+
+
+def sample(model, plan, given=None, rows=(0, 1, 2)):
+    rows = jnp.asarray(rows)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(rows)
+    given = jnp.full((3, TOKENS), MASK) if given is None else given
+    return decode(model, keys, COND[rows], jnp.int32(3), plan, given[rows], MASK)
+
+
+def run(model, config, given=None, rows=(0, 1, 2)):
+    return jax.jit(lambda plan: sample(model, plan, given, rows))(make_plan(config, TOKENS))
+
+
+def counts(rollout, steps):
+    """Count the tokens that each call committed, [B, steps]."""
+    return np.stack([(np.asarray(rollout.commit_step) == step).sum(-1) for step in range(steps)], -1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_makes_the_calls_and_commits_the_counts_of_its_plan(mode):
+    """A model without any confidence gives the threshold modes nothing beyond 14, 11, 6, 0 left of 16."""
+    rollout = run(toy_model.undecided(CODES), SamplerConfig(mode=mode, num_steps=4))
+    assert counts(rollout, 4).tolist() == [[2, 3, 5, 6]] * 3
+    assert rollout.calls.tolist() == [4, 4, 4]
+    assert (rollout.ids < MASK).all()
+    assert (rollout.commit_step.dtype, rollout.ids.dtype) == (jnp.uint8, jnp.int32)
+
+
+@pytest.mark.parametrize("mode", ["threshold", "entropy"])
+def test_threshold_modes_stop_when_the_model_is_sure(mode):
+    rollout = run(toy_model.confident(CODES), SamplerConfig(mode=mode))
+    assert rollout.calls.tolist() == [1, 1, 1]
+    np.testing.assert_array_equal(rollout.ids, (np.arange(TOKENS)[None] + np.asarray(COND)[:, None]) % CODES)
+
+
+@pytest.mark.parametrize(("threshold", "more"), [(0.89, True), (0.91, False)])
+def test_threshold_is_a_probability(threshold, more):
+    """Code 0 has probability 0.9: at 0.89 all draws of it are committed at once, at 0.91 the plan's five."""
+
+    def logits(ids, timestep, cond):
+        law = jnp.log(jnp.array([0.9, 0.1 / 3, 0.1 / 3, 0.1 / 3]))
+        return jnp.broadcast_to(law[None, None], (*ids.shape, CODES))
+
+    rollout = run(logits, SamplerConfig(mode="threshold", num_steps=2, threshold=threshold))
+    assert (counts(rollout, 1) > 5).all() == more
+    assert (counts(rollout, 1) == 5).all() != more
+    assert (rollout.ids[rollout.commit_step == 0] == 0).all()
+
+
+@pytest.mark.parametrize(("threshold", "first"), [(0.68, 5), (0.70, 16)])
+def test_entropy_threshold_is_in_nats(threshold, first):
+    """Two equally likely codes have ln 2 = 0.693 nats; below it only the plan's five are committed."""
+
+    def logits(ids, timestep, cond):
+        return jnp.broadcast_to(jnp.array([0.0, 0.0, -40.0, -40.0])[None, None], (*ids.shape, CODES))
+
+    rollout = run(logits, SamplerConfig(mode="entropy", num_steps=2, threshold=threshold))
+    assert counts(rollout, 1).tolist() == [[first]] * 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_given_tokens_never_change(mode):
+    given = jnp.full((3, TOKENS), MASK).at[0, 2:9].set(3).at[1, :].set(1)
+    rollout = run(toy_model.contextual(CODES), SamplerConfig(mode=mode, num_steps=4, threshold=0.99), given)
+    known = np.asarray(given) != MASK
+    np.testing.assert_array_equal(np.asarray(rollout.ids)[known], np.asarray(given)[known])
+    assert (rollout.ids != MASK).all()
+    np.testing.assert_array_equal(np.asarray(rollout.commit_step) == GIVEN, known)
+    assert rollout.calls[1] == 0
+
+
+def test_given_tokens_shrink_every_share():
+    """8 of 16 masked, cosine in 4 steps: 14, 11, 6, 0 of 16 become 7, 5, 3, 0 of 8."""
+    given = jnp.full((3, TOKENS), MASK).at[:, ::2].set(0)
+    rollout = run(toy_model.undecided(CODES), SamplerConfig(num_steps=4), given)
+    assert counts(rollout, 4).tolist() == [[1, 2, 2, 3]] * 3
+
+
+def test_fewer_masked_tokens_than_steps_end_early():
+    given = jnp.full((3, TOKENS), 0).at[:, :2].set(MASK)
+    rollout = run(toy_model.undecided(CODES), SamplerConfig(num_steps=8), given)
+    assert rollout.calls.tolist() == [2, 2, 2]
+
+
+def test_one_program_serves_all_steps_temperatures_and_scales():
+    chex.clear_trace_counter()
+    program = jax.jit(chex.assert_max_traces(lambda plan: sample(toy_model.contextual(CODES), plan), n=1))
+    configs = [SamplerConfig(num_steps=t, guidance=2.0, max_steps=8) for t in (1, 4, 8)]
+    assert [program(make_plan(c, TOKENS)).calls.tolist() for c in configs] == [[t] * 3 for t in (1, 4, 8)]
+    tables = [
+        {"temperature": 0.01},
+        {"guidance": 5.0},
+        {"schedule": "arccos"},
+        {"gumbel": 0.0},
+    ]
+    base = np.asarray(program(make_plan(configs[1], TOKENS)).ids)
+    for table in tables:
+        changed = SamplerConfig(**{"num_steps": 4, "guidance": 2.0, "max_steps": 8} | table)
+        assert (np.asarray(program(make_plan(changed, TOKENS)).ids) != base).any(), table
+
+
+def test_temperature_divides_the_logits():
+    """At temperature 0.05 the likeliest code is drawn, at 1000 all are alike."""
+
+    def logits(ids, timestep, cond):
+        return jnp.broadcast_to(jnp.array([0.0, 1.0, 0.0, 0.0])[None, None], (*ids.shape, CODES))
+
+    cold, hot = (run(logits, SamplerConfig(temperature=t, num_steps=1)).ids for t in (0.05, 1e3))
+    assert (cold == 1).all()
+    assert (hot == 1).mean() < 0.5
+
+
+def test_guidance_pulls_away_from_the_null_condition():
+    """The condition prefers code 1 over 0 by a little, the null condition 0: guidance 20 settles it."""
+
+    def logits(ids, timestep, cond):
+        lean = jnp.where(cond == 3, -1.0, 1.0)[:, None, None]
+        return lean * jnp.broadcast_to(jnp.array([-1.0, 1.0, -90.0, -90.0])[None, None], (*ids.shape, CODES))
+
+    plain, guided = (run(logits, SamplerConfig(guidance=g, num_steps=1)).ids for g in (1.0, 20.0))
+    assert (guided == 1).all()
+    assert (plain == 0).any()
+
+
+def test_confidence_mode_without_noise_takes_the_surest_first():
+    """Position i has 1 + i mod 4 equally likely codes: confidence -ln(1 + i mod 4) whichever is drawn."""
+    choices = 1 + np.arange(TOKENS) % 4
+
+    def logits(ids, timestep, cond):
+        open_NK = np.arange(CODES)[None] < choices[:, None]
+        return jnp.broadcast_to(jnp.where(open_NK, 0.0, -90.0)[None], (*ids.shape, CODES))
+
+    steps = np.asarray(run(logits, SamplerConfig(num_steps=TOKENS, gumbel=0.0)).commit_step)
+    np.testing.assert_array_equal(np.argsort(steps, -1), np.tile(np.argsort(choices, kind="stable"), (3, 1)))
+
+
+def test_noise_falls_to_the_share_of_the_step():
+    plan = make_plan(SamplerConfig(num_steps=4, max_steps=6, gumbel=8.0), TOKENS)
+    np.testing.assert_allclose(plan.noise, [8, 6, 4, 2, 0, 0])
+    np.testing.assert_array_equal(plan.timestep, [63, 47, 31, 15, 0, 0])
+    ramp = make_plan(SamplerConfig(num_steps=3, max_steps=3, guidance=5.0, guidance_schedule="linear"), TOKENS)
+    np.testing.assert_allclose(ramp.guidance, [1, 3, 5])
+    assert (make_plan(SamplerConfig(mode="halton"), TOKENS).noise == 0).all()
+
+
+def test_halton_order_follows_the_table_with_a_roll_per_sample():
+    rollout = run(toy_model.contextual(CODES), SamplerConfig(mode="halton", num_steps=TOKENS))
+    order = np.argsort(np.asarray(rollout.commit_step), axis=-1)  # one token a step
+    table = schedules.halton_order(4)
+    starts = [int(np.flatnonzero(table == row[0])[0]) for row in order]
+    np.testing.assert_array_equal(order, [np.roll(table, -start) for start in starts])
+    assert len(set(starts)) > 1
+
+
+def test_random_order_does_not_ask_the_model():
+    steps = [
+        np.asarray(run(model, SamplerConfig(mode="random", num_steps=8)).commit_step)
+        for model in (toy_model.contextual(CODES), toy_model.confident(CODES))
+    ]
+    np.testing.assert_array_equal(*steps)
+    assert (steps[0][0] != steps[0][1]).any()
+
+
+@pytest.mark.parametrize("mode", ["confidence", "halton", "random"])
+def test_a_sample_is_the_same_in_any_batch(mode):
+    config = SamplerConfig(mode=mode, num_steps=6, guidance=1.5)
+    everyone, some = (run(toy_model.contextual(CODES), config, rows=rows) for rows in ((0, 1, 2), (2, 0)))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[np.array([2, 0])]), some, everyone)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mode": "beam"}, "'beam' is not one of confidence, halton, random, threshold, entropy"),
+        ({"num_steps": 17}, "num_steps 17 must lie in 1..max_steps"),
+        ({"num_steps": 0}, "num_steps 0 must lie in"),
+        ({"max_steps": 255}, "below 255"),
+        ({"temperature": 0.0}, "temperature 0.0 must be positive"),
+    ],
+)
+def test_impossible_settings_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        SamplerConfig(**wrong)
+
+
+def test_more_steps_than_tokens_are_refused():
+    with pytest.raises(ValueError, match="num_steps 20 must lie in 1..16, the number of image tokens"):
+        make_plan(SamplerConfig(num_steps=20, max_steps=20), TOKENS)
+

@@ -1,0 +1,109 @@
+"""Host tables of counts, guidance and order against the numbers of the specifications."""
+
+import numpy as np
+import pytest
+
+from maskrl_jax.sampling import schedules
+from maskrl_jax.sampling.clock import Clock
+
+
+def counts(schedule, num_tokens, num_steps):
+    left = schedules.masked_after(schedule, num_tokens, num_steps)
+    assert left.dtype == np.int32
+    return -np.diff(left, prepend=num_tokens)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_steps", "first", "last"),
+    [
+        (4096, 4, [312, 888, 1329, 1567], []),
+        (4096, 6, [140, 409, 651, 848, 988, 1060], []),
+        (4096, 8, [79, 233, 379, 509, 621, 708, 768, 799], []),
+        (4096, 16, [20, 59, 98, 135, 172], [390, 398, 401]),
+        (4096, 48, [3, 6, 11, 16, 19], []),
+        (4096, 64, [2, 3, 7, 8, 11], []),
+        (256, 8, [5, 15, 24, 31, 39, 45, 48, 49], []),
+        (256, 16, [2, 3, 7, 8, 11, 13, 15, 16, 19, 20, 22, 23, 23, 25, 24, 25], []),
+    ],
+)
+def test_cosine_counts_of_the_specifications(num_tokens, num_steps, first, last):
+    """Numbers of specs/speed_rl.md section 9, oracle 1, and specs/maskgit.md section 4."""
+    found = counts("cosine", num_tokens, num_steps).tolist()
+    assert found[: len(first)] == first
+    assert found[len(found) - len(last) :] == last
+    assert sum(found) == num_tokens
+
+
+def test_a_whole_number_of_tokens_is_not_lost_to_rounding():
+    """Two thirds of the way cos is 1/2: 128 of 256 stay, where float32 would say 127."""
+    assert schedules.masked_after("cosine", 256, 12)[7] == 128
+    assert schedules.masked_after("cosine", 4096, 6)[3] == 2048
+
+
+@pytest.mark.parametrize(
+    ("schedule", "left"),
+    [
+        ("cosine", [14, 11, 6, 0]),  # 16 x .924, .707, .383
+        ("arccos", [13, 10, 7, 0]),  # 16 x .839, .667, .460
+        ("linear", [12, 8, 4, 0]),
+        ("square", [15, 12, 7, 0]),  # 16 x .938, .75, .438
+    ],
+)
+def test_sixteen_tokens_in_four_steps(schedule, left):
+    assert schedules.masked_after(schedule, 16, 4).tolist() == left
+
+
+@pytest.mark.parametrize("schedule", schedules.SCHEDULES)
+@pytest.mark.parametrize("num_tokens", [1, 9, 64])
+def test_every_step_commits_at_least_one_and_all_commit_everything(schedule, num_tokens):
+    for num_steps in range(1, num_tokens + 1):
+        found = counts(schedule, num_tokens, num_steps)
+        assert len(found) == num_steps
+        assert found.min() >= 1
+        assert found.sum() == num_tokens
+
+
+def test_clock_and_cosine_schedule_agree():
+    for num_steps in (1, 2, 3, 5, 8, 15, 16):
+        expected = Clock(16).constant_stride_counts(num_steps)
+        np.testing.assert_array_equal(counts("cosine", 16, num_steps), expected)
+
+
+@pytest.mark.parametrize("num_steps", [0, 17])
+def test_steps_without_a_token_each_are_refused(num_steps):
+    with pytest.raises(ValueError, match=f"num_steps {num_steps} must lie in 1..16"):
+        schedules.masked_after("cosine", 16, num_steps)
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'cubic' is not one of cosine, arccos, linear, square"):
+        schedules.masked_after("cubic", 16, 4)
+    with pytest.raises(ValueError, match="'cubic' is not one of constant, linear, cosine"):
+        schedules.guidance_table("cubic", 2.0, np.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [5, 5, 5, 5]), ("linear", [1, 2, 3, 5]), ("cosine", [1, 1 + 2 - np.sqrt(2), 3, 5])],
+)
+def test_guidance_ramps_from_none_to_the_full_scale(schedule, expected):
+    table = schedules.guidance_table(schedule, 5.0, np.array([0, 0.25, 0.5, 1]))
+    np.testing.assert_allclose(table, expected, rtol=1e-6)
+    assert table.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("side", "first"),
+    [
+        (16, [133, 74, 193, 39, 172, 99, 232, 30, 144, 85, 219, 50, 183, 125, 244, 9]),
+        (32, [522, 277, 771, 142, 664, 391, 913, 92, 577, 331, 854, 196, 719, 474, 968, 50]),
+    ],
+)
+def test_halton_order_of_the_specification(side, first):
+    """First cells of specs/maskgit.md section 5."""
+    assert schedules.halton_order(side)[:16].tolist() == first
+
+
+@pytest.mark.parametrize("side", [1, 8, 16])
+def test_halton_order_visits_every_cell_once(side):
+    np.testing.assert_array_equal(np.sort(schedules.halton_order(side)), np.arange(side * side))

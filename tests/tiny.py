@@ -1,0 +1,69 @@
+"""The real stages at sizes that train in seconds; a config file too, for tests that need a process of their own.
+
+Eight devices divide every batch. Plain gradient descent: Adam turns the rounding of a gradient near zero into a
+full step, which no two splits of a batch share.
+"""
+
+from configs import judge as judge_config
+from configs import maskgit as maskgit_config
+from configs import speed_rl as speed_rl_config
+from configs import tokenizer as tokenizer_config
+
+SGD = {"name": "sgd", "learning_rate": 0.1, "muon_learning_rate": 0.02, "b1": 0.9, "warmup_steps": 0, "decay": "constant"}
+SPLIT_SIZES = {"train": 96, "validation": 64}  # of shapes; see tests/tasks/conftest.py
+
+
+def get_config(stage: str = "speed_rl"):
+    """Return the config of a stage: tokenizer, judge, maskgit, digits (a maskgit of another set) or speed_rl."""
+    return {"tokenizer": tokenizer, "judge": judge, "maskgit": maskgit, "digits": digits, "speed_rl": speed_rl}[stage]()
+
+
+def tokenizer(argument: str = "smoke"):
+    """A 4 x 4 grid of 16 codes."""
+    config = tokenizer_config.get_config(argument)
+    config.update({"num_steps": 4, "eval_samples": 16, "save_every": 2})
+    config.model.update({"patch": 8, "codebook_size": 16, "code_width": 4, "hidden": 16, "decoder_width": 8})
+    config.optimizer = SGD | {"ema_decay": 0.5}
+    return config
+
+
+def judge(argument: str = "smoke"):
+    """The cells of shapes, or the classes of digits."""
+    config = judge_config.get_config(argument)
+    config.update({"num_steps": 4, "eval_samples": 16, "save_every": 2})
+    config.model.width = 8
+    config.optimizer = SGD | {"learning_rate": 0.01, "ema_decay": 0.5}
+    return config
+
+
+def maskgit(argument: str = "smoke"):
+    """One block of width 16 on 16 tokens."""
+    config = maskgit_config.get_config(argument)
+    parents = {"tokenizer": tokenizer(argument), "judge": judge(argument)}
+    config.update({"num_steps": 4, "save_every": 2, "batch_size": 16, "parents": parents})
+    config.model.update({"width": 16, "depth": 1, "heads": 2, "mlp_width": 32})
+    config.optimizer = SGD | {"ema_decay": 0.5}
+    config.sampler.update({"num_steps": 4, "max_steps": 4})
+    config.evaluation.update({"prompts": 8, "steps": (2, 4), "glance_steps": 4, "keep": 2})
+    return config
+
+
+def digits():
+    """Class conditioned, on the other set."""
+    return maskgit("digits-smoke")
+
+
+def speed_rl():
+    """Four calls at most, four groups of four, filters that have a history from the first update on."""
+    config, base = speed_rl_config.get_config("smoke"), maskgit()
+    config.parents = {"tokenizer": base.parents.tokenizer, "judge": base.parents.judge, "maskgit": base}
+    config.update({"num_steps": 4, "batch_size": 16, "group": 4, "micro_batch": 4, "save_every": 2})
+    config.policy.update({"max_calls": 4, "divisors": (4, 3, 2, 1), "centre": 2.0, "target_calls": 2, "levels": 2})
+    config.policy.step_set = (2, 4)
+    config.credit.update({"min_calls": 1, "lambda_zero_until": 1, "lambda_full_at": 3, "history": 16, "history_min": 4})
+    config.credit.percentile = 50.0
+    config.resample.groups = 2
+    config.loss.tokens.chunk = 32
+    config.optimizer = SGD | {"ema_decay": 0.5, "rates": (("^head", 3.0),)}
+    config.evaluation.update({"prompts": 8, "steps": (2, 4), "glance_steps": 4, "keep": 2, "batch_size": 16})
+    return config
