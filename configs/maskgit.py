@@ -7,7 +7,7 @@ python -m maskrl_jax.main --config=configs/maskgit.py:digits   # handwritten dig
 
 from configs import judge, sizes, tokenizer
 
-STEPS = {"": 2000, "full": 9000, "smoke": 40, "digits": 2500, "digits-smoke": 40}
+STEPS = {"": 1800, "full": 6000, "smoke": 40, "digits": 2500, "digits-smoke": 40}
 
 
 def get_config(arg: str = ""):

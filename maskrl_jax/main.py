@@ -28,8 +28,10 @@ def parse(argv: list[str]) -> list[str]:
         _ = "task" in CONFIG.value  # a file that could not be loaded says so only when it is used
         return rest
     except (flags.Error, UserError, AttributeError, OSError, TypeError, ValueError) as error:
-        # The text of args, since str of an error about a key is a quoted string.
-        sys.exit(f"error: {' '.join(str(error.args[0] if error.args else error).split())}")
+        # The text of args, since str of an error about a key is a quoted string; of a config that refuses its
+        # argument, the flag gives the traceback.
+        text = str(error.args[0] if error.args else error).rpartition("\nValueError: ")[2]
+        sys.exit(f"error: {' '.join(text.split())}")
 
 
 def main(_: list[str]) -> None:

@@ -67,7 +67,19 @@ def _parent(name, config, store, seconds):
         parent, workdir = wanted, stage_workdir(wanted, store)
         _stage(wanted, workdir, store, seconds)
     params, extra = checkpoint.load_params(workdir)
-    return Parent(config=parent, params=params, extra=extra, workdir=workdir)
+    return Parent(config=_as_trained(parent), params=params, extra=extra, workdir=workdir)
+
+
+def _as_trained(config):
+    """Return the config with those parents in it that `init` put in the place of the ones it names."""
+    replaced = {name: read_config(path) for name, path in config.init.items() if path}
+    replaced = {name: parent for name, parent in replaced.items() if parent is not None}
+    if not replaced:
+        return config
+    resolved = ConfigDict(_tuples(plain(config)))
+    for name, parent in replaced.items():
+        resolved.parents[name] = _as_trained(parent)
+    return resolved
 
 
 def _ready(name, wanted, workdir):
@@ -170,11 +182,18 @@ def task_module(config: ConfigDict) -> Any:
 
 
 def build(context: Context) -> Any:
-    """Build a stage; sizes that cannot be are the user's mistake."""
-    try:
+    """Build a stage."""
+    with _settings_of_the_user(context.config):
         return task_module(context.config).build(context)
+
+
+@contextlib.contextmanager
+def _settings_of_the_user(config):
+    # The pure rooms say ValueError of a setting that cannot be.
+    try:
+        yield
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"the config of task {config.task!r} cannot run: {' '.join(str(error).split())}") from error
 
 
 def open_workdir(workdir: str) -> tuple[Context, Any]:
@@ -219,7 +238,10 @@ def check(config: ConfigDict) -> None:
     if unused:
         raise unknown("optimizer setting", min(unused), OPTIMIZER_KEYS)
     OptimizerConfig(**config.optimizer)
-    Parallel(config.parallel).rows(config.batch_size)
+    parallel = Parallel(config.parallel)
+    parallel.rows(config.batch_size)
+    with _settings_of_the_user(config):
+        task_module(config).phases(config, parallel)
     for name, parent in config.parents.items():
         if not config.init.get(name, ""):
             check(parent)

@@ -1,11 +1,15 @@
 """Fake and tabular generators: a few lines each, so that a test knows what a network call must give."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maskrl_jax.rl.token_terms import Model
 
 
+@functools.cache
 def confident(codes):
     """Return a model that is sure that position i holds code (i + cond) mod K."""
 
@@ -16,17 +20,19 @@ def confident(codes):
     return logits
 
 
+@functools.cache
 def undecided(codes):
     """Return a model that gives every code the same probability."""
     return lambda ids_BN, timestep_B, cond_B: jnp.zeros((*ids_BN.shape, codes))
 
 
+@functools.cache
 def contextual(codes, scale=2.0):
     """Return a model that depends on the whole grid, the timestep and the condition, sample by sample."""
-    table = scale * jax.random.normal(jax.random.key(11), (codes + 1, codes))
+    table = (scale * np.random.default_rng(11).normal(size=(codes + 1, codes))).astype(np.float32)
 
     def logits(ids_BN, timestep_B, cond_B):
-        own = table[ids_BN]
+        own = jnp.asarray(table)[ids_BN]
         phase = (ids_BN.sum(-1) + timestep_B + 3 * cond_B)[:, None, None] + jnp.arange(codes)[None, None]
         place = jnp.arange(ids_BN.shape[1])[None, :, None]
         return own + jnp.sin(phase.astype(jnp.float32) * (1 + place))
@@ -42,6 +48,7 @@ def tabular_params(num_tokens, codes, classes, width=4):
     return params | {"head": jax.random.normal(keys[3], (width, codes))}
 
 
+@functools.cache
 def tabular(classes):
     """Return a small network in the form that policy gradients take: features and head."""
 
@@ -53,7 +60,7 @@ def tabular(classes):
 
         return fn
 
-    return Model(features, lambda params: lambda x: x @ params["head"], jnp.int32(classes - 1))
+    return Model(features, lambda params: lambda x: x @ params["head"], np.int32(classes - 1))
 
 
 def logits_of(model, params):

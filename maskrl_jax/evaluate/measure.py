@@ -183,3 +183,15 @@ def save_samples(folder: str | pathlib.Path, point: Point) -> pathlib.Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **point.per_sample)
     return path
+
+
+def load_point(folder: str | pathlib.Path, plain: dict) -> Point:
+    """Return the point that `to_json` and `save_samples` wrote, without its pictures."""
+    fields = dict(plain)
+    fields["calls_histogram"] = {int(calls): count for calls, count in plain["calls_histogram"].items()}
+    fields["metrics"] = {name: Interval(**value) for name, value in plain["metrics"].items()}
+    fields["diversity"] = None if plain["diversity"] is None else Interval(**plain["diversity"])
+    path = pathlib.Path(folder) / f"{plain['system']}-{plain['setting']:g}-seed{plain['seed']}.npz"
+    with np.load(path) as stored:
+        numbers = dict(stored)
+    return Point(**fields, per_sample=numbers, kept={})

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -35,6 +36,38 @@ class Conv3(nn.Module):
         return nn.Dense(self.features, dtype=self.dtype, name="kernel")(neighbourhood(x_BHWC))
 
 
+class DepthwiseConv3(nn.Module):
+    """One 3x3 filter a channel on [B,H,W,D], zero padding; starts at 0, so that a residual of it starts as identity."""
+
+    @nn.compact
+    def __call__(self, x_BHWD: Array) -> Array:
+        height, width, channels = x_BHWD.shape[1:]
+        kernel = self.param("kernel", nn.initializers.zeros, (3, 3, channels))
+        padded = jnp.pad(x_BHWD, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return sum(
+            padded[:, i : i + height, j : j + width] * kernel[i, j][None, None, None].astype(x_BHWD.dtype)
+            for i in range(3)
+            for j in range(3)
+        )
+
+
+class RelativeBias(nn.Module):
+    """Attention bias [1,H,S,S] by the offset between grid cells (Swin's table); 0 to and from other tokens."""
+
+    heads: int
+    side: int
+    length: int
+
+    @nn.compact
+    def __call__(self) -> Array:
+        span = 2 * self.side - 1
+        table = self.param("table", nn.initializers.zeros, (self.heads, span * span))
+        rows, cols = np.divmod(np.arange(self.side**2), self.side)
+        index = (rows[:, None] - rows[None] + self.side - 1) * span + cols[:, None] - cols[None] + self.side - 1
+        rest = self.length - self.side**2
+        return jnp.pad(table[:, index], ((0, 0), (0, rest), (0, rest)))[None]
+
+
 class Attention(nn.Module):
     """Bidirectional multi-head self-attention on [B,S,D]; softmax in float32."""
 
@@ -42,11 +75,11 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BSD: Array) -> Array:
+    def __call__(self, x_BSD: Array, bias: Array | None = None) -> Array:
         batch, length, width = x_BSD.shape
         qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(_rows(x_BSD))
         query, key, value = jnp.split(qkv.reshape(batch, length, 3 * self.heads, -1), 3, axis=2)
-        mixed = jax.nn.dot_product_attention(query, key, value)
+        mixed = jax.nn.dot_product_attention(query, key, value, bias)
         return nn.Dense(width, dtype=self.dtype, name="out")(_rows(mixed.reshape(x_BSD.shape))).reshape(x_BSD.shape)
 
 
@@ -55,11 +88,17 @@ class Block(nn.Module):
 
     heads: int
     mlp_width: int
+    side: int = 0  # grid side: a depthwise 3x3 filter mixes neighbours before the attention; 0 = none
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BSD: Array) -> Array:
-        mixed = Attention(self.heads, self.dtype, name="attention")(layer_norm("norm_attention")(x_BSD))
+    def __call__(self, x_BSD: Array, bias: Array | None = None) -> Array:
+        if self.side:
+            cells = self.side**2
+            grid = x_BSD[:, :cells].reshape(-1, self.side, self.side, x_BSD.shape[-1])
+            local = DepthwiseConv3(name="local")(grid).reshape(-1, cells, x_BSD.shape[-1])
+            x_BSD = x_BSD + jnp.pad(local, ((0, 0), (0, x_BSD.shape[1] - cells), (0, 0)))
+        mixed = Attention(self.heads, self.dtype, name="attention")(layer_norm("norm_attention")(x_BSD), bias)
         x_BSD = x_BSD + mixed
         hidden = nn.Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")(_rows(layer_norm("norm_mlp")(x_BSD)))
         out = nn.Dense(x_BSD.shape[-1], dtype=self.dtype, name="mlp_out")(nn.gelu(hidden))

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskrl_jax.models.layers import Block, Conv3, layer_norm
+from maskrl_jax.models.layers import Block, Conv3, RelativeBias, layer_norm
 
 Array = jax.Array
 
@@ -25,6 +25,8 @@ class MaskGITConfig:
     mlp_width: int = 512
     conv_stem: bool = True
     pooled_cond: bool = True  # one vector of the whole condition, added at every image token
+    relative_bias: bool = True  # attention knows the offset between cells
+    local_mixing: bool = True  # a depthwise 3x3 filter in every block
     remat: bool = False
     dtype: str = "float32"
 
@@ -61,7 +63,10 @@ class MaskGIT(nn.Module):
         if c.pooled_cond:
             self.pool = nn.Dense(c.width)
         block = nn.remat(Block) if c.remat else Block
-        self.blocks = [block(c.heads, c.mlp_width, dtype) for _ in range(c.depth)]
+        side = round(c.num_tokens**0.5)
+        self.blocks = [block(c.heads, c.mlp_width, side * c.local_mixing, dtype) for _ in range(c.depth)]
+        if c.relative_bias:
+            self.bias = [RelativeBias(c.heads, side, c.num_tokens + c.cond_length) for _ in range(c.depth)]
         self.norm = layer_norm(None)
         self.head = nn.Dense(c.codebook_size, dtype=jnp.float32)
 
@@ -83,8 +88,8 @@ class MaskGIT(nn.Module):
             image = image + self.pool(text.reshape(batch, 1, -1))
         x_BSD = jnp.concatenate([image, text], axis=1) + self.position[None]
         x_BSD = x_BSD.astype(c.dtype)
-        for block in self.blocks:
-            x_BSD = block(x_BSD)
+        for depth, block in enumerate(self.blocks):
+            x_BSD = block(x_BSD, self.bias[depth]() if c.relative_bias else None)
         return self.norm(x_BSD[:, :num_tokens])
 
     def logits(self, features: Array) -> Array:

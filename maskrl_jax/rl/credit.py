@@ -10,6 +10,7 @@ from maskrl_jax.rl import advantages, speed_reward
 
 Array = jax.Array
 LOW_QUALITY = ("drop", "clip", "off")
+GATES = ("hard", "soft", "off")
 LAMBDAS = ("schedule", "dual", "off")
 
 
@@ -37,13 +38,19 @@ class CreditConfig:
             raise ValueError(f"speed {self.speed!r} is not one of {', '.join(LAMBDAS)}")
         if self.low_quality not in LOW_QUALITY:
             raise ValueError(f"low_quality {self.low_quality!r} is not one of {', '.join(LOW_QUALITY)}")
+        if self.gate not in GATES:
+            raise ValueError(f"gate {self.gate!r} is not one of {', '.join(GATES)}")
+        if not 0 < self.min_calls < self.max_calls:
+            raise ValueError(f"min_calls {self.min_calls} must lie between 0 and max_calls {self.max_calls}")
+        if not 0 <= self.lambda_zero_until <= self.lambda_full_at:
+            raise ValueError(f"lambda_full_at {self.lambda_full_at} is before lambda_zero_until {self.lambda_zero_until}")
 
 
 class CreditState(flax.struct.PyTreeNode):
     """What the filters and the reward remember between updates."""
 
     history: advantages.History
-    sigma: Array  # sigma_w, float32 []; 0 before the first batch
+    sigma: Array  # sigma_w, float32 []; 0 before the first batch, at its floor before the first with a spread
     weight: Array  # lambda of the dual rule, float32 []
 
 
@@ -87,9 +94,8 @@ def assign(
     """
     scored_PG = jnp.isfinite(quality_PG)
     quality_std = advantages.group_std(quality_PG, scored_PG)
-    sigma = jnp.where(
-        state.sigma > 0, state.sigma, speed_reward.update_sigma(state.sigma, quality_std, scored_PG.any(1))
-    )
+    first = speed_reward.update_sigma(state.sigma, quality_std, scored_PG.any(1))
+    sigma = jnp.where(state.sigma > speed_reward.SIGMA_FLOOR, state.sigma, first)
     floor_args = (quality_PG, reference_P1, sigma, config.low_quality_factor)
     dropped = jnp.zeros(quality_PG.shape, bool)
     if config.low_quality == "drop":

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+SIGMA_FLOOR = 1e-3  # of sigma_w, for R divides by it
+
 
 def speed_reward(calls, max_calls: int, min_calls: int) -> jax.Array:
     """r_s(T) = clip((T_max - T) / (T_max - T_min), 0, 1): each saved call is worth the same time.
@@ -65,18 +67,17 @@ def total_reward(quality, sigma, speed, gate, weight) -> jax.Array:
     return quality / sigma + weight * gate * speed
 
 
-def update_sigma(sigma, std_P, valid_P, *, decay: float = 0.99, floor: float = 1e-3) -> jax.Array:
+def update_sigma(sigma, std_P, valid_P, *, decay: float = 0.99) -> jax.Array:
     """Average the within-group std of the quality, sigma_w, over updates (EMA), float32 scalar.
 
     Args:
-      sigma: float32 scalar; 0 means that nothing was seen yet, and the first batch sets it.
+      sigma: float32 scalar; not above the floor means that no spread was seen yet, and this batch sets it.
       std_P: float32 [P], `group_std` of the quality.
-      valid_P: bool [P]; no valid group leaves sigma as it is (at least `floor`).
+      valid_P: bool [P]; no valid group leaves sigma as it is (at least the floor).
       decay: weight of the past.
-      floor: lower bound, for R divides by sigma.
     """
     valid = valid_P & jnp.isfinite(std_P)
     count = valid.sum()
     mean = jnp.where(valid, std_P, 0.0).sum() / jnp.maximum(count, 1)
-    updated = jnp.where(sigma > 0, decay * sigma + (1 - decay) * mean, mean)
-    return jax.lax.stop_gradient(jnp.maximum(jnp.where(count > 0, updated, sigma), floor))
+    updated = jnp.where(sigma > SIGMA_FLOOR, decay * sigma + (1 - decay) * mean, mean)
+    return jax.lax.stop_gradient(jnp.maximum(jnp.where(count > 0, updated, sigma), SIGMA_FLOOR))

@@ -53,7 +53,7 @@ class SpeedUpdate:
         budget = self.policy.kind == "budget"
         valid, build = self._budget_calls(batch) if budget else self._policy_calls(record, batch)
         # The last call of the threshold action is forced, no decision.
-        last = self.policy.max_calls - (self.policy.action == "threshold")
+        last = self.policy.max_calls - (self.sampler.action == "threshold")
         decisions = jnp.minimum(record.calls, last).sum().astype(jnp.float32)
         counts = (batch["keep"].sum(), jnp.float32(len(batch["keep"])), decisions)
         totals = surrogate.Normalisers(*axis.all_reduce(counts))
@@ -116,7 +116,7 @@ class SpeedUpdate:
                 per_rollout_mean=self.per_rollout_mean,
             )
             keep = batch["keep"][row] * real
-            exact = self.tokens.likelihood == "hard" and self.policy.action == "stride"
+            exact = self.tokens.likelihood == "hard" and self.sampler.action == "stride"
             tick = record.tick[row, call]
             calls = Calls(
                 inputs=jnp.where(record.commit_step[row] < call[:, None], record.ids[row], self.mask_id),
@@ -126,7 +126,7 @@ class SpeedUpdate:
                 committed=committed,
                 remasked=remasked,
                 z_star=(record.log_floor if exact else record.z_star)[row, call],
-                tau=jnp.asarray(self.sampler.clock.noise)[tick] * (self.policy.action == "stride"),
+                tau=jnp.asarray(self.sampler.clock.noise)[tick] * (self.sampler.action == "stride"),
                 scale=adaptive.guidance_at(self.sampler, tick),
                 advantage=batch["advantage"][row],
                 token_weight=(keep * weights.token)[:, None] * jnp.ones((1, num_tokens)),
@@ -181,7 +181,7 @@ class SpeedUpdate:
             return jnp.float32(0), jnp.float32(0)
         call = pair % self.policy.max_calls
         # The last call of the threshold action is forced: no decision, so no term.
-        free = real & ((call < self.policy.max_calls - 1) | (self.policy.action == "stride"))
+        free = real & ((call < self.policy.max_calls - 1) | (self.sampler.action == "stride"))
         seen = (
             record.features[row, call],
             record.decision[row, jnp.maximum(call - 1, 0)],

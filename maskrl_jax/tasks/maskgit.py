@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from maskrl_jax.models.maskgit import MaskGIT, MaskGITConfig
 from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling.draws import commit_top
-from maskrl_jax.sampling.maskgit import SamplerConfig
+from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
 from maskrl_jax.tasks import judge as judge_task
 from maskrl_jax.tasks import tokenizer as tokenizer_task
 from maskrl_jax.tasks.task import Context, Parent, Task
@@ -77,6 +77,15 @@ def load(parent: Parent, conditioning: Conditioning) -> Generator:
     return generator(sizes, parent.params, conditioning.null)
 
 
+def check_steps(sampler: SamplerConfig, steps: Iterable[int], num_tokens: int) -> None:
+    """Raise ValueError for a number of steps that the sampler's tables or the grid do not hold.
+
+    Early, because a report asks for them when training is over.
+    """
+    for count in {sampler.num_steps, *steps}:
+        make_plan(dataclasses.replace(sampler, num_steps=count), num_tokens)
+
+
 def mask_tokens(keys_B: Array, ids_BN: Array, mask_id: int) -> tuple[Array, Array]:
     """Mask ceil(N * 2/pi*arccos(u)) random tokens a sample, u ~ U(0,1): (inputs, masked) [B,N].
 
@@ -108,6 +117,8 @@ class Wiring:
         self.sizes = model_config(config, config.parents.tokenizer, conditioning)
         self.model = MaskGIT(self.sizes)
         self.null = conditioning.null
+        settings = Evaluation(**config.evaluation)
+        check_steps(SamplerConfig(**config.sampler), (settings.glance_steps, *settings.steps), self.sizes.num_tokens)
         self.optimizer = train_state.OptimizerConfig(**config.optimizer)
         self.tx = train_state.make_optimizer(self.optimizer)
 
@@ -146,6 +157,7 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
     conditioning = conditioning_of(config.data.name, config.data.text_length)
     wiring = Wiring(config, conditioning)
+    parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
     side = wiring.tokens.image_size
     struct = jax.ShapeDtypeStruct
     batch = {

@@ -1,6 +1,7 @@
 """Rollouts of reinforcement-learning stages: requests, filters with resampling, and the base's reference quality."""
 
 import functools
+import math
 import pathlib
 from typing import Any
 
@@ -26,6 +27,9 @@ class Rollouts:
         quality = reference_quality(context, wiring, train, frozen, sampler)
         self.reference_of = dict(zip(distinct(train)[1], quality, strict=True))
         self.program = context.parallel.map(wiring.rollout)
+        # Groups of a resampling program: those asked for, filled up until the devices divide their rollouts.
+        least = self.parallel.num_devices // math.gcd(self.parallel.num_devices, self.config.group)
+        self.resampled = -(-self.config.resample.groups // least) * least
         self.assign = jax.jit(functools.partial(credit.assign, wiring.credit))
         self.remember = jax.jit(functools.partial(credit.remember, wiring.credit))
 
@@ -93,9 +97,9 @@ class Rollouts:
         return self.parallel.gather(self.program(state.params, self.frozen, mine))
 
     def _resample(self, state, batch, step, attempt, groups, out):
-        """Roll the given groups out anew in a program of `resample.groups` groups, whatever their number."""
+        """Roll the given groups out anew in a program of `resampled` groups, whatever their number."""
         size = self.config.group
-        filled = np.resize(groups, self.config.resample.groups)
+        filled = np.resize(groups, self.resampled)
         rows = (filled[:, None] * size + np.arange(size)).reshape(-1)
         fresh = self._run(state, {name: value[rows] for name, value in batch.items()}, step, attempt)
         out = {name: value.copy() for name, value in out.items()}

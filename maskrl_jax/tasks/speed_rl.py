@@ -15,7 +15,7 @@ from maskrl_jax import state as train_state
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import curve
-from maskrl_jax.evaluate.bench import Bench, read_sampler
+from maskrl_jax.evaluate.bench import Bench, Evaluation, read_sampler
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.studio import Studio
@@ -52,6 +52,7 @@ class Wiring:
     def __init__(self, config: Any, conditioning: Conditioning):
         self.config = config
         base = config.parents.maskgit
+        _check_tokenizer(config.parents.tokenizer, base.parents.tokenizer)
         self.sizes = maskgit_task.model_config(base, base.parents.tokenizer, conditioning)
         self.generator = maskgit_task.generator(self.sizes, None, conditioning.null)
         self.codec = tokenizer_task.codec(tokenizer_task.TokenizerConfig(**base.parents.tokenizer.model), None)
@@ -78,6 +79,8 @@ class Wiring:
         self.credit = credit.CreditConfig(
             **config.credit, max_calls=self.policy.max_calls, std_of_quality=self.policy.kind == "budget"
         )
+        settings = Evaluation(**config.evaluation)
+        maskgit_task.check_steps(SamplerConfig(**base.sampler), settings.steps, self.sizes.num_tokens)
         self.rewards = dict(config.rewards)
         mix.check(self.rewards, judge_reward.names(self.judge_sizes.kind))
         self.optimizer = train_state.OptimizerConfig(**config.optimizer)
@@ -163,7 +166,20 @@ def _groups(config: Any) -> int:
             f"batch_size {config.batch_size} rollouts do not fill groups of {config.group}; "
             "make it a multiple of group (at least 2)"
         )
-    return config.batch_size // config.group
+    groups = config.batch_size // config.group
+    if groups > config.credit.history:
+        raise UserError(f"credit.history {config.credit.history} does not hold the {groups} groups of an update")
+    return groups
+
+
+def _check_tokenizer(ours: Any, theirs: Any) -> None:
+    """Raise UserError where the base was trained on the codes of another tokenizer: its images would be noise."""
+    for key in ("seed", "num_steps", "batch_size", "data", "model", "optimizer"):
+        if ours[key] != theirs[key]:
+            raise UserError(
+                f"the tokenizer is not the one that the maskgit parent was trained with (another {key}); "
+                "point init.tokenizer to that one"
+            )
 
 
 def _linear(ends: tuple[float, float], step: Array, num_steps: int) -> Array:
@@ -175,6 +191,7 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
     conditioning = conditioning_of(config.data.name, config.data.text_length)
     wiring = Wiring(config, conditioning)
+    parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
     base = maskgit_task.abstract_params(config.parents.maskgit, conditioning)
     size = config.parents.tokenizer.model.image_size
     frozen = {

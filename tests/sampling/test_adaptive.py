@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy_model
 
-from maskrl_jax.sampling import adaptive
+from maskrl_jax.sampling import adaptive, draws
 from maskrl_jax.sampling.clock import Clock
 from maskrl_jax.sampling.maskgit import SamplerConfig, decode, make_plan
 
@@ -17,7 +17,8 @@ CODES, TOKENS, ROWS = 4, 16, 4
 MASK = CODES
 CLOCK = Clock(TOKENS, noise_scale=3.0)
 CONFIG = adaptive.AdaptiveConfig(clock=CLOCK, max_calls=8)
-COND = jnp.arange(ROWS) % 3
+GUIDED = dataclasses.replace(CONFIG, guidance=1.5, keep_predictions=True)
+COND, NULL = jnp.arange(ROWS) % 3, jnp.int32(3)
 
 
 def keys():
@@ -39,14 +40,12 @@ def sure_enough(state):
 
 def rollout(decide, config=CONFIG, early_stop=True, model=None):
     model = model or toy_model.contextual(CODES)
-    return adaptive.rollout(
-        model, decide, keys(), COND, jnp.int32(3), config, TOKENS, MASK, early_stop=early_stop
-    )
+    return adaptive.rollout(model, decide, keys(), COND, NULL, config, TOKENS, MASK, early_stop=early_stop)
 
 
 @functools.cache
 def record_of(action="stride", early_stop=True):
-    config = dataclasses.replace(CONFIG, action=action, guidance=1.5, keep_predictions=True)
+    config = dataclasses.replace(GUIDED, action=action)
     decide = {"stride": wandering, "threshold": sure_enough}[action]
     return jax.jit(lambda: rollout(decide, config, early_stop))()
 
@@ -56,51 +55,35 @@ def test_scan_and_while_loop_are_equal_bit_for_bit(action):
     jax.tree.map(np.testing.assert_array_equal, record_of(action, True), record_of(action, False))
 
 
-@pytest.mark.parametrize("num_steps", [1, 4, 5, 8])
-def test_constant_stride_is_the_fixed_sampler(num_steps):
+def test_constant_stride_is_the_fixed_sampler():
     """Same counts and, under one Gumbel law and one key, the same tokens (oracle 2)."""
-    model, config = toy_model.contextual(CODES), dataclasses.replace(CONFIG, max_calls=16)
-    jump = jnp.full(ROWS, CLOCK.stride(num_steps))
-    given = jnp.full((ROWS, TOKENS), MASK)
-    clocked = jax.jit(lambda: rollout(adaptive.given_strides(jump), config))()
-    plan = make_plan(SamplerConfig(num_steps=num_steps, gumbel=CLOCK.noise_scale), TOKENS)
-    fixed = jax.jit(lambda plan: decode(model, keys(), COND, jnp.int32(3), plan, given, MASK))(plan)
-    np.testing.assert_array_equal(clocked.ids, fixed.ids)
-    np.testing.assert_array_equal(clocked.commit_step, fixed.commit_step)
-    assert clocked.calls.tolist() == fixed.calls.tolist() == [num_steps] * ROWS
-    counts = np.bincount(np.ravel(clocked.commit_step[0]), minlength=num_steps)
-    np.testing.assert_array_equal(counts, CLOCK.constant_stride_counts(num_steps))
+    model, given = toy_model.contextual(CODES), jnp.full((ROWS, TOKENS), MASK)
+    clocked = jax.jit(lambda jump: rollout(adaptive.given_strides(jump)))
+    fixed = jax.jit(lambda plan: decode(model, keys(), COND, NULL, plan, given, MASK))
+    for num_steps in (1, 4, 5, 8):
+        record = clocked(jnp.full(ROWS, CLOCK.stride(num_steps)))
+        plan = fixed(make_plan(SamplerConfig(num_steps=num_steps, gumbel=CLOCK.noise_scale), TOKENS))
+        np.testing.assert_array_equal(record.ids, plan.ids)
+        np.testing.assert_array_equal(record.commit_step, plan.commit_step)
+        assert record.calls.tolist() == plan.calls.tolist() == [num_steps] * ROWS
+        counts = np.bincount(record.commit_step[0], minlength=num_steps)
+        np.testing.assert_array_equal(counts, CLOCK.constant_stride_counts(num_steps))
 
 
-def test_the_loop_runs_as_often_as_the_slowest_sample_needs():
-    """Without jit the loop is python's, and the model can count."""
-    seen, model = [], toy_model.undecided(CODES)
-
-    def counting(*call):
-        seen.append(call)
-        return model(*call)
-
-    jump = jnp.array([960, 480, 320, 960])
-    with jax.disable_jit():
-        record = rollout(adaptive.given_strides(jump), model=counting)
-    assert record.calls.tolist() == [1, 2, 3, 1]
-    assert len(seen) == 3
-    # t(c) at ticks 0, 320, 640 of the sample with three calls: ceil((960 - c) / 15) - 1
-    assert [int(timestep[2]) for _, timestep, _ in seen] == [63, 42, 21]
-
-
-def test_rebuilt_states_are_those_that_the_network_saw():
+def test_rebuilt_states_are_what_the_network_saw_and_the_loop_ends_with_the_slowest():
     seen, model = [], toy_model.contextual(CODES)
 
-    def watching(ids, timestep, cond):
-        seen.append((np.array(ids), np.array(timestep)))
+    def watched(ids, timestep, cond):
+        jax.debug.callback(lambda *call: seen.append([np.array(x) for x in call]), ids, timestep, ordered=True)
         return model(ids, timestep, cond)
 
-    with jax.disable_jit():
-        record = rollout(wandering, model=watching)
-    assert len(set(record.calls.tolist())) > 1
+    record = jax.jit(lambda: rollout(wandering, model=watched))()
+    jax.effects_barrier()
+    calls = np.asarray(record.calls)
+    assert len(set(calls)) > 1
+    assert len(seen) == calls.max()
     for call, (ids, timestep) in enumerate(seen):
-        active = np.asarray(record.calls) > call
+        active = calls > call
         rebuilt = record.state_before(jnp.full(ROWS, call), MASK)
         np.testing.assert_array_equal(rebuilt[active], ids[active])
         np.testing.assert_array_equal(CLOCK.timestep[np.asarray(record.tick)[active, call]], timestep[active])
@@ -150,34 +133,26 @@ def test_decisions_are_shown_the_one_before_and_the_first_call():
     assert record.calls.tolist() == [4] * ROWS
 
 
-def test_recorded_confidences_are_those_of_the_committed():
-    """With uniform codes every log-probability is -ln 4; z* adds noise, and none is left at the last call."""
-    record = jax.jit(lambda: rollout(adaptive.given_strides(jnp.full(ROWS, 240)), model=toy_model.undecided(CODES)))()
-    np.testing.assert_allclose(record.log_floor[:, :4], -np.log(4), rtol=1e-6)
-    assert len(np.unique(record.z_star[:, 0])) == ROWS
-    late = dataclasses.replace(CONFIG, clock=Clock(TOKENS, noise_scale=0.0))
-    silent = jax.jit(lambda: rollout(adaptive.given_strides(jnp.full(ROWS, 240)), late, model=toy_model.undecided(4)))()
-    np.testing.assert_array_equal(silent.z_star, silent.log_floor)
-
-
 def test_z_star_separates_the_committed_from_the_masked():
     """Replay a call: z = log pi(y) + tau Gumbel, the committed are those with z >= z*."""
-    config = dataclasses.replace(CONFIG, keep_predictions=True)
-    record = jax.jit(lambda: rollout(wandering, config))()
-    call = 1
+    record, call = record_of("stride"), 1
     state = record.state_before(jnp.full(ROWS, call), MASK)
-    logp = adaptive.guided_logp(toy_model.contextual(CODES), state, record.tick[:, call], COND, None, config)
     drawn = record.predictions[:, call].astype(jnp.int32)
-    confidence = np.asarray(jnp.take_along_axis(logp, drawn[..., None], -1)[..., 0])
-    noise = adaptive.draws.gumbel(adaptive.draws.step_keys(keys(), call, adaptive.draws.NOISE), TOKENS)
-    z = confidence + np.asarray(CLOCK.noise[np.asarray(record.tick)[:, call]])[:, None] * np.asarray(noise)
+
+    @jax.jit
+    def replay():
+        logp = adaptive.guided_logp(toy_model.contextual(CODES), state, record.tick[:, call], COND, NULL, GUIDED)
+        noise = draws.gumbel(draws.step_keys(keys(), call, draws.NOISE), TOKENS)
+        return jnp.take_along_axis(logp, drawn[..., None], -1)[..., 0], noise
+
+    confidence, noise = map(np.asarray, replay())
+    z = confidence + CLOCK.noise[np.asarray(record.tick)[:, call]][:, None] * noise
     committed = np.asarray(record.commit_step) == call
     masked = np.asarray(state) == MASK
+    assert (masked & ~committed).any()
     np.testing.assert_array_equal(committed, masked & (z >= np.asarray(record.z_star)[:, call, None] - 1e-5))
-    np.testing.assert_allclose(
-        record.log_floor[:, call], np.where(committed, confidence, np.inf).min(-1), rtol=1e-5
-    )
-    np.testing.assert_array_equal(np.asarray(record.ids)[committed], np.asarray(drawn)[committed])
+    np.testing.assert_allclose(record.z_star[:, call], np.where(committed, z, np.inf).min(-1), rtol=1e-5)
+    np.testing.assert_allclose(record.log_floor[:, call], np.where(committed, confidence, np.inf).min(-1), rtol=1e-5)
 
 
 def test_predictions_hold_what_every_call_drew_where_asked_for():
@@ -189,10 +164,50 @@ def test_predictions_hold_what_every_call_drew_where_asked_for():
     assert jax.eval_shape(lambda: rollout(wandering)).predictions.shape == (ROWS, 0, TOKENS)
 
 
-@pytest.mark.parametrize(("model", "calls"), [(toy_model.confident, 1), (toy_model.undecided, 8)])
-def test_threshold_commits_the_sure_at_once_and_else_the_least(model, calls):
-    config = dataclasses.replace(CONFIG, action="threshold")
-    record = jax.jit(lambda: rollout(sure_enough, config, model=model(CODES)))()
+@pytest.mark.parametrize(("tilt", "calls"), [(6.0, 1), (0.01, 8)])
+def test_threshold_commits_the_sure_at_once_and_else_the_least(tilt, calls):
+    """Code 0 is likelier by `tilt` at every position, a little more at each: no two confidences tie."""
+
+    def model(ids, timestep, cond):
+        lean = tilt * (1 + jnp.arange(TOKENS) / TOKENS)
+        return jnp.broadcast_to(lean[None, :, None] * (jnp.arange(CODES) == 0)[None, None], (*ids.shape, CODES))
+
+    config = dataclasses.replace(CONFIG, action="threshold", temperature=0.5)
+    record = jax.jit(lambda: rollout(sure_enough, config, model=model))()
     assert record.calls.tolist() == [calls] * ROWS
-    if calls == 8:  # all log-probabilities tie at -ln 4: ties with the n_min-th are committed together
-        pytest.fail("unreachable")
+    assert (np.asarray(record.z_star)[:, 0] <= np.log(0.5) + 1e-6).all()
+    if calls == 8:
+        counts = np.stack([np.bincount(row, minlength=8) for row in np.asarray(record.commit_step)])
+        np.testing.assert_array_equal(counts, np.tile(CLOCK.constant_stride_counts(8), (ROWS, 1)))
+        assert (np.asarray(record.z_star)[:, 7] == -np.inf).all()  # the last call is forced
+
+
+def test_temperature_and_guidance_shape_what_is_drawn_from():
+    """Conditional logits 2 and unconditional 1 on code 0: (1 + 3 (2 - 1)) / 2 = 2 at s = 3, temperature 2."""
+
+    def model(ids, timestep, cond):
+        lean = jnp.where(cond == 3, 1.0, 2.0)[:, None, None]
+        return jnp.broadcast_to(lean * (jnp.arange(CODES) == 0)[None, None], (*ids.shape, CODES))
+
+    config = dataclasses.replace(CONFIG, temperature=2.0, guidance=3.0)
+    ids = jnp.full((ROWS, TOKENS), MASK)
+    logp = adaptive.guided_logp(model, ids, jnp.zeros(ROWS, jnp.int32), COND, NULL, config)
+    np.testing.assert_allclose(logp[0, 0], np.array([2.0, 0, 0, 0]) - np.log(np.exp(2) + 3), rtol=1e-5)
+
+
+def test_guidance_follows_its_schedule_over_the_clock():
+    config = dataclasses.replace(CONFIG, guidance=5.0, guidance_schedule="linear")
+    np.testing.assert_allclose(adaptive.guidance_at(config, jnp.array([0, 240, 960])), [1, 2, 5])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"action": "skip"}, "'skip' is not one of stride, threshold"),
+        ({"max_calls": 7}, "num_steps 7 does not divide"),
+        ({"max_calls": 32}, "exceeds the 16 image tokens"),
+    ],
+)
+def test_impossible_settings_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **wrong)

@@ -1,5 +1,7 @@
 """The fixed-plan decode loop, with models of three lines."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,15 +17,16 @@ MASK = CODES
 COND = jnp.array([0, 1, 2])
 
 
-def sample(model, plan, given=None, rows=(0, 1, 2)):
-    rows = jnp.asarray(rows)
+@functools.partial(jax.jit, static_argnames="model")
+def program(model, plan, given, rows):
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(rows)
-    given = jnp.full((3, TOKENS), MASK) if given is None else given
     return decode(model, keys, COND[rows], jnp.int32(3), plan, given[rows], MASK)
 
 
 def run(model, config, given=None, rows=(0, 1, 2)):
-    return jax.jit(lambda plan: sample(model, plan, given, rows))(make_plan(config, TOKENS))
+    """Decode with keys and conditions that belong to the row; programs are shared over tests."""
+    given = jnp.full((3, TOKENS), MASK, jnp.int32) if given is None else given
+    return program(model, make_plan(config, TOKENS), given, jnp.asarray(rows))
 
 
 def counts(rollout, steps):
@@ -75,8 +78,8 @@ def test_entropy_threshold_is_in_nats(threshold, first):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_given_tokens_never_change(mode):
-    given = jnp.full((3, TOKENS), MASK).at[0, 2:9].set(3).at[1, :].set(1)
-    rollout = run(toy_model.contextual(CODES), SamplerConfig(mode=mode, num_steps=4, threshold=0.99), given)
+    given = jnp.full((3, TOKENS), MASK, jnp.int32).at[0, 2:9].set(3).at[1, :].set(1)
+    rollout = run(toy_model.undecided(CODES), SamplerConfig(mode=mode, num_steps=4), given)
     known = np.asarray(given) != MASK
     np.testing.assert_array_equal(np.asarray(rollout.ids)[known], np.asarray(given)[known])
     assert (rollout.ids != MASK).all()
@@ -86,32 +89,33 @@ def test_given_tokens_never_change(mode):
 
 def test_given_tokens_shrink_every_share():
     """8 of 16 masked, cosine in 4 steps: 14, 11, 6, 0 of 16 become 7, 5, 3, 0 of 8."""
-    given = jnp.full((3, TOKENS), MASK).at[:, ::2].set(0)
+    given = jnp.full((3, TOKENS), MASK, jnp.int32).at[:, ::2].set(0)
     rollout = run(toy_model.undecided(CODES), SamplerConfig(num_steps=4), given)
     assert counts(rollout, 4).tolist() == [[1, 2, 2, 3]] * 3
 
 
 def test_fewer_masked_tokens_than_steps_end_early():
-    given = jnp.full((3, TOKENS), 0).at[:, :2].set(MASK)
+    given = jnp.full((3, TOKENS), 0, jnp.int32).at[:, :2].set(MASK)
     rollout = run(toy_model.undecided(CODES), SamplerConfig(num_steps=8), given)
     assert rollout.calls.tolist() == [2, 2, 2]
 
 
 def test_one_program_serves_all_steps_temperatures_and_scales():
     chex.clear_trace_counter()
-    program = jax.jit(chex.assert_max_traces(lambda plan: sample(toy_model.contextual(CODES), plan), n=1))
+    model, empty = toy_model.contextual(CODES), jnp.full((3, TOKENS), MASK)
+    once = jax.jit(chex.assert_max_traces(lambda plan: program.__wrapped__(model, plan, empty, jnp.arange(3)), n=1))
     configs = [SamplerConfig(num_steps=t, guidance=2.0, max_steps=8) for t in (1, 4, 8)]
-    assert [program(make_plan(c, TOKENS)).calls.tolist() for c in configs] == [[t] * 3 for t in (1, 4, 8)]
+    assert [once(make_plan(c, TOKENS)).calls.tolist() for c in configs] == [[t] * 3 for t in (1, 4, 8)]
     tables = [
         {"temperature": 0.01},
         {"guidance": 5.0},
         {"schedule": "arccos"},
         {"gumbel": 0.0},
     ]
-    base = np.asarray(program(make_plan(configs[1], TOKENS)).ids)
+    base = np.asarray(once(make_plan(configs[1], TOKENS)).ids)
     for table in tables:
         changed = SamplerConfig(**{"num_steps": 4, "guidance": 2.0, "max_steps": 8} | table)
-        assert (np.asarray(program(make_plan(changed, TOKENS)).ids) != base).any(), table
+        assert (np.asarray(once(make_plan(changed, TOKENS)).ids) != base).any(), table
 
 
 def test_temperature_divides_the_logits():
@@ -159,7 +163,7 @@ def test_noise_falls_to_the_share_of_the_step():
 
 
 def test_halton_order_follows_the_table_with_a_roll_per_sample():
-    rollout = run(toy_model.contextual(CODES), SamplerConfig(mode="halton", num_steps=TOKENS))
+    rollout = run(toy_model.undecided(CODES), SamplerConfig(mode="halton", num_steps=TOKENS))
     order = np.argsort(np.asarray(rollout.commit_step), axis=-1)  # one token a step
     table = schedules.halton_order(4)
     starts = [int(np.flatnonzero(table == row[0])[0]) for row in order]
@@ -170,7 +174,7 @@ def test_halton_order_follows_the_table_with_a_roll_per_sample():
 def test_random_order_does_not_ask_the_model():
     steps = [
         np.asarray(run(model, SamplerConfig(mode="random", num_steps=8)).commit_step)
-        for model in (toy_model.contextual(CODES), toy_model.confident(CODES))
+        for model in (toy_model.undecided(CODES), toy_model.confident(CODES))
     ]
     np.testing.assert_array_equal(*steps)
     assert (steps[0][0] != steps[0][1]).any()
@@ -201,4 +205,3 @@ def test_impossible_settings_are_refused(wrong, message):
 def test_more_steps_than_tokens_are_refused():
     with pytest.raises(ValueError, match="num_steps 20 must lie in 1..16, the number of image tokens"):
         make_plan(SamplerConfig(num_steps=20, max_steps=20), TOKENS)
-

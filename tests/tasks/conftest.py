@@ -1,0 +1,80 @@
+"""The real stages at tiny sizes, trained once for all tests of the folder."""
+
+import contextlib
+import dataclasses
+
+import jax
+import pytest
+import tiny
+from config_reads import ConfigReads
+from jax.experimental.compilation_cache import compilation_cache
+
+from maskrl_jax import runner
+from maskrl_jax.data import shapes
+from maskrl_jax.parallel import Parallel
+from maskrl_jax.tasks.task import Context, Parent, Task
+
+QUICK = {
+    # These tests wait for the compiler, not for its programs.
+    "jax_disable_most_optimizations": True,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run of tiny speed_rl, undisturbed, with its parents in the store."""
+
+    store: str
+    workdir: str
+    config: object
+    parents: dict[str, Parent]
+    reads: ConfigReads
+
+
+@contextlib.contextmanager
+def quick_compilation(store):
+    """Compile fast, and every program of these tests once, into the cache that the command line uses too."""
+    settings = QUICK | {"jax_compilation_cache_dir": f"{store}/jax_cache"}
+    earlier = {name: jax.config.values[name] for name in settings}
+    _configure(settings)
+    yield
+    _configure(earlier)
+
+
+def _configure(settings):
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Train tiny speed_rl and its parents through the runner, reports included."""
+    root = tmp_path_factory.mktemp("tiny")
+    store, workdir, config = str(root / "store"), str(root / "straight"), tiny.get_config("speed_rl")
+    reads = ConfigReads()
+    with pytest.MonkeyPatch.context() as patch, quick_compilation(store), reads.recorded():
+        patch.setattr(shapes, "SPLIT_SIZES", tiny.SPLIT_SIZES)
+        runner.run(config, workdir, store)
+        parents = runner.parents(config, store, {})
+    return Trained(store, workdir, config, parents, reads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick(trained):
+    """Compile as `trained` does."""
+    with quick_compilation(trained.store):
+        yield
+
+
+@pytest.fixture(scope="session")
+def build(trained, tmp_path_factory):
+    """Build a stage on the trained parents: build(config, strategy, devices) -> Task."""
+
+    def build(config, strategy="pmap", devices=8) -> Task:
+        workdir = str(tmp_path_factory.mktemp(config.task))
+        parallel = Parallel(strategy, jax.devices()[:devices])
+        return runner.build(Context(config, trained.parents, parallel, f"{trained.store}/data", workdir))
+
+    return build
