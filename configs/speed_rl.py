@@ -10,7 +10,7 @@ The numbers are our choice; the paper's are not public (specs: "not published").
 
 from configs import maskgit, sizes
 
-STEPS = {"": 120, "full": 400, "smoke": 3, "meissonic": 1200}
+STEPS = {"": 80, "full": 400, "smoke": 3, "meissonic": 1200}
 
 
 def get_config(arg: str = ""):
@@ -46,7 +46,7 @@ def embedded(arg: str):
             "max_calls": 16,
             "noise": 5.0,
             "divisors": (16, 12, 10, 8, 6, 5, 4, 3, 2, 1),
-            "centre": 6.0,
+            "centre": 5.0 if arg == "full" else 7.0,
             "width": 0.4,
             "stickiness": 3.0,
             "target_calls": 5,
@@ -106,7 +106,7 @@ def evaluation(arg: str) -> dict:
         **maskgit.evaluation(),
         "prompts": 512 if arg == "full" else 128,
         "group": 4 if arg == "full" else 2,
-        "dials": (-1.0, 0.0, 1.0),
+        "dials": (-2.0, -1.0, 0.0, 1.0),
         "glance_prompts": 32,
     }
 

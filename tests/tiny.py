@@ -28,11 +28,11 @@ def tokenizer(argument: str = "smoke"):
 
 
 def judge(argument: str = "smoke"):
-    """The cells of shapes, or the classes of digits."""
+    """The cells of shapes, or the classes of digits; trained for long enough to tell pictures apart."""
     config = judge_config.get_config(argument)
-    config.update({"num_steps": 4, "eval_samples": 16, "save_every": 2})
+    config.update({"num_steps": 60, "eval_samples": 16})
     config.model.width = 8
-    config.optimizer = SGD | {"learning_rate": 0.01, "ema_decay": 0.5}
+    config.optimizer.learning_rate = 3e-3
     return config
 
 

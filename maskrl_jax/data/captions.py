@@ -1,5 +1,6 @@
 """Grammar, vocabulary and reading of the captions of `shapes` (our choice)."""
 
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ RELATIONS = ("left of", "right of", "above", "below")
 # From the first to the second thing, as (row, column): the sign of the dominant axis.
 RELATION_STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 PAD = 0
-WORDS = ("<pad>", "a", "of", "left", "right", "above", "below", *COLOURS, *SHAPES)
+# A relation is one word of the vocabulary, also where it is written as two: so every thing has its own places.
+WORDS = ("<pad>", "a", *RELATIONS, *COLOURS, *SHAPES)
 WORD_IDS = {word: i for i, word in enumerate(WORDS)}
 
 
@@ -64,6 +66,11 @@ def _parse_thing(words: list[str]) -> Thing:
     return Thing(SHAPES.index(shape), COLOURS.index(colour))
 
 
+def split(prompt: str) -> list[str]:
+    """Cut a prompt into words of the vocabulary; `left of` and `right of` are one each."""
+    return re.findall(r"(?:left|right)\s+of\b|\S+", " ".join(prompt.lower().split()))
+
+
 def encode(prompts: list[str], length: int) -> np.ndarray:
     """Turn prompts into word ids, int32 [P, length], padded with PAD.
 
@@ -71,7 +78,7 @@ def encode(prompts: list[str], length: int) -> np.ndarray:
     """
     ids_PL = np.full((len(prompts), length), PAD, np.int32)
     for row, prompt in zip(ids_PL, prompts, strict=True):
-        ids = [_word_id(word, prompt) for word in prompt.lower().split()]
+        ids = [_word_id(word, prompt) for word in split(prompt)]
         if not ids:
             raise UserError("empty prompt; write for example 'a red circle'")
         if len(ids) > length:

@@ -24,7 +24,7 @@ class MaskGITConfig:
     heads: int = 4
     mlp_width: int = 512
     conv_stem: bool = True
-    pooled_cond: bool = True  # one vector of the whole condition, added at every image token
+    pooled_width: int = 256  # MLP over the whole condition, added at every image token and block; 0 = none
     relative_bias: bool = True  # attention knows the offset between cells
     local_mixing: bool = True  # a depthwise 3x3 filter in every block
     remat: bool = False
@@ -44,9 +44,10 @@ class MaskGITConfig:
 class MaskGIT(nn.Module):
     """Masked-token transformer (arXiv 2202.04200): form A's pre-norm blocks, condition tokens last.
 
-    Our choices: an untied head of K classes (MASK can never be drawn), an optional 3x3 stem that shows
-    every token its neighbours before the first block, and an optional pooled condition (as text-to-image
-    models add beside their text tokens): attention alone takes far longer to bind words to objects here.
+    Our choices: an untied head of K classes (MASK can never be drawn); a 3x3 stem, depthwise filters and
+    relative attention biases, each optional, that show a token its surroundings; and an optional MLP over
+    the pooled condition (text-to-image models add one beside their text tokens): attention alone takes far
+    longer to bind words to objects here.
     """
 
     config: MaskGITConfig
@@ -60,8 +61,10 @@ class MaskGIT(nn.Module):
         self.position = self.param("position", init, (c.num_tokens + c.cond_length, c.width))
         if c.conv_stem:
             self.stem = Conv3(c.width, dtype)
-        if c.pooled_cond:
-            self.pool = nn.Dense(c.width)
+        if c.pooled_width:
+            self.pool_norm = layer_norm(None)
+            self.pool = [nn.Dense(c.pooled_width) for _ in range(2)]
+            self.pool_out = [nn.Dense(c.width) for _ in range(c.depth)]
         block = nn.remat(Block) if c.remat else Block
         side = round(c.num_tokens**0.5)
         self.blocks = [block(c.heads, c.mlp_width, side * c.local_mixing, dtype) for _ in range(c.depth)]
@@ -84,11 +87,15 @@ class MaskGIT(nn.Module):
             grid = self.stem(image.reshape(batch, side, side, c.width))
             image = image + grid.reshape(batch, num_tokens, c.width)
         text = self.conditions(cond.reshape(batch, c.cond_length))
-        if c.pooled_cond:
-            image = image + self.pool(text.reshape(batch, 1, -1))
         x_BSD = jnp.concatenate([image, text], axis=1) + self.position[None]
         x_BSD = x_BSD.astype(c.dtype)
+        if c.pooled_width:
+            pooled = self.pool_norm(text.reshape(batch, -1))
+            for layer in self.pool:
+                pooled = nn.gelu(layer(pooled))
         for depth, block in enumerate(self.blocks):
+            if c.pooled_width:
+                x_BSD = x_BSD + self.pool_out[depth](pooled).astype(c.dtype)[:, None]
             x_BSD = block(x_BSD, self.bias[depth]() if c.relative_bias else None)
         return self.norm(x_BSD[:, :num_tokens])
 

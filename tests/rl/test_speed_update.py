@@ -80,9 +80,14 @@ def batch_of(action="stride"):
     return {name: getattr(record, name) for name in RECORD} | LEARN
 
 
-@functools.partial(jax.jit, static_argnames="speed")
-def gradients(speed, params, batch, old=None, reference=REFERENCE, entropy=0.0):
+@functools.partial(jax.jit, static_argnums=0)
+def program(speed, params, batch, old, reference, entropy):
     return speed.gradients(params, old, reference, batch, entropy, ONE_DEVICE)
+
+
+def gradients(speed, params, batch, old=None, reference=REFERENCE, entropy=0.0):
+    """Call the program with all of its arguments: one left out would compile another."""
+    return program(speed, params, batch, old, reference, entropy)
 
 
 def policy_gradient(speed, params, batch, old=None):
