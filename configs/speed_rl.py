@@ -44,7 +44,7 @@ def embedded(arg: str):
             "action": "stride",
             "ticks": 960,
             "max_calls": 16,
-            "noise": 5.0,
+            "noise": 2.0,
             "divisors": (16, 12, 10, 8, 6, 5, 4, 3, 2, 1),
             "centre": 5.0 if arg == "full" else 7.0,
             "width": 0.4,
@@ -53,7 +53,7 @@ def embedded(arg: str):
             "step_set": (4, 6, 8, 12),
             "levels": 4,
             "temperature": 1.0,
-            "guidance": 1.7,
+            "guidance": 1.0,
             "guidance_schedule": "constant",
         },
         credit={
@@ -104,7 +104,7 @@ def evaluation(arg: str) -> dict:
         return {**maskgit.evaluation(smoke=True), "dials": (0.0,)}
     return {
         **maskgit.evaluation(),
-        "prompts": 512 if arg == "full" else 128,
+        "prompts": 512 if arg == "full" else 256,
         "group": 4 if arg == "full" else 2,
         "dials": (-2.0, -1.0, 0.0, 1.0),
         "glance_prompts": 32,

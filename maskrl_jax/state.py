@@ -52,7 +52,7 @@ class OptimizerConfig:
     decay: str = "constant"
     decay_steps: int = 0
     muon_learning_rate: float = 0.02
-    muon_skip: str = "embedding|position|head|pool|table"  # matrices that are tables or outputs, not maps
+    muon_skip: str = "embedding|position|head|table|maps|pool_out"  # matrices that are tables or outputs, not maps
     ema_decay: float = 0.999
     rates: tuple[tuple[str, float], ...] = ()
 

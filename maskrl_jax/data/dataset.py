@@ -85,7 +85,7 @@ def _open_shapes(split: str, data_dir: str, image_size: int, text_length: int) -
     if image_size != IMAGE_SIZE:
         raise UserError(f"shapes has pictures of {IMAGE_SIZE} pixels, not {image_size}; set {IMAGE_SIZE}")
     if text_length < 1:
-        raise UserError(f"text_length is {text_length}; captions of shapes have up to 8 words")
+        raise UserError(f"text_length is {text_length}; captions of shapes have up to 7 words")
     columns = dict(shapes.load(split, data_dir))
     texts, inverse = np.unique(columns.pop("caption"), return_inverse=True)
     columns["cond"] = captions.encode(texts.tolist(), text_length)[inverse]

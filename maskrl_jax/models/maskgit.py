@@ -24,7 +24,8 @@ class MaskGITConfig:
     heads: int = 4
     mlp_width: int = 512
     conv_stem: bool = True
-    pooled_width: int = 256  # MLP over the whole condition, added at every image token and block; 0 = none
+    pooled_width: int = 256  # MLP over the whole condition, added to the image tokens; 0 = none
+    pooled_maps: int = 16  # learned spatial maps through which that MLP addresses places
     relative_bias: bool = True  # attention knows the offset between cells
     local_mixing: bool = True  # a depthwise 3x3 filter in every block
     remat: bool = False
@@ -64,7 +65,8 @@ class MaskGIT(nn.Module):
         if c.pooled_width:
             self.pool_norm = layer_norm(None)
             self.pool = [nn.Dense(c.pooled_width) for _ in range(2)]
-            self.pool_out = [nn.Dense(c.width) for _ in range(c.depth)]
+            self.pool_out = nn.Dense(c.pooled_maps * c.width)
+            self.pool_maps = self.param("pool_maps", nn.initializers.normal(0.5), (c.num_tokens, c.pooled_maps))
         block = nn.remat(Block) if c.remat else Block
         side = round(c.num_tokens**0.5)
         self.blocks = [block(c.heads, c.mlp_width, side * c.local_mixing, dtype) for _ in range(c.depth)]
@@ -87,17 +89,22 @@ class MaskGIT(nn.Module):
             grid = self.stem(image.reshape(batch, side, side, c.width))
             image = image + grid.reshape(batch, num_tokens, c.width)
         text = self.conditions(cond.reshape(batch, c.cond_length))
+        if c.pooled_width:
+            image = image + self._placed(text)
         x_BSD = jnp.concatenate([image, text], axis=1) + self.position[None]
         x_BSD = x_BSD.astype(c.dtype)
-        if c.pooled_width:
-            pooled = self.pool_norm(text.reshape(batch, -1))
-            for layer in self.pool:
-                pooled = nn.gelu(layer(pooled))
         for depth, block in enumerate(self.blocks):
-            if c.pooled_width:
-                x_BSD = x_BSD + self.pool_out[depth](pooled).astype(c.dtype)[:, None]
             x_BSD = block(x_BSD, self.bias[depth]() if c.relative_bias else None)
         return self.norm(x_BSD[:, :num_tokens])
+
+    def _placed(self, text_BLD: Array) -> Array:
+        """What the whole condition says of every place, [B,N,D]: "left of" must reach the left cells."""
+        c = self.config
+        pooled = self.pool_norm(text_BLD.reshape(len(text_BLD), -1))
+        for layer in self.pool:
+            pooled = nn.gelu(layer(pooled))
+        content = self.pool_out(pooled).reshape(-1, c.pooled_maps, c.width)
+        return jnp.einsum("nr,brd->bnd", self.pool_maps, content)
 
     def logits(self, features: Array) -> Array:
         """Head on features [..., D] -> logits [..., K] float32."""

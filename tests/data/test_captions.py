@@ -18,13 +18,19 @@ def test_str_and_parse_are_inverse():
 def test_encode_pads_with_zero_and_decode_drops_it():
     ids = captions.encode([PAIR, "a red circle"], 8)
     assert ids.dtype == np.int32
-    np.testing.assert_array_equal(ids[0], [1, 7, 11, 3, 2, 1, 9, 12])
-    np.testing.assert_array_equal(ids[1], [1, 7, 11, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(ids[0], [1, 6, 10, 2, 1, 8, 11, 0])
+    np.testing.assert_array_equal(ids[1], [1, 6, 10, 0, 0, 0, 0, 0])
     assert captions.decode(ids) == [PAIR, "a red circle"]
 
 
+def test_a_relation_is_one_word_so_that_the_second_thing_keeps_its_place():
+    ids = captions.encode([f"a red circle {relation} a blue square" for relation in captions.RELATIONS], 8)
+    np.testing.assert_array_equal(ids[:, 4:7], [[1, 8, 11]] * 4)
+    assert captions.encode(["a red circle left   of a blue square"], 8)[0].tolist() == ids[0].tolist()
+
+
 def test_encode_cuts_a_long_prompt_with_a_warning():
-    with pytest.warns(UserWarning, match="has 8 words; cut to 3"):
+    with pytest.warns(UserWarning, match="has 7 words; cut to 3"):
         ids = captions.encode([PAIR], 3)
     assert captions.decode(ids) == ["a red circle"]
 

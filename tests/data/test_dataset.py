@@ -32,7 +32,7 @@ def test_conditions_describe_their_pictures(validation):
 
 def test_conditioning_counts_the_null_condition(validation, digits):
     caption, label = validation.conditioning, digits.conditioning
-    assert (caption.kind, caption.vocab_size, caption.length) == ("caption", 15, 8)
+    assert (caption.kind, caption.vocab_size, caption.length) == ("caption", 14, 8)
     np.testing.assert_array_equal(caption.null, np.zeros(8, np.int32))
     assert (label.kind, label.vocab_size, label.length, label.null.shape) == ("class", 11, 0, ())
     assert label.null == 10

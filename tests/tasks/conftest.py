@@ -43,7 +43,7 @@ def quick_compilation(store):
 
 
 @contextlib.contextmanager
-def one_device():
+def see_one_device():
     """Let the runner see one device: eight virtual ones wait for each other on two cores."""
     alone = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +63,7 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     store, workdir, config = str(root / "store"), str(root / "straight"), tiny.get_config("speed_rl")
     reads = ConfigReads()
-    with pytest.MonkeyPatch.context() as patch, quick_compilation(store), one_device(), reads.recorded():
+    with pytest.MonkeyPatch.context() as patch, quick_compilation(store), see_one_device(), reads.recorded():
         patch.setattr(shapes, "SPLIT_SIZES", tiny.SPLIT_SIZES)
         runner.run(config, workdir, store)
         parents = runner.parents(config, store, {})
@@ -77,13 +77,19 @@ def quick(trained):
         yield
 
 
+@pytest.fixture
+def one_device():
+    """Context in which the runner sees one device, as `trained` did."""
+    return see_one_device
+
+
 @pytest.fixture(scope="session")
 def build(trained, tmp_path_factory):
     """Build a stage on the trained parents: build(config, strategy, devices) -> Task."""
 
     def build(config, strategy="pmap", devices=1) -> Task:
         workdir = str(tmp_path_factory.mktemp(config.task))
-        parallel = Parallel(strategy, jax.devices()[:devices])
+        parallel = Parallel(strategy, jax.local_devices()[:devices])
         return runner.build(Context(config, trained.parents, parallel, f"{trained.store}/data", workdir))
 
     return build

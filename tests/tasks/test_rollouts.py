@@ -1,0 +1,197 @@
+"""Filters with resampling and the base's reference quality, on made-up rollouts."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from maskrl_jax.data.dataset import open_dataset
+from maskrl_jax.rl import credit
+from maskrl_jax.sampling.maskgit import SamplerConfig
+from maskrl_jax.tasks import rollouts as rollouts_module
+from maskrl_jax.tasks import speed_rl
+from maskrl_jax.tasks.rollouts import Rollouts, distinct, reference_quality
+
+GROUP = 4
+
+
+class Alone:
+    """Stands for the devices: calls programs as they are."""
+
+    num_devices = 1
+
+    def rows(self, size):
+        return slice(0, size)
+
+    def gather(self, outputs):
+        return outputs
+
+    def map(self, fn):
+        return lambda state, frozen, batch: fn(state, frozen, batch, None)
+
+
+@pytest.fixture(scope="module")
+def train(trained):
+    return open_dataset("shapes", "train", f"{trained.store}/data", 32)
+
+
+def made_up(quality_of):
+    """Return a rollout program that notes in `ids` which round made a row, and scores by `quality_of`."""
+
+    def rollout(params, frozen, batch, axis):
+        place = batch["index"] % 16
+        quality = np.array([quality_of(r, i) for r, i in zip(batch["round"], place, strict=True)], np.float32)
+        images = np.zeros((len(place), 32, 32, 3), np.float32)
+        return {"quality": quality, "calls": 1 + place % 4, "ids": batch["round"].copy(), "images": images}
+
+    return rollout
+
+
+@pytest.fixture
+def make(train, monkeypatch):
+    """Return make(rollout, change of the config, devices) -> Rollouts whose base has quality 0 everywhere."""
+    monkeypatch.setattr(rollouts_module, "reference_quality", lambda *args: np.zeros(len(distinct(train)[0])))
+
+    def make(rollout=None, change=(), devices=1):
+        config = tiny.get_config("speed_rl")
+        config.update(dict(change))
+        wiring = speed_rl.Wiring(config, train.conditioning)
+        wiring.rollout = rollout
+        parallel = Alone()
+        parallel.num_devices = devices
+        context = types.SimpleNamespace(config=config, parallel=parallel, workdir="")
+        return Rollouts(context, wiring, train, {}, SamplerConfig())
+
+    return make
+
+
+def collect(rollouts, step=0):
+    """Roll out with an empty memory."""
+    memory = credit.create(rollouts.wiring.credit)
+    state = types.SimpleNamespace(params={}, extra={"credit": memory})
+    return jax.device_get(rollouts.collect(state, rollouts.batch(step), step))
+
+
+def some_rejected(number, place):
+    """Group 0 is always good; 1 only in odd rounds; 2 has no score in even ones; 3 never differs."""
+    group, spread = place // GROUP, place % GROUP
+    good = (group == 0, number % 2 == 1, number % 2 == 1, False)[group]
+    if group == 2 and not good:
+        return np.nan
+    return 0.5 + 0.1 * spread * good + 0.01 * number
+
+
+def test_only_rejected_groups_are_rolled_out_anew_and_at_most_as_many_as_asked_for(make):
+    out, result, memory, shares = collect(make(made_up(some_rejected)))
+    np.testing.assert_array_equal(out["ids"].reshape(4, GROUP)[:, 0], [0, 1, 1, 0])
+    np.testing.assert_array_equal(out["ids"].reshape(4, GROUP), out["ids"].reshape(4, GROUP)[:, :1].repeat(GROUP, 1))
+    np.testing.assert_array_equal(result.rejected, [False, False, False, True])
+    assert shares == {"rejected_first": 0.75, "rejected": 0.25}
+
+
+def test_the_history_sees_every_group_with_a_score_also_those_rejected(make):
+    _, result, memory, _ = collect(make(made_up(some_rejected)))
+    # Groups 0, 1 and 3 of the first round, then 1 and 2: the one without a score leaves no trace.
+    assert memory.history.count == 5
+    np.testing.assert_allclose(memory.history.values[[1, 2]], 0)
+    np.testing.assert_allclose(memory.history.values[[0, 3, 4]], result.std[[0, 1, 2]], rtol=1e-3)
+
+
+def test_resampling_changes_nothing_for_the_other_groups(make):
+    def changed(rounds):
+        return make(made_up(some_rejected), {"resample": {"rounds": rounds, "groups": 2}})
+
+    with_it, without = collect(changed(1)), collect(changed(0))
+    assert without[3] == {"rejected_first": 0.75, "rejected": 0.75}
+    for field in ("advantage", "keep", "reward"):
+        np.testing.assert_array_equal(getattr(with_it[1], field)[[0, 3]], getattr(without[1], field)[[0, 3]])
+
+
+def test_rounds_of_all_steps_and_attempts_have_their_own_keys(make):
+    rollouts = make(made_up(some_rejected), {"resample": {"rounds": 2, "groups": 4}})
+    assert set(np.unique(collect(rollouts, step=1)[0]["ids"])) <= {3, 4, 5}
+    assert set(np.unique(collect(rollouts, step=2)[0]["ids"])) <= {6, 7, 8}
+
+
+def test_the_same_step_gives_the_same_rollouts(make):
+    rollouts = make(made_up(some_rejected))
+    jax.tree.map(np.testing.assert_array_equal, collect(rollouts, 3), collect(rollouts, 3))
+
+
+def test_a_resampling_program_has_rows_that_the_devices_divide(make):
+    assert make(change={"resample": {"rounds": 1, "groups": 1}}, devices=8).resampled == 2  # 2 groups of 4
+    assert make(change={"resample": {"rounds": 1, "groups": 3}}, devices=4).resampled == 3
+
+
+def test_requests_are_a_pure_function_of_the_step(make):
+    rollouts = make()
+    batch = rollouts.batch(5)
+    jax.tree.map(np.testing.assert_array_equal, batch, make().batch(5))
+    np.testing.assert_array_equal(batch["index"], 5 * 16 + np.arange(16))
+    for name in ("cond", "target", "prompt", "reference"):
+        grouped = batch[name].reshape(4, GROUP, *batch[name].shape[1:])
+        np.testing.assert_array_equal(grouped, grouped[:, :1].repeat(GROUP, 1))
+    assert (batch["prompt"] != rollouts.batch(6)["prompt"]).all()
+
+
+@pytest.mark.parametrize(("kind", "jumps"), [("fixed", [480] * 4), ("budget", [480, 240, 480, 240])])
+def test_every_group_holds_the_step_counts_of_the_policy(make, kind, jumps):
+    config = tiny.get_config("speed_rl")
+    config.policy.kind = kind
+    batch = make(change=config).batch(0)
+    np.testing.assert_array_equal(batch["jump"].reshape(4, GROUP), [jumps] * 4)
+
+
+def test_the_numbers_of_a_batch_leave_failed_scores_out(make):
+    rollouts = make(made_up(lambda number, place: np.nan if place // GROUP == 2 else 0.1 * (place % GROUP)))
+    out, result, memory, shares = collect(rollouts)
+    values = rollouts.statistics(out, result, memory, shares, rollouts.batch(0))
+    assert values["reward/quality"] == pytest.approx(0.15)
+    assert values["sampling/calls"] == 2.5 and values["sampling/calls_max"] == 4
+    assert values["rl/rejected"] == 0.25 and values["rl/dropped"] == 0.25
+    assert values["reward_heldout/strict"] == 0.0
+    assert all(np.isfinite(value) for value in values.values())
+
+
+@pytest.fixture
+def context(tmp_path):
+    config = tiny.get_config("speed_rl")
+    config.reference_samples = 2
+    return types.SimpleNamespace(config=config, parallel=Alone(), workdir=str(tmp_path))
+
+
+@pytest.fixture
+def wiring():
+    """Quality is the number of the sample."""
+    return types.SimpleNamespace(
+        reference=lambda params, frozen, batch, axis: {"quality": batch["index"].astype(np.float32)},
+        rewards={"judge": 1.0},
+        sizes=types.SimpleNamespace(num_tokens=16),
+        judge_sizes=types.SimpleNamespace(kind="cells"),
+    )
+
+
+def measured(context, wiring, train, sampler=SamplerConfig(num_steps=4)):  # noqa: B008 (frozen)
+    return reference_quality(context, wiring, train, {"reference": {}}, sampler)
+
+
+def test_reference_quality_is_the_mean_over_the_samples_of_each_prompt(context, wiring, train, tmp_path):
+    count = len(distinct(train)[0])
+    np.testing.assert_array_equal(measured(context, wiring, train), np.arange(count) + count / 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["reference.npz"]  # renamed, nothing left aside
+
+
+def test_reference_quality_is_read_again_unless_what_made_it_changed(context, wiring, train):
+    first = measured(context, wiring, train)
+    wiring.reference = None  # would fail
+    np.testing.assert_array_equal(measured(context, wiring, train), first)
+    wiring.reference = lambda params, frozen, batch, axis: {"quality": np.zeros(len(batch["index"]), np.float32)}
+    assert not measured(context, wiring, train, SamplerConfig(num_steps=8)).any()
+
+
+def test_conditions_are_listed_once(train):
+    cond, names = distinct(train)
+    assert len(np.unique(cond, axis=0)) == len(cond) == len(set(names))
+    assert {row.tobytes() for row in train.columns["cond"]} == set(names)
