@@ -33,6 +33,7 @@ class AdaptiveConfig:
     def __post_init__(self):
         if self.action not in ACTIONS:
             raise ValueError(f"action {self.action!r} is not one of {', '.join(ACTIONS)}")
+        schedules.guidance_table(self.guidance_schedule, self.guidance, np.zeros(1))  # raises for an unknown one
         self.clock.stride(self.max_calls)  # raises unless T_max divides the clock
 
 

@@ -1,0 +1,99 @@
+"""Every config with every argument loads, passes the runner's check and traces; every setting is read."""
+
+import importlib
+import inspect
+import pathlib
+
+import jax
+import pytest
+import tiny
+from config_reads import ConfigReads, field_uses
+from ml_collections import ConfigDict
+
+import configs
+from maskrl_jax import runner
+from maskrl_jax.data.dataset import conditioning_of
+from maskrl_jax.evaluate.bench import Evaluation
+from maskrl_jax.models.judge import JudgeConfig
+from maskrl_jax.models.maskgit import MaskGITConfig
+from maskrl_jax.models.vqgan import TokenizerConfig
+from maskrl_jax.parallel import Parallel
+from maskrl_jax.rl.credit import CreditConfig
+from maskrl_jax.rl.policy import Policy
+from maskrl_jax.rl.token_terms import TokenLoss
+from maskrl_jax.sampling.maskgit import SamplerConfig
+from maskrl_jax.state import OptimizerConfig
+
+NAMES = ("tokenizer", "judge", "maskgit", "speed_rl")
+MODULES = {name: importlib.import_module(f"configs.{name}") for name in NAMES}
+RUNNABLE = [(name, argument) for name in NAMES for argument in MODULES[name].STEPS]
+SETTINGS = (
+    *(OptimizerConfig, TokenizerConfig, JudgeConfig, MaskGITConfig),
+    *(SamplerConfig, Evaluation, Policy, CreditConfig, TokenLoss),
+)
+
+
+def test_every_config_file_is_among_those_tested():
+    files = {path.stem for path in pathlib.Path(inspect.getfile(configs)).parent.glob("*.py")}
+    assert files - {"__init__", "sizes"} == set(NAMES)
+
+
+def trace(config):
+    """Trace every phase as the dry run does, without compiling."""
+    parallel = Parallel(config.parallel)
+    for phase in runner.task_module(config).phases(config, parallel):
+        state, frozen, batch = phase.args
+        program = (parallel.update if phase.kind == "update" else parallel.map)(phase.fn)
+        arguments = (parallel.abstract(state), parallel.abstract(frozen), parallel.abstract_batch(batch))
+        assert program.jaxpr(*arguments).eqns
+
+
+@pytest.mark.parametrize(("name", "argument"), RUNNABLE)
+def test_a_config_loads_passes_the_check_and_traces(name, argument):
+    config = MODULES[name].get_config(argument)
+    assert config.name == f"configs/{name}.py" + (f":{argument}" if argument else "")
+    assert config.task == name and config.num_steps == MODULES[name].STEPS[argument]
+    runner.check(config)
+    trace(config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_argument_is_answered_with_the_known_ones(name):
+    with pytest.raises(ValueError, match="unknown config argument 'tiny'; choose one of: .*smoke"):
+        MODULES[name].get_config("tiny")
+
+
+def test_reads_are_recorded_by_place():
+    config = ConfigDict({"task": "toy", "a": 1, "b": {"c": 2, "d": 3}, "parents": {"base": {"task": "x", "e": 4}}})
+    reads = ConfigReads()
+    with reads.recorded():
+        assert config.task and config.b.c and dict(**config.parents.base)["e"]
+        assert ConfigDict(config.to_dict()) == config  # copying is no use
+    assert reads.paths("toy") == ({"task", "a", "b.c", "b.d"}, {"task", "b.c"})
+
+
+@pytest.mark.parametrize("stage", NAMES)
+def test_a_run_reads_every_key_of_its_config(trained, stage):
+    every, read = trained.reads.paths(stage)
+    assert len(every) > 20
+    assert every - read == set()
+
+
+def test_every_field_of_the_settings_is_used(build):
+    with field_uses(*SETTINGS) as unused:
+        for kind in ("adaptive", "fixed", "budget"):
+            config = tiny.get_config("speed_rl")
+            config.policy.kind, config.optimizer.name = kind, "muon"
+            trace(config)
+        for stage in NAMES:
+            trace(tiny.get_config(stage))
+        config.credit.speed = "dual"
+        # What only a step, a measurement or a report looks at.
+        task = build(config)
+        state, _ = task.step(task.init(jax.random.key(0)), task.batch(0))
+        task.report(state.ema)
+    assert {cls.__name__: names for cls, names in unused.items() if names} == {}
+
+
+def test_class_conditioning_is_known_without_the_data():
+    assert conditioning_of("digits").vocab_size == 11 and conditioning_of("digits").null == 10
