@@ -7,7 +7,7 @@ python -m maskrl_jax.main --config=configs/maskgit.py:digits   # handwritten dig
 
 from configs import judge, sizes, tokenizer
 
-STEPS = {"": 1800, "full": 6000, "smoke": 40, "digits": 2500, "digits-smoke": 40}
+STEPS = {"": 1800, "full": 5000, "smoke": 40, "digits": 2500, "digits-smoke": 40}
 
 
 def get_config(arg: str = ""):
@@ -64,7 +64,7 @@ def evaluation(smoke: bool = False) -> dict:
             "keep": 4,
         }
     return {
-        "prompts": 128,
+        "prompts": 64,
         "group": 2,
         "batch_size": 128,
         "steps": (2, 4, 6, 8, 12, 16),

@@ -10,7 +10,7 @@ The numbers are our choice; the paper's are not public (specs: "not published").
 
 from configs import maskgit, sizes
 
-STEPS = {"": 80, "full": 400, "smoke": 3, "meissonic": 1200}
+STEPS = {"": 40, "full": 400, "smoke": 3, "meissonic": 1200}
 
 
 def get_config(arg: str = ""):
@@ -46,7 +46,7 @@ def embedded(arg: str):
             "max_calls": 16,
             "noise": 2.0,
             "divisors": (16, 12, 10, 8, 6, 5, 4, 3, 2, 1),
-            "centre": 5.0 if arg == "full" else 7.0,
+            "centre": 5.0 if arg == "full" else 6.0,
             "width": 0.4,
             "stickiness": 3.0,
             "target_calls": 5,
@@ -59,11 +59,11 @@ def embedded(arg: str):
         credit={
             "min_calls": 2,
             "speed": "schedule",
-            "lambda_value": 1.0,
+            "lambda_value": 2.0,
             "lambda_zero_until": steps // 8,
-            "lambda_full_at": steps // 2,
+            "lambda_full_at": steps // 4,
             "gate": "hard",
-            "gate_margin": 0.5,
+            "gate_margin": 1.5,
             "low_quality": "drop",
             "low_quality_factor": 3.0,
             "percentile": 10.0,
@@ -86,13 +86,13 @@ def embedded(arg: str):
         },
         optimizer={
             "name": "muon",
-            "learning_rate": 3e-4,
-            "muon_learning_rate": 2e-3,
+            "learning_rate": 6e-4,
+            "muon_learning_rate": 4e-3,
             "b1": 0.9,
             "b2": 0.95,
             "warmup_steps": min(5, steps // 2),
             "ema_decay": 0.95,
-            "rates": (("^head", 3.0),),
+            "rates": (("^head", 1.5),),
         },
         evaluation=evaluation(arg),
     )
@@ -106,7 +106,7 @@ def evaluation(arg: str) -> dict:
         **maskgit.evaluation(),
         "prompts": 512 if arg == "full" else 256,
         "group": 4 if arg == "full" else 2,
-        "dials": (-2.0, -1.0, 0.0, 1.0),
+        "dials": (-2.0, -1.0, 0.0, 1.0, 2.0),
         "glance_prompts": 32,
     }
 
@@ -142,7 +142,7 @@ def published_scale():
             "guidance": 5.0,
         }
     )
-    config.credit.update({"min_calls": 4, "lambda_zero_until": 50, "lambda_full_at": 250})
+    config.credit.update({"min_calls": 4, "lambda_value": 1.0, "gate_margin": 0.5, "lambda_zero_until": 50, "lambda_full_at": 250})
     config.resample.rounds, config.resample.groups = 2, 16
     config.optimizer.update({"name": "adamw", "learning_rate": 2e-6, "warmup_steps": 50, "ema_decay": 0.995})
     config.optimizer.rates = (("^head", 150.0),)  # 3e-4 for the head

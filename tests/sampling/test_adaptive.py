@@ -204,6 +204,7 @@ def test_guidance_follows_its_schedule_over_the_clock():
     ("wrong", "message"),
     [
         ({"action": "skip"}, "'skip' is not one of stride, threshold"),
+        ({"guidance_schedule": "cubic"}, "'cubic' is not one of constant, linear, cosine"),
         ({"max_calls": 7}, "num_steps 7 does not divide"),
         ({"max_calls": 32}, "exceeds the 16 image tokens"),
     ],

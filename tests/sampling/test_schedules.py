@@ -38,6 +38,7 @@ def test_a_whole_number_of_tokens_is_not_lost_to_rounding():
     """Two thirds of the way cos is 1/2: 128 of 256 stay, where float32 would say 127."""
     assert schedules.masked_after("cosine", 256, 12)[7] == 128
     assert schedules.masked_after("cosine", 4096, 6)[3] == 2048
+    assert schedules.masked_after("linear", 20, 10).tolist() == list(range(18, -1, -2))  # 20 (1 - 0.9) = 1.99...
 
 
 @pytest.mark.parametrize(
