@@ -39,8 +39,8 @@ def judge(argument: str = "smoke"):
 def maskgit(argument: str = "smoke"):
     """One block of width 16 on 16 tokens."""
     config = maskgit_config.get_config(argument)
-    parents = {"tokenizer": tokenizer(argument), "judge": judge(argument)}
-    config.update({"num_steps": 4, "save_every": 2, "batch_size": 16, "parents": parents})
+    config.parents = {"tokenizer": tokenizer(argument), "judge": judge(argument)}
+    config.update({"num_steps": 4, "save_every": 2, "batch_size": 16})
     config.model.update({"width": 16, "depth": 1, "heads": 2, "mlp_width": 32})
     config.optimizer = SGD | {"ema_decay": 0.5}
     config.sampler.update({"num_steps": 4, "max_steps": 4})

@@ -43,7 +43,9 @@ class CreditConfig:
         if not 0 < self.min_calls < self.max_calls:
             raise ValueError(f"min_calls {self.min_calls} must lie between 0 and max_calls {self.max_calls}")
         if not 0 <= self.lambda_zero_until <= self.lambda_full_at:
-            raise ValueError(f"lambda_full_at {self.lambda_full_at} is before lambda_zero_until {self.lambda_zero_until}")
+            raise ValueError(
+                f"lambda_full_at {self.lambda_full_at} is before lambda_zero_until {self.lambda_zero_until}"
+            )
 
 
 class CreditState(flax.struct.PyTreeNode):

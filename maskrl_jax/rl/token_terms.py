@@ -90,8 +90,8 @@ def token_terms(loss: TokenLoss, model: Model, params: Any, old: Any, reference:
     per_row = {"z_star": calls.z_star, "tau": calls.tau, "scale": calls.scale, "advantage": calls.advantage}
     positions = {
         "new": features(params),
-        "old": None if old is None else jax.lax.stop_gradient(features(old)),
-        "reference": jax.lax.stop_gradient(model.features(reference)(calls.inputs, calls.timestep, calls.cond)),
+        "old": None if old is None else features(old),
+        "reference": model.features(reference)(calls.inputs, calls.timestep, calls.cond),
         "ids": calls.ids,
         "committed": calls.committed,
         "remasked": calls.remasked,
@@ -147,8 +147,6 @@ def _log_probs(loss, model, guided, params, features, scale):
     if guided:
         frozen = params if loss.distribution == "guided_full" else jax.lax.stop_gradient(params)
         unconditional = model.head(frozen)(features["u"])
-        if loss.distribution == "guided_sg":
-            unconditional = jax.lax.stop_gradient(unconditional)
         logits = unconditional + scale[:, None] * (conditional - unconditional)
     return jax.nn.log_softmax(conditional), jax.nn.log_softmax(logits / loss.temperature)
 

@@ -56,10 +56,13 @@ class Rollouts:
         All processes get all rows. Thresholds are those before the update, so that what is rolled out anew
         changes nothing for the other groups; every group that was seen enters the history.
         """
-        before = jax.device_put(jax.device_get(state.extra["credit"]))
+        known = jax.device_get(state.extra["credit"])
+        before = jax.device_put(known)
         out = self._run(state, batch, step, 0)
         result = self._credit(before, step, out, batch)
         memory = self._remember(before, step, result, out, batch)
+        if known.sigma == 0:  # the very first batch: its first round sets the scale of the rounds that follow
+            before = before.replace(sigma=memory.sigma)
         rejected = jax.device_get(result.rejected)
         first = rejected.mean()
         for attempt in range(1, self.config.resample.rounds + 1):

@@ -94,10 +94,19 @@ def test_given_tokens_shrink_every_share():
     assert counts(rollout, 4).tolist() == [[1, 2, 2, 3]] * 3
 
 
-def test_fewer_masked_tokens_than_steps_end_early():
-    given = jnp.full((3, TOKENS), 0, jnp.int32).at[:, :2].set(MASK)
-    rollout = run(toy_model.undecided(CODES), SamplerConfig(num_steps=8), given)
-    assert rollout.calls.tolist() == [2, 2, 2]
+def test_the_loop_ends_when_nothing_is_masked():
+    """Eight steps for at most two tokens: two network calls, and none for a row that has no MASK."""
+    seen = []
+
+    def counted(ids, timestep, cond):
+        jax.debug.callback(lambda: seen.append(1), ordered=True)
+        return jnp.zeros((*ids.shape, CODES))
+
+    given = jnp.full((3, TOKENS), 0, jnp.int32).at[:2, :2].set(MASK)
+    rollout = run(counted, SamplerConfig(num_steps=8), given)
+    jax.effects_barrier()
+    assert rollout.calls.tolist() == [2, 2, 0]
+    assert len(seen) == 2
 
 
 def test_one_program_serves_all_steps_temperatures_and_scales():
@@ -141,15 +150,17 @@ def test_guidance_pulls_away_from_the_null_condition():
     assert (plain == 0).any()
 
 
-def test_confidence_mode_without_noise_takes_the_surest_first():
-    """Position i has 1 + i mod 4 equally likely codes: confidence -ln(1 + i mod 4) whichever is drawn."""
+@pytest.mark.parametrize(("mode", "threshold"), [("confidence", 0.0), ("threshold", 2.0), ("entropy", -1.0)])
+def test_without_noise_the_surest_go_first(mode, threshold):
+    """Position i has 1 + i mod 4 equally likely codes: the fewer the surer, whichever is drawn."""
     choices = 1 + np.arange(TOKENS) % 4
 
     def logits(ids, timestep, cond):
         open_NK = np.arange(CODES)[None] < choices[:, None]
         return jnp.broadcast_to(jnp.where(open_NK, 0.0, -90.0)[None], (*ids.shape, CODES))
 
-    steps = np.asarray(run(logits, SamplerConfig(num_steps=TOKENS, gumbel=0.0)).commit_step)
+    config = SamplerConfig(mode=mode, num_steps=TOKENS, gumbel=0.0, threshold=threshold)
+    steps = np.asarray(run(logits, config).commit_step)
     np.testing.assert_array_equal(np.argsort(steps, -1), np.tile(np.argsort(choices, kind="stable"), (3, 1)))
 
 

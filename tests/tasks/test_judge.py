@@ -15,15 +15,19 @@ from maskrl_jax.writers import read_metrics
 SIDE, PATCH = 8, 4
 
 
+def keys(index):
+    """Return keys of samples, made anew for every use."""
+    return sample_keys(0, TRAIN, 0, jnp.asarray(index))
+
+
 def stitched(images, other, count=64):
     """Stitch `count` copies of a picture with cells labelled 1 into one with cells labelled 2."""
-    keys = sample_keys(0, TRAIN, 0, jnp.arange(count))
     shape = (count, SIDE, SIDE)
     tile = np.broadcast_to
     return [
         np.asarray(x)
         for x in judge.stitch(
-            keys,
+            keys(range(count)),
             jnp.asarray(tile(images, (count, *images.shape))),
             jnp.ones(shape, jnp.int32),
             jnp.asarray(tile(other, (count, *other.shape))),
@@ -77,37 +81,40 @@ def test_one_changed_cell_touches_its_whole_neighbourhood():
 
 
 def test_the_same_sample_is_stitched_alike_in_any_batch():
-    keys = sample_keys(0, TRAIN, 0, jnp.arange(16))
     rng = np.random.default_rng(0)
     images, other = rng.random((2, 16, SIDE * PATCH, SIDE * PATCH, 3), np.float32)
     cells, other_cells = rng.integers(0, 17, (2, 16, SIDE, SIDE))
-    whole = judge.stitch(keys, images, cells, other, other_cells, PATCH)
-    part = judge.stitch(keys[8:], images[8:], cells[8:], other[8:], other_cells[8:], PATCH)
+    whole = judge.stitch(keys(np.arange(16)), images, cells, other, other_cells, PATCH)
+    part = judge.stitch(keys(np.arange(8, 16)), images[8:], cells[8:], other[8:], other_cells[8:], PATCH)
     jax.tree.map(np.testing.assert_array_equal, tuple(x[8:] for x in whole), part)
 
 
 def test_the_tone_of_a_picture_with_seams_is_not_asked_for():
     wiring = judge.Wiring(tiny.get_config("judge"))
     params = wiring.model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    keys = sample_keys(0, TRAIN, 0, jnp.arange(32))
     batch = {
         "label": jnp.ones((32, SIDE, SIDE), jnp.int32),
         "other_image": jnp.full((32, 32, 32, 3), 255, jnp.uint8),
         "other_label": jnp.ones((32, SIDE, SIDE), jnp.int32),
     }
     images = jnp.zeros((32, 32, 32, 3))
-    _, _, mixed = judge.stitch(keys, images, batch["label"], jnp.ones(images.shape), batch["other_label"], PATCH)
+    _, _, mixed = judge.stitch(keys(range(32)), images, batch["label"], jnp.ones(images.shape), batch["other_label"], PATCH)
     whole = ~np.asarray(mixed).any((1, 2))
-    losses = [wiring.loss(params, images, batch | {"tone": tone}, keys)[0] for tone in (whole * 0, whole * 1)]
-    torn = [wiring.loss(params, images, batch | {"tone": tone}, keys)[0] for tone in (whole * 0, ~whole * 1)]
+
+
+    def loss(tone):
+        return float(wiring.loss(params, images, batch | {"tone": tone}, keys(range(32)))[0])
+
     assert 0 < whole.sum() < 32
-    assert losses[0] != losses[1] and torn[0] == torn[1]
+    assert loss(whole * 0) != loss(whole * 1) and loss(whole * 0) == loss(~whole * 1)
 
 
 def test_training_tells_pictures_apart(trained):
     lines = read_metrics(trained.parents["judge"].workdir)
-    assert lines[-1]["eval/mixed_accuracy"] > 0.5 and lines[-2]["train/loss"] < lines[0]["train/loss"]
-    assert set(lines[-1]) >= {"eval/exact", "eval/tone", "eval/exact_stitched", "eval/mixed_accuracy"}
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    (measured,) = [line for line in lines if "eval/exact" in line]
+    assert losses[-1] < losses[0] and measured["eval/mixed_accuracy"] > 0.5
+    assert set(measured) >= {"eval/tone", "eval/exact_stitched"}
 
 
 @pytest.mark.parametrize("argument", ["smoke", "digits-smoke"])

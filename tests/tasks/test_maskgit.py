@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from maskrl_jax.data.captions import WORDS
 from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.evaluate.systems import fixed_program, fixed_system
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys
@@ -85,7 +86,7 @@ def test_phases_name_the_shapes_that_batches_have(trained, stage):
     assert update.args[2]["cond"].shape == (16, *conditioning.null.shape)
     sizes = maskgit.Wiring(config, conditioning).sizes
     assert (sizes.num_tokens, sizes.codebook_size, sizes.mask_id) == (16, 16, MASK)
-    assert (sizes.cond_vocab, sizes.cond_length) == {"maskgit": (15, 8), "digits": (11, 1)}[stage]
+    assert (sizes.cond_vocab, sizes.cond_length) == {"maskgit": (len(WORDS), 8), "digits": (11, 1)}[stage]
 
 
 def test_held_out_loss_always_sees_the_same_masks(trained):
@@ -116,7 +117,7 @@ def program(engine):
 
 
 def generate(engine, program, params, setting, **changes):
-    system = fixed_system(engine, program, params, SamplerConfig(**{"max_steps": 8, **changes}), "base", "base")
+    system = fixed_system(engine, program, params, SamplerConfig(num_steps=1, max_steps=8, **changes), "base", "base")
     return system.generate(setting, np.zeros((4, 8), np.int32), np.arange(4, dtype=np.int32), 0)
 
 

@@ -96,7 +96,7 @@ def test_the_history_sees_every_group_with_a_score_also_those_rejected(make):
     # Groups 0, 1 and 3 of the first round, then 1 and 2: the one without a score leaves no trace.
     assert memory.history.count == 5
     np.testing.assert_allclose(memory.history.values[[1, 2]], 0)
-    np.testing.assert_allclose(memory.history.values[[0, 3, 4]], result.std[[0, 1, 2]], rtol=1e-3)
+    np.testing.assert_allclose(memory.history.values[[0, 3, 4]], result.std[[0, 1, 2]], rtol=1e-6)
 
 
 def test_resampling_changes_nothing_for_the_other_groups(make):
