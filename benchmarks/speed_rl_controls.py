@@ -31,7 +31,7 @@ ONLY = flags.DEFINE_list("only", None, "train these variants only; the table hol
 
 VARIANTS = {
     "adaptive": [],
-    "fixed": ["--config.policy.kind=fixed", "--config.credit.speed=off"],
+    "fixed": ["--config.policy.kind=fixed"],
     "budget": [
         "--config.policy.kind=budget",
         "--config.loss.tokens.distribution=cond",
@@ -40,7 +40,7 @@ VARIANTS = {
     "frozen head": ["--config.optimizer.rates=(('^head', 0.0),)"],
     "kept (negative control)": ["--config.loss.tokens.likelihood=kept"],
 }
-TUNED_AT = ((1.0, 1.7, 2.5), (1.0, 2.0, 5.0))  # guidance, Gumbel scale
+TUNED_AT = ((1.0, 1.7, 2.5), (0.5, 1.0, 2.0, 4.0))  # guidance, Gumbel scale
 THRESHOLDS = {"threshold": (0.5, 0.7, 0.9, 0.97), "entropy": (1.5, 0.8, 0.3, 0.1)}
 
 
@@ -76,9 +76,7 @@ def _train(name: str, seed: int, overrides: list[str]) -> None:
 def _points(workdir: pathlib.Path, seed: int) -> list[measure.Point]:
     """The measured points of a run, numbered by its training seed: that is what varies here."""
     stored = json.loads((workdir / "results.json").read_text())
-    return [
-        dataclasses.replace(measure.load_point(workdir / "points", plain), seed=seed) for plain in stored["points"]
-    ]
+    return [dataclasses.replace(measure.load_point(workdir / "points", plain), seed=seed) for plain in stored["points"]]
 
 
 def _tuned_rows(done: dict) -> tuple[list[dict], list[measure.Point]]:
@@ -100,7 +98,7 @@ def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
     """The base at fewer steps, tuned at each, and the threshold samplers; kept on disk point by point."""
     context, _ = runner.open_workdir(workdir)
     base_workdir = context.parents["maskgit"].workdir
-    folder = pathlib.Path(base_workdir, "controls")
+    folder = pathlib.Path(workdir).parent / "base"
     bench = maskgit_task.bench_of(dataclasses.replace(context, workdir=base_workdir))
     as_base = dataclasses.replace(context, config=context.config.parents.maskgit, workdir=base_workdir)
     studio = maskgit_task.studio(as_base, context.parents["maskgit"].params)
@@ -124,7 +122,7 @@ def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
 def _measured(folder, name, bench, system, setting) -> measure.Point:
     """Measure once; a point that is on disk is read."""
     system = dataclasses.replace(system, name=name.replace(" ", "_"), label=name)
-    path = folder / f"{system.name}-{setting:g}.json"
+    path = folder / f"{system.name}-{setting:g}-{bench.settings.prompts}x{bench.settings.group}.json"
     if not path.exists():
         point = bench.measure(system, (setting,))[0]
         measure.save_samples(folder, point)

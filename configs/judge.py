@@ -31,7 +31,7 @@ def get_config(arg: str = ""):
             "learning_rate": 2e-3,
             "warmup_steps": 20,
             "decay": "linear",
-            "decay_steps": steps,
+            "decay_steps": 0,  # over the whole run
             "ema_decay": 0.98,
         },
     )

@@ -31,7 +31,7 @@ def get_config(arg: str = ""):
             "muon_learning_rate": 0.02,
             "warmup_steps": min(50, steps // 4),
             "decay": "linear",
-            "decay_steps": steps,
+            "decay_steps": 0,  # over the whole run
             "ema_decay": 0.998,
         },
         sampler={
@@ -68,7 +68,7 @@ def evaluation(smoke: bool = False) -> dict:
         "group": 2,
         "batch_size": 128,
         "steps": (2, 4, 6, 8, 12, 16),
-        "tune_prompts": 64,
-        "tune_gumbel": (2.0, 5.0, 10.0),
+        "tune_prompts": 48,
+        "tune_gumbel": (0.5, 1.0, 2.0, 4.0),
         "tune_guidance": (1.0, 1.7),
     }

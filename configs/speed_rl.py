@@ -104,8 +104,8 @@ def evaluation(arg: str) -> dict:
         return {**maskgit.evaluation(smoke=True), "dials": (0.0,)}
     return {
         **maskgit.evaluation(),
-        "prompts": 512 if arg == "full" else 256,
-        "group": 4 if arg == "full" else 2,
+        "prompts": 192,  # about all that are held out
+        "group": 8 if arg == "full" else 2,
         "dials": (-2.0, -1.0, 0.0, 1.0, 2.0),
         "glance_prompts": 32,
     }
@@ -129,6 +129,7 @@ def published_scale():
     base.data.text_length = 77
     base.model.update({"width": 1024, "depth": 76, "heads": 16, "mlp_width": 4096})
     base.model.dtype, base.model.remat, base.model.conv_stem = "bfloat16", True, False
+    base.model.relative_bias, base.model.local_mixing = False, False  # 4096 x 4096 offsets a layer
     base.sampler.num_steps = base.sampler.max_steps = 48
     config.policy.update(
         {
@@ -142,9 +143,12 @@ def published_scale():
             "guidance": 5.0,
         }
     )
-    config.credit.update({"min_calls": 4, "lambda_value": 1.0, "gate_margin": 0.5, "lambda_zero_until": 50, "lambda_full_at": 250})
+    config.credit.update(
+        {"min_calls": 4, "lambda_value": 1.0, "gate_margin": 0.5, "lambda_zero_until": 50, "lambda_full_at": 250}
+    )
     config.resample.rounds, config.resample.groups = 2, 16
     config.optimizer.update({"name": "adamw", "learning_rate": 2e-6, "warmup_steps": 50, "ema_decay": 0.995})
     config.optimizer.rates = (("^head", 150.0),)  # 3e-4 for the head
+    base.evaluation.update({"steps": (4, 6, 8, 12, 16, 24, 32, 48)})
     config.evaluation.update({"steps": (4, 6, 8, 12, 16, 24, 32, 48), "batch_size": 32})
     return config

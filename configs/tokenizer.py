@@ -33,7 +33,7 @@ def get_config(arg: str = ""):
             "learning_rate": 3e-3,
             "warmup_steps": 20,
             "decay": "cosine",
-            "decay_steps": steps,
+            "decay_steps": 0,  # over the whole run
             "ema_decay": 0.98,
         },
     )

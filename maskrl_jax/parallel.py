@@ -275,7 +275,7 @@ def _place(x, sharding):
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     # Over several processes only numpy can be cut into what each of them holds.
-    x = np.asarray(x)
+    x = np.asarray(jax.device_get(x))
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from maskrl_jax import checkpoint, loop
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.parallel import Parallel
-from maskrl_jax.state import OptimizerConfig
+from maskrl_jax.state import OptimizerConfig, optimizer_of
 from maskrl_jax.tasks.task import Context, Parent
 
 TASKS = {
@@ -31,7 +31,7 @@ TASKS = {
 RUNNING = ("name", "log_every", "eval_every", "save_every", "keep", "parallel", "init")
 NEUTRAL = (*RUNNING, "evaluation")
 # Keys whose change makes a stored checkpoint another model.
-ARCHITECTURE = ("task", "model", "data", "parents")
+ARCHITECTURE = ("task", "model", "data", "parents", "init")
 REQUIRED = ("seed", "num_steps", "batch_size", "max_bad_steps", "optimizer", *RUNNING, *ARCHITECTURE)
 OPTIMIZER_KEYS = tuple(field.name for field in dataclasses.fields(OptimizerConfig))
 CONFIG = "config.json"
@@ -237,7 +237,7 @@ def check(config: ConfigDict) -> None:
     unused = {key for key in config.optimizer if key not in OPTIMIZER_KEYS}
     if unused:
         raise unknown("optimizer setting", min(unused), OPTIMIZER_KEYS)
-    OptimizerConfig(**config.optimizer)
+    optimizer_of(config.optimizer, config.num_steps)
     parallel = Parallel(config.parallel)
     parallel.rows(config.batch_size)
     with _settings_of_the_user(config):

@@ -39,7 +39,7 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         _sample()
-    except (UserError, ValueError) as error:
+    except (UserError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

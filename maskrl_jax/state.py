@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -68,6 +69,14 @@ class OptimizerConfig:
             )
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"optimizer.ema_decay={self.ema_decay} is not in [0, 1); use 0 for no average")
+
+
+def optimizer_of(settings: Mapping[str, Any], num_steps: int) -> OptimizerConfig:
+    """Read a config's optimizer; `decay_steps` 0 stands for the length of the run."""
+    settings = dict(settings)
+    if settings.get("decay", "constant") != "constant":
+        settings["decay_steps"] = settings.get("decay_steps") or num_steps
+    return OptimizerConfig(**settings)
 
 
 def learning_rate(cfg: OptimizerConfig, peak: float) -> optax.Schedule:

@@ -60,6 +60,7 @@ def test_a_finite_gradient_ends_a_row_of_bad_ones():
 def test_factor_zero_freezes_and_the_first_match_counts(name):
     rates = (("body/b$", 0.0), ("body/", 0.5))
     settings = {"name": name, "rates": rates, "learning_rate": 0.1, "weight_decay": 0.1, "clip_norm": 1.0}
+    settings["muon_skip"] = "table"  # treats both parts alike
     state, _ = updated(steps=2, **settings)
     np.testing.assert_array_equal(state.params["body"]["b"], PARAMS["body"]["b"])
     whole, _ = updated(steps=1, **settings)
@@ -109,3 +110,10 @@ def test_muon_moves_matrices_by_an_orthogonal_step():
 def test_impossible_settings_are_named(settings, message):
     with pytest.raises(UserError, match=message):
         OptimizerConfig(**settings)
+
+
+def test_the_decay_lasts_as_long_as_the_run_unless_told_otherwise():
+    decaying = {"decay": "linear", "decay_steps": 0}
+    assert train_state.optimizer_of(decaying, 700).decay_steps == 700
+    assert train_state.optimizer_of({**decaying, "decay_steps": 50}, 700).decay_steps == 50
+    assert train_state.optimizer_of({"decay": "constant"}, 700).decay_steps == 0

@@ -9,7 +9,14 @@ from configs import maskgit as maskgit_config
 from configs import speed_rl as speed_rl_config
 from configs import tokenizer as tokenizer_config
 
-SGD = {"name": "sgd", "learning_rate": 0.1, "muon_learning_rate": 0.02, "b1": 0.9, "warmup_steps": 0, "decay": "constant"}
+SGD = {
+    "name": "sgd",
+    "learning_rate": 0.1,
+    "muon_learning_rate": 0.02,
+    "b1": 0.9,
+    "warmup_steps": 0,
+    "decay": "constant",
+}
 SPLIT_SIZES = {"train": 96, "validation": 64}  # of shapes; see tests/tasks/conftest.py
 
 

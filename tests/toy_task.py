@@ -18,6 +18,7 @@ def get_config(argument=""):
     """Return a config; the argument "child" gives one with the plain stage as parent."""
     config = ConfigDict()
     config.task = "toy"
+    config.name = "toy"
     config.seed = 0
     config.num_steps = 6
     config.batch_size = 16
@@ -80,7 +81,7 @@ def phases(config, parallel):
 def build(context):
     """Build the task."""
     config, parallel = context.config, context.parallel
-    tx = train_state.make_optimizer(train_state.OptimizerConfig(**config.optimizer))
+    tx = train_state.make_optimizer(train_state.optimizer_of(config.optimizer, config.num_steps))
     rows = parallel.rows(config.batch_size)
     update = parallel.update(make_update(tx))
 

@@ -1,5 +1,6 @@
 """One interface to every image set: pictures, their conditions, and how prompts become conditions."""
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from maskrl_jax.data.scenes import IMAGE_SIZE
 from maskrl_jax.errors import UserError
 
 SPLITS = ("train", "validation")
+HELD_OUT_SHARE = 4  # one caption in so many
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,36 @@ class Dataset:
         """Return the samples at int positions [b], each column stacked to [b, ...]."""
         return {name: column[positions] for name, column in self.columns.items()}
 
-    def prompts(self, n: int, seed: int) -> list[str]:
-        """Draw n prompts as this split has them, without repeats while it lasts; the same for the same seed.
+    def pool(self, *, held_out: bool) -> np.ndarray:
+        """Distinct conditions of this split, [P, ...]: those kept for evaluation, or those to train a policy on.
 
-        For held-out prompts open the validation split.
+        A quarter of all captions, chosen by their text, is held out. Classes are too few to hold any out: both
+        pools then are all classes.
         """
-        order = np.random.default_rng(seed).permutation(len(self))
-        return self.describe(self.columns["cond"][np.resize(order, n)])
+        cond = np.unique(self.columns["cond"], axis=0)
+        if self.conditioning.kind == "class":
+            return cond
+        return cond[[is_held_out(text) == held_out for text in self.describe(cond)]]
+
+    def prompts(self, n: int, seed: int, *, held_out: bool = True) -> list[str]:
+        """Draw n prompts from a pool, every one once before any comes again; the same for the same seed."""
+        pool = self.pool(held_out=held_out)
+        order = np.random.default_rng(seed).permutation(len(pool))
+        return self.describe(pool[np.resize(order, n)])
+
+    def positions_of(self, prompts: list[str], each: int) -> np.ndarray:
+        """Positions of the first `each` samples of every distinct prompt: real pictures in equal shares."""
+        wanted = np.unique(self.encode(prompts), axis=0)
+        found = []
+        for cond in wanted:
+            same = (self.columns["cond"] == cond).reshape(len(self), -1).all(axis=1)
+            found.append(np.flatnonzero(same)[:each])
+        return np.concatenate(found)
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a caption is kept for evaluation; decided by its text alone, so the same in every split and run."""
+    return zlib.crc32(text.encode()) % HELD_OUT_SHARE == 0
 
 
 def open_dataset(name: str, split: str, data_dir: str, image_size: int, text_length: int = 8) -> Dataset:

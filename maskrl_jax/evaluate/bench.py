@@ -32,7 +32,7 @@ class Evaluation:
     glance_prompts: int = 32  # while training
     glance_steps: int = 16
     tune_prompts: int = 64
-    tune_gumbel: tuple[float, ...] = (2.0, 4.0, 8.0)
+    tune_gumbel: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     tune_guidance: tuple[float, ...] = (1.0, 2.0)
     timing_repeats: int = 5  # 0: no timing
     goal: float = 3.0  # times fewer calls that a tuned policy is to reach
@@ -44,8 +44,10 @@ class Evaluation:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.steps or list(self.steps) != sorted(set(self.steps)):
             raise UserError(f"evaluation.steps {self.steps} must rise; its last entry is the reference T")
-        if self.keep > self.prompts:
-            raise UserError(f"evaluation.keep {self.keep} exceeds evaluation.prompts {self.prompts}")
+        for name in ("prompts", "group", "batch_size", "glance_prompts", "tune_prompts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"evaluation.{name} {getattr(self, name)} must be at least 1")
+        object.__setattr__(self, "keep", min(self.keep, self.prompts))
 
     @property
     def reference(self) -> int:
@@ -68,11 +70,13 @@ class Bench:
         """The measure that decides: the exact verifier where there is one."""
         return "judge" if self.dataset.verify is None else "graded"
 
-    def protocol(self, prompts: int, *, group: int | None = None, keep: int = 0, seed: int | None = None) -> Protocol:
-        """Held-out prompts and noise of one measurement."""
+    def protocol(
+        self, prompts: int, *, group: int | None = None, keep: int = 0, seed: int | None = None, held_out: bool = True
+    ) -> Protocol:
+        """Prompts and noise of one measurement; held-out prompts unless told otherwise."""
         s = self.settings
         seed = s.seed if seed is None else seed
-        texts = tuple(self.dataset.prompts(prompts, seed))
+        texts = tuple(self.dataset.prompts(prompts, seed, held_out=held_out))
         return Protocol(
             prompts=texts,
             cond=self.dataset.encode(list(texts)),
@@ -91,12 +95,16 @@ class Bench:
         return scalars(point), image_grid(point.kept["images"] / 255, columns=8)
 
     def tune(self, system_of: Callable[[SamplerConfig], System], sampler: SamplerConfig) -> SamplerConfig:
-        """Pick the base's best Gumbel scale and guidance at T_ref on prompts of their own; stored as JSON.
+        """Pick the base's best Gumbel scale and guidance at T_ref on prompts that are not held out.
 
-        Acceleration is measured against the base at its best, so the deciding measure picks here too.
+        Acceleration is measured against the base at its best, so the deciding measure picks here too. Stored as
+        JSON, once: stages above start from it, and a later measurement must not change what they did.
         """
         s = self.settings
-        protocol = self.protocol(s.tune_prompts, group=2, seed=s.seed + 1)
+        path = pathlib.Path(self.workdir, SAMPLER)
+        if path.exists():
+            return read_sampler(self.workdir, sampler)
+        protocol = self.protocol(s.tune_prompts, group=2, seed=s.seed + 1, held_out=False)
         rows = []
         for guidance in s.tune_guidance:
             for gumbel in s.tune_gumbel:
@@ -104,9 +112,8 @@ class Bench:
                 point = measure.measure(system_of(tried), s.reference, protocol, self.scorer)
                 rows.append({"gumbel": gumbel, "guidance": guidance, **scalars(point)})
         best = max(rows, key=lambda row: row[f"eval/{self.metric}@{s.reference}"])
-        chosen = dataclasses.replace(sampler, gumbel=best["gumbel"], guidance=best["guidance"])
+        chosen = dataclasses.replace(sampler, gumbel=best["gumbel"], guidance=best["guidance"], num_steps=s.reference)
         if jax.process_index() == 0:
-            path = pathlib.Path(self.workdir, SAMPLER)
             path.write_text(json.dumps({"sampler": dataclasses.asdict(chosen), "tried": rows}, indent=1) + "\n")
         return chosen
 

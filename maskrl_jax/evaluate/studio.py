@@ -1,6 +1,7 @@
 """A trained generator as a user samples from it: any sampler, a tuned policy, inpainting."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,20 +35,27 @@ class Studio:
     image_size: int
     tuned: System | None = None
 
+    @functools.cached_property
+    def program(self) -> Callable:
+        """The fixed sampler's program, compiled once for all settings of a mode."""
+        return fixed_program(self.engine)
+
     def fixed(self, changes: Mapping[str, Any], given: np.ndarray | None = None) -> System:
         """The fixed sampler with some settings changed; `given` int32 [N] are tokens to keep."""
         sampler = dataclasses.replace(self.sampler, **changes)
-        return fixed_system(
-            self.engine, fixed_program(self.engine), self.params, sampler, "fixed", "fixed sampler", given
-        )
+        return fixed_system(self.engine, self.program, self.params, sampler, "fixed", "fixed sampler", given)
 
     def inpainting(self, picture: np.ndarray, box: list[int]) -> np.ndarray:
         """Tokens int32 [N] of a uint8 [H,W,3] picture, MASK where a cell touches the box (top, left, bottom, right)."""
         size = self.image_size
         if picture.shape[:2] != (size, size):
-            raise UserError(f"--image has {picture.shape[1]} x {picture.shape[0]} pixels; this model makes {size} x {size}")
+            raise UserError(
+                f"--image has {picture.shape[1]} x {picture.shape[0]} pixels; this model makes {size} x {size}"
+            )
         if len(box) != 4 or not (0 <= box[0] < box[2] <= size and 0 <= box[1] < box[3] <= size):
-            raise UserError(f"--box {box} must be top,left,bottom,right with 0 <= top < bottom <= {size}, likewise across")
+            raise UserError(
+                f"--box {box} must be top,left,bottom,right with 0 <= top < bottom <= {size}, likewise across"
+            )
         tokens = np.array(self.encode(picture[None].astype(np.float32) / 255))[0]
         side = round(len(tokens) ** 0.5)
         cell = size // side

@@ -141,6 +141,11 @@ def _speed_weight(config: CreditConfig, state: CreditState, step: Array) -> Arra
     )
 
 
+def record(state: CreditState, credit: Credit) -> CreditState:
+    """Add the scored groups to the history, rejected ones too: else the threshold ratchets up."""
+    return state.replace(history=advantages.history_push(state.history, credit.std, credit.scored))
+
+
 def remember(
     config: CreditConfig,
     state: CreditState,
@@ -149,12 +154,10 @@ def remember(
     reference_P1: Array,
     step: Array,
 ) -> CreditState:
-    """Record a batch: every group's std, also of rejected groups (else the threshold ratchets up)."""
+    """Record a batch and move what is averaged over updates: sigma_w, and lambda of the dual rule."""
     weight = state.weight
     sigma = speed_reward.update_sigma(state.sigma, credit.quality_std, credit.scored)
     if config.speed == "dual":
         moved = speed_reward.dual_lambda(weight, quality_PG, reference_P1, sigma)
         weight = jnp.where(step < config.lambda_zero_until, weight, moved)
-    return CreditState(
-        history=advantages.history_push(state.history, credit.std, credit.scored), sigma=sigma, weight=weight
-    )
+    return record(state, credit).replace(sigma=sigma, weight=weight)

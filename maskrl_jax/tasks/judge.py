@@ -81,7 +81,7 @@ class Wiring:
         self.config = config
         self.sizes = JudgeConfig(**config.model)
         self.model = Judge(self.sizes)
-        self.optimizer = train_state.OptimizerConfig(**config.optimizer)
+        self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps)
         self.tx = train_state.make_optimizer(self.optimizer)
         self.image_shape = (config.data.image_size, config.data.image_size, 3)
 

@@ -119,7 +119,7 @@ class Wiring:
         self.null = conditioning.null
         settings = Evaluation(**config.evaluation)
         check_steps(SamplerConfig(**config.sampler), (settings.glance_steps, *settings.steps), self.sizes.num_tokens)
-        self.optimizer = train_state.OptimizerConfig(**config.optimizer)
+        self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps)
         self.tx = train_state.make_optimizer(self.optimizer)
 
     def init(self, key: Array) -> train_state.TrainState:
@@ -209,7 +209,7 @@ def studio(context: Context, params: Any) -> Studio:
     codec = tokenizer_task.load(context.parents["tokenizer"])
     return Studio(
         engine=engine_of(context, sizes, held_out.conditioning.null),
-        params=params,
+        params=context.parallel.replicate(params),
         dataset=held_out,
         sampler=read_sampler(context.workdir, SamplerConfig(**context.config.sampler)),
         encode=functools.partial(jax.jit(codec.encode), codec.params),
@@ -217,12 +217,24 @@ def studio(context: Context, params: Any) -> Studio:
     )
 
 
+def _real_pictures(context: Context, held_out: Dataset) -> np.ndarray:
+    """Real pictures uint8 [M,H,W,3] that distances are measured against.
+
+    Of a caption set, pictures of the held-out captions in equal shares, as they are prompted; the validation
+    split has too few of each, so they come from the training split (as is usual for Frechet distances).
+    """
+    if held_out.conditioning.kind == "class":
+        return held_out.take(np.arange(min(2048, len(held_out))))["image"]
+    train, prompts = dataset_of(context, "train"), held_out.describe(held_out.pool(held_out=True))
+    return train.take(train.positions_of(prompts, each=10))["image"]
+
+
 def bench_of(context: Context) -> Bench:
     """The measuring bench of a generator stage: held-out split, judge, exact verifier."""
     held_out = dataset_of(context, "validation")
     judge = judge_task.load(context.parents["judge"])
     settings = Evaluation(**context.config.evaluation)
-    real = held_out.take(np.arange(min(2048, len(held_out))))["image"]
+    real = _real_pictures(context, held_out)
     return Bench(
         dataset=held_out,
         scorer=judge_scorer(judge.read, judge.params, judge.config.kind, held_out),
@@ -260,6 +272,7 @@ def build(context: Context) -> Task:
         return {"eval/loss": float(loss / weight), **scores}, {"samples/grid": picture}
 
     def report(params):
+        params = parallel.replicate(params)
         best = bench().tune(functools.partial(system, params), sampler)
         points = bench().measure(system(params, best), bench().settings.steps)
         findings = Findings(
@@ -268,7 +281,7 @@ def build(context: Context) -> Task:
             points=points,
             reference=points[-1:],
             criteria=bench().criteria(),
-            held_out=("prompts and pictures of the validation split",),
+            held_out=("nothing of the prompts: the base has seen pictures of every caption",),
         )
         facts = {
             "sampler": f"{best.mode}, Gumbel {best.gumbel:g}, guidance {best.guidance:g} ({best.guidance_schedule})"

@@ -1,8 +1,10 @@
 """Rollouts of reinforcement-learning stages: requests, filters with resampling, and the base's reference quality."""
 
+import dataclasses
 import functools
 import math
 import pathlib
+import zlib
 from typing import Any
 
 import jax
@@ -25,18 +27,22 @@ class Rollouts:
         self.train, self.frozen = train, frozen
         # Prompts repeat: the reference quality is known per distinct condition.
         quality = reference_quality(context, wiring, train, frozen, sampler)
-        self.reference_of = dict(zip(distinct(train)[1], quality, strict=True))
+        self.pool = train.pool(held_out=False)
+        self.reference_of = dict(zip((cond.tobytes() for cond in self.pool), quality, strict=True))
+        # Prompts come from the pool in equal shares, whatever their share of the pictures.
+        self.prompts = dataclasses.replace(train, columns={"cond": self.pool, "label": self.pool})
         self.program = context.parallel.map(wiring.rollout)
         # Groups of a resampling program: those asked for, filled up until the devices divide their rollouts.
         least = self.parallel.num_devices // math.gcd(self.parallel.num_devices, self.config.group)
         self.resampled = -(-self.config.resample.groups // least) * least
         self.assign = jax.jit(functools.partial(credit.assign, wiring.credit))
+        self.record = jax.jit(credit.record)
         self.remember = jax.jit(functools.partial(credit.remember, wiring.credit))
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Rollout requests of an update, all processes' rows; a pure function of the step."""
         config, wiring = self.config, self.wiring
-        prompts = batch_at(self.train, step, wiring.groups, slice(0, wiring.groups), config.seed)
+        prompts = batch_at(self.prompts, step, wiring.groups, slice(0, wiring.groups), config.seed)
         cond = prompts["cond"]
         texts = self.train.describe(cond)
         target = judge_reward.targets(wiring.judge_sizes.kind, cond, texts)
@@ -72,7 +78,7 @@ class Rollouts:
             out = self._resample(state, batch, step, attempt, groups, out)
             result = self._credit(before, step, out, batch)
             anew = jax.device_put(np.isin(np.arange(len(rejected)), groups))
-            memory = self._remember(memory, step, result.replace(scored=result.scored & anew), out, batch)
+            memory = self.record(memory, result.replace(scored=result.scored & anew))
             rejected = jax.device_get(result.rejected)
         return out, result, memory, {"rejected_first": float(first), "rejected": float(rejected.mean())}
 
@@ -137,10 +143,12 @@ class Rollouts:
         return {name: float(value) for name, value in values.items()}
 
 
-def distinct(train: Any) -> tuple[np.ndarray, list[bytes]]:
-    """Conditions of a split without repeats, and the bytes by which each is found again."""
-    cond = np.unique(train.columns["cond"], axis=0)
-    return cond, [row.tobytes() for row in cond]
+def _digest(tree: Any) -> str:
+    """Checksum of the parents' parameters: another parent has another reference quality."""
+    total = 0
+    for leaf in jax.tree.leaves(jax.device_get(tree)):
+        total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
+    return f"{total:08x}"
 
 
 def reference_quality(context: Context, wiring: Any, train: Any, frozen: Any, sampler: SamplerConfig) -> np.ndarray:
@@ -149,9 +157,9 @@ def reference_quality(context: Context, wiring: Any, train: Any, frozen: Any, sa
     It gates the speed reward and bounds low quality (specs/speed_rl.md 4.5).
     """
     path = pathlib.Path(context.workdir, "reference.npz")
-    cond, _ = distinct(train)
+    cond = train.pool(held_out=False)
     repeats = context.config.reference_samples
-    stamp = f"{sampler} {repeats} {sorted(wiring.rewards.items())}"
+    stamp = f"{sampler} {repeats} {sorted(wiring.rewards.items())} {context.config.seed} {_digest(frozen)}"
     if path.exists():
         stored = np.load(path)
         if str(stored["stamp"]) == stamp and len(stored["quality"]) == len(cond):

@@ -76,16 +76,25 @@ class Wiring:
             per_rollout_mean=config.loss.per_rollout_mean,
         )
         self.sampler = self.speed.sampler
+        # Policy `fixed` has no speed reward (specs/speed_rl.md 4.2).
+        rewards_speed = {"speed": "off"} if self.policy.kind == "fixed" else {}
         self.credit = credit.CreditConfig(
-            **config.credit, max_calls=self.policy.max_calls, std_of_quality=self.policy.kind == "budget"
+            **{**config.credit, **rewards_speed},
+            max_calls=self.policy.max_calls,
+            std_of_quality=self.policy.kind == "budget",
         )
         settings = Evaluation(**config.evaluation)
         maskgit_task.check_steps(SamplerConfig(**base.sampler), settings.steps, self.sizes.num_tokens)
         self.rewards = dict(config.rewards)
         mix.check(self.rewards, judge_reward.names(self.judge_sizes.kind))
-        self.optimizer = train_state.OptimizerConfig(**config.optimizer)
+        self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps)
         self.tx = train_state.make_optimizer(self.optimizer)
         self.groups = _groups(config)
+        for name in ("micro_batch", "inner_updates", "reference_samples"):
+            if config[name] < 1:
+                raise UserError(f"{name} {config[name]} must be at least 1")
+        if config.data.to_dict() != base.data.to_dict():
+            raise UserError("data of speed_rl and of its base differ; change both, as in --config.parents.maskgit.data")
         if self.policy.kind == "budget" and config.group % len(self.policy.step_set):
             raise UserError(
                 f"group {config.group} is not divisible by the {len(self.policy.step_set)} step counts of "
@@ -259,7 +268,7 @@ class Gallery:
         """Curves of base and tuned, T*, timing, figures, report.md."""
         bench, config, policy = self.bench, self.config, self.wiring.policy
         base = fixed_system(self.engine, self.fixed, self.base, self.sampler, "base", "base")
-        tuned = self.tuned(params)
+        tuned = self.tuned(self.engine.parallel.replicate(params))
         base_points = bench.measure(base, bench.settings.steps)
         tuned_points = bench.measure(tuned, self.settings())
         found = curve.first_equal(tuned_points, base_points[-1:], bench.criteria())
@@ -277,7 +286,10 @@ class Gallery:
             tuned="tuned",
             goal=bench.settings.goal,
             trained_on=tuple(f"{name} x {weight:g}" for name, weight in self.wiring.rewards.items()),
-            held_out=("the exact verifier", "prompts and pictures of the validation split"),
+            held_out=(
+                "the exact verifier",
+                "the prompts (the policy never trains on them; the base has seen their pictures)",
+            ),
             notes=NOTES[policy.kind],
             timings=timings,
         )
@@ -304,7 +316,7 @@ def studio(context: Context, params: Any) -> Studio:
     tuned = None
     if policy.kind == "adaptive":
         program = clocked_program(base.engine, wiring.sampler, wiring.decide)
-        tuned = clocked_system(base.engine, program, params, "tuned", "tuned")
+        tuned = clocked_system(base.engine, program, context.parallel.replicate(params), "tuned", "tuned")
     return dataclasses.replace(base, sampler=sampler, tuned=tuned)
 
 
@@ -323,7 +335,7 @@ def build(context: Context) -> Task:
     }
     rollouts = Rollouts(context, wiring, train, frozen, sampler)
     update = parallel.update(wiring.update)
-    gallery = Gallery(context, wiring, engine, sampler, base.params)
+    gallery = Gallery(context, wiring, engine, sampler, frozen["reference"])
 
     def step(state, batch):
         number = int(batch["index"][0]) // config.batch_size

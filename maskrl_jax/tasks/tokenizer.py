@@ -108,7 +108,7 @@ class Wiring:
         self.config = config
         self.sizes = TokenizerConfig(**config.model)
         self.model = Tokenizer(self.sizes)
-        self.optimizer = train_state.OptimizerConfig(**config.optimizer)
+        self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps)
         self.tx = train_state.make_optimizer(self.optimizer)
         self.image_shape = (self.sizes.image_size, self.sizes.image_size, 3)
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from maskrl_jax.data.dataset import open_dataset
+from maskrl_jax.data.dataset import is_held_out, open_dataset
 from maskrl_jax.errors import UserError
 
 
@@ -38,12 +38,31 @@ def test_conditioning_counts_the_null_condition(validation, digits):
     assert label.null == 10
 
 
-def test_prompts_repeat_only_when_the_split_is_used_up(validation):
+def test_prompts_repeat_only_when_the_pool_is_used_up(validation):
+    pool = validation.describe(validation.pool(held_out=True))
     assert validation.prompts(5, seed=1) == validation.prompts(5, seed=1)
-    assert validation.prompts(64, seed=1) != validation.prompts(64, seed=2)
-    every = validation.prompts(128, seed=0)
-    assert every[:64] == every[64:]
-    assert sorted(every[:64]) == sorted(validation.describe(validation.columns["cond"]))
+    every = validation.prompts(2 * len(pool), seed=0)
+    assert every[: len(pool)] == every[len(pool) :]
+    assert sorted(every[: len(pool)]) == sorted(pool)
+    assert sorted(every[: len(pool)]) == sorted(set(pool))
+
+
+def test_no_prompt_is_both_trained_and_evaluated_on(validation):
+    held_out, rest = (validation.describe(validation.pool(held_out=which)) for which in (True, False))
+    assert held_out and rest and not set(held_out) & set(rest)
+    assert set(held_out) | set(rest) == set(validation.describe(validation.columns["cond"]))
+    assert is_held_out(held_out[0]) and not is_held_out(rest[0])
+
+
+def test_classes_are_too_few_to_hold_any_out(digits):
+    np.testing.assert_array_equal(digits.pool(held_out=True), digits.pool(held_out=False))
+    assert len(digits.pool(held_out=True)) == 10
+
+
+def test_positions_of_prompts_give_equal_shares(validation):
+    prompts = validation.prompts(3, seed=0)
+    positions = validation.positions_of(prompts, each=1)
+    assert sorted(validation.describe(validation.take(positions)["cond"])) == sorted(prompts)
 
 
 def test_classes_go_by_number_or_name(digits):

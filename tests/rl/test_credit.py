@@ -143,6 +143,14 @@ def test_history_rejects_below_its_percentile_and_records_all_groups():
     assert assign(off, quality, calls, reference, full).rejected.tolist() == [False, False, True]
 
 
+def test_a_round_of_resampling_enters_the_history_and_moves_no_average():
+    config = dataclasses.replace(CONFIG, speed="dual")
+    before = memory(config)
+    after = credit.record(before, assign(config, QUALITY + 3.0))
+    assert (int(before.history.count), int(after.history.count)) == (0, 1)
+    assert (float(after.sigma), float(after.weight)) == (float(before.sigma), float(before.weight))
+
+
 def test_statistic_of_the_surrogate_policy_is_the_spread_of_quality():
     """Otherwise the exogenous calls would keep groups whose pictures are all alike."""
     quality = jnp.ones((1, 4))

@@ -98,9 +98,10 @@ def test_the_tone_of_a_picture_with_seams_is_not_asked_for():
         "other_label": jnp.ones((32, SIDE, SIDE), jnp.int32),
     }
     images = jnp.zeros((32, 32, 32, 3))
-    _, _, mixed = judge.stitch(keys(range(32)), images, batch["label"], jnp.ones(images.shape), batch["other_label"], PATCH)
+    _, _, mixed = judge.stitch(
+        keys(range(32)), images, batch["label"], jnp.ones(images.shape), batch["other_label"], PATCH
+    )
     whole = ~np.asarray(mixed).any((1, 2))
-
 
     def loss(tone):
         return float(wiring.loss(params, images, batch | {"tone": tone}, keys(range(32)))[0])

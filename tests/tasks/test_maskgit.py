@@ -104,9 +104,7 @@ def test_held_out_loss_always_sees_the_same_masks(trained):
 
 @pytest.fixture(scope="module")
 def engine(trained):
-    context = Context(
-        tiny.get_config("maskgit"), trained.parents, Parallel("sharded", jax.local_devices()[:1]), "", ""
-    )
+    context = Context(tiny.get_config("maskgit"), trained.parents, Parallel("sharded", jax.local_devices()[:1]), "", "")
     sizes = maskgit.model_config(context.config, context.config.parents.tokenizer, conditioning_of("shapes"))
     return maskgit.engine_of(context, sizes, conditioning_of("shapes").null)
 

@@ -12,7 +12,7 @@ from maskrl_jax.rl import credit
 from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import rollouts as rollouts_module
 from maskrl_jax.tasks import speed_rl
-from maskrl_jax.tasks.rollouts import Rollouts, distinct, reference_quality
+from maskrl_jax.tasks.rollouts import Rollouts, reference_quality
 
 GROUP = 4
 
@@ -52,7 +52,7 @@ def made_up(quality_of):
 @pytest.fixture
 def make(train, monkeypatch):
     """Return make(rollout, change of the config, devices) -> Rollouts whose base has quality 0 everywhere."""
-    monkeypatch.setattr(rollouts_module, "reference_quality", lambda *args: np.zeros(len(distinct(train)[0])))
+    monkeypatch.setattr(rollouts_module, "reference_quality", lambda *args: np.zeros(len(train.pool(held_out=False))))
 
     def make(rollout=None, change=(), devices=1):
         config = tiny.get_config("speed_rl")
@@ -178,7 +178,7 @@ def measured(context, wiring, train, sampler=SamplerConfig(num_steps=4)):  # noq
 
 
 def test_reference_quality_is_the_mean_over_the_samples_of_each_prompt(context, wiring, train, tmp_path):
-    count = len(distinct(train)[0])
+    count = len(train.pool(held_out=False))
     np.testing.assert_array_equal(measured(context, wiring, train), np.arange(count) + count / 2)
     assert [path.name for path in tmp_path.iterdir()] == ["reference.npz"]  # renamed, nothing left aside
 
@@ -191,7 +191,8 @@ def test_reference_quality_is_read_again_unless_what_made_it_changed(context, wi
     assert not measured(context, wiring, train, SamplerConfig(num_steps=8)).any()
 
 
-def test_conditions_are_listed_once(train):
-    cond, names = distinct(train)
-    assert len(np.unique(cond, axis=0)) == len(cond) == len(set(names))
-    assert {row.tobytes() for row in train.columns["cond"]} == set(names)
+def test_prompts_of_rollouts_are_never_held_out(make, train):
+    held_out = {cond.tobytes() for cond in train.pool(held_out=True)}
+    rollouts = make()
+    drawn = {cond.tobytes() for step in range(8) for cond in rollouts.batch(step)["cond"]}
+    assert held_out and drawn and not held_out & drawn

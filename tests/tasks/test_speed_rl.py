@@ -66,7 +66,9 @@ def test_two_updates_change_what_the_variant_trains_and_only_that(build, collect
         assert differs(start["params"][part], state.params[part]) is (part in trains)
         assert differs(start["ema"][part], state.ema[part]) is (part in trains)
     assert int(state.step) == 2 and int(state.bad_total) == 0
-    values = {name: value[0] / max(value[1], 1) if isinstance(value, tuple) else value for name, value in metrics.items()}
+    values = {
+        name: value[0] / max(value[1], 1) if isinstance(value, tuple) else value for name, value in metrics.items()
+    }
     assert all(np.isfinite(value) for value in values.values())
     # The first update of a rollout is on policy, the second is not.
     assert (values["rl/ratio_max_err"] > 0) is (config.inner_updates == 2)
