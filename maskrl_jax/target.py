@@ -48,7 +48,7 @@ def topology_target(name: str) -> Target:
     """
     version, shape = _parse(name)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for a TPU topology needs libtpu; run: pip install 'maskrl_jax[tpu]'")
+        raise UserError("compiling for a TPU topology needs libtpu; run: pip install -e '.[tpu]'")
     _quiet_environment()
     try:
         description = topologies.get_topology_desc(platform="tpu", **_options(version, shape))

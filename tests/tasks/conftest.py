@@ -6,7 +6,7 @@ import dataclasses
 import jax
 import pytest
 import tiny
-from config_reads import ConfigReads
+from config_reads import SETTINGS, ConfigReads, field_uses
 from jax.experimental.compilation_cache import compilation_cache
 
 from maskrl_jax import runner
@@ -30,6 +30,7 @@ class Trained:
     config: object
     parents: dict[str, Parent]
     reads: ConfigReads
+    unused: dict[type, set[str]]  # fields of settings
 
 
 @contextlib.contextmanager
@@ -63,11 +64,15 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     store, workdir, config = str(root / "store"), str(root / "straight"), tiny.get_config("speed_rl")
     reads = ConfigReads()
-    with pytest.MonkeyPatch.context() as patch, quick_compilation(store), see_one_device(), reads.recorded():
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for context in (quick_compilation(store), see_one_device(), reads.recorded()):
+            stack.enter_context(context)
+        unused = stack.enter_context(field_uses(*SETTINGS))
         patch.setattr(shapes, "SPLIT_SIZES", tiny.SPLIT_SIZES)
         runner.run(config, workdir, store)
         parents = runner.parents(config, store, {})
-    return Trained(store, workdir, config, parents, reads)
+    return Trained(store, workdir, config, parents, reads, unused)
 
 
 @pytest.fixture(autouse=True, scope="module")
