@@ -1,7 +1,18 @@
 """Settings of every test: eight virtual devices, and the checks of jax that would be too slow in training."""
 
+import gc
+
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Free the programs of a module: thousands of them in one process exhaust the memory maps of the system."""
+    yield
+    jax.clear_caches()
+    gc.collect()
