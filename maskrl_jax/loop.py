@@ -41,7 +41,7 @@ def train(task: Any, config: ConfigDict, workdir: str, parallel: Parallel) -> An
         size = parameter_overview.count_parameters(state.params)
         if jax.process_index() == 0:
             steps = f"step {start}/{config.num_steps}"
-            print(f"{config.task} ({config.name}): {size / 1e6:.2f} M parameters, {steps}, {workdir}", flush=True)
+            print(f"{config.task}: {size / 1e6:.2f} M parameters, {steps}, {workdir}", flush=True)
         writer = stack.enter_context(contextlib.closing(Writer(workdir, start)))
         # An interrupted run may have evaluated this step just before it saved it.
         evaluated = any(line["step"] == start and EVAL_TIME in line for line in read_metrics(workdir))

@@ -200,7 +200,7 @@ def apply_gradients(
     step = state.step.astype(jnp.float32)
     decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
     # In this form a parameter that is frozen leaves its average exactly where it was.
-    ema = jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), state.ema, params)
+    ema = jax.tree.map(lambda a, p: (p + decay * (a - p)).astype(a.dtype), state.ema, params)
     new = (params, opt_state, ema, state.extra if extra is None else extra)
     old = (state.params, state.opt_state, state.ema, state.extra)
     params, opt_state, ema, extra = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)

@@ -297,6 +297,28 @@ def test_old_parameters_make_the_ratio():
     assert largest(jax.tree.map(jnp.subtract, moved, again)) > 1e-3
 
 
+def test_decisions_have_ratios_of_their_own():
+    """An old head beside the same network: token terms as before, decision terms clipped at 0.9 and 1.2."""
+    params, batch = params_of(), batch_of()
+    calls = calls_of(batch)
+
+    def score(head, x):
+        first = jnp.broadcast_to(x["call"] == 0, (ROWS,))
+        return SPEED.head.score(head, x["features"], x["previous"], x["decision"], x["action"], first)[0]
+
+    def expected(head):
+        ratio = jnp.exp(jax.vmap(lambda x: score(head, x) - score(OLD["head"], x))(calls))
+        gain = batch["advantage"][None]
+        objective = jnp.minimum(ratio * gain, jnp.clip(ratio, 0.9, 1.2) * gain) * calls["active"]
+        return -(objective * batch["keep"][None]).sum() / CALLS / batch["keep"].sum()
+
+    found = policy_gradient(changed(), params, batch, params | {"head": OLD["head"]})[0]
+    close(found["head"], jax.jit(jax.grad(expected))(params["head"]))
+    fresh = policy_gradient(changed(), params, batch, params)[0]
+    close(found["model"], fresh["model"])
+    assert largest(jax.tree.map(jnp.subtract, found["head"], fresh["head"])) > 1e-3
+
+
 def test_fixed_policy_has_no_decision_terms_and_no_action():
     """A policy without a head commits by counts, whatever `action` says."""
     speed = changed(policy={"kind": "fixed", "action": "threshold", "target_calls": 3})

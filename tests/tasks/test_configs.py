@@ -64,7 +64,8 @@ def test_reads_are_recorded_by_place():
 def test_a_run_reads_every_key_of_its_config(trained, stage):
     every, read = trained.reads.paths(stage)
     assert len(every) > 20
-    assert every - read == set()
+    # A stage that makes no images writes no report to put its name on.
+    assert every - read == ({"name"} if stage in ("tokenizer", "judge") else set())
 
 
 def test_every_field_of_the_settings_is_used(trained):
