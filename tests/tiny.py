@@ -44,11 +44,12 @@ def judge(argument: str = "smoke"):
 
 
 def maskgit(argument: str = "smoke"):
-    """One block of width 16 on 16 tokens."""
+    """One plain block of width 16 on 16 tokens."""
     config = maskgit_config.get_config(argument)
     config.parents = {"tokenizer": tokenizer(argument), "judge": judge(argument)}
     config.update({"num_steps": 4, "save_every": 2, "batch_size": 16})
     config.model.update({"width": 16, "depth": 1, "heads": 2, "mlp_width": 32})
+    config.model.update({"conv_stem": False, "pooled_width": 0, "relative_bias": False, "local_mixing": False})
     config.optimizer = SGD | {"ema_decay": 0.5}
     config.sampler.update({"num_steps": 4, "max_steps": 4})
     config.evaluation.update({"prompts": 8, "steps": (2, 4), "glance_steps": 4, "keep": 2})
@@ -67,7 +68,6 @@ def speed_rl():
     config.update({"num_steps": 6, "batch_size": 16, "group": 4, "micro_batch": 4, "save_every": 2})
     config.policy.update({"max_calls": 4, "divisors": (4, 3, 2, 1), "centre": 2.0, "target_calls": 2, "levels": 2})
     config.policy.step_set = (2, 4)
-    config.policy.guidance = 1.7
     config.credit.update({"min_calls": 1, "lambda_zero_until": 1, "lambda_full_at": 3, "history": 16, "history_min": 4})
     config.credit.percentile = 50.0
     config.resample.groups = 2

@@ -20,7 +20,10 @@ BOTH, MODEL, HEAD = {"model", "head"}, {"model"}, {"head"}
 VARIANTS = {
     "fixed, hard": ({"policy.kind": "fixed", "loss.tokens.likelihood": "hard", "credit.speed": "off"}, MODEL),
     "budget, two inner updates": ({"policy.kind": "budget", "inner_updates": 2}, MODEL),
-    "threshold, all": ({"policy.action": "threshold", "loss.tokens.likelihood": "all"}, BOTH),
+    "guided threshold, all": (
+        {"policy.action": "threshold", "policy.guidance": 1.7, "loss.tokens.likelihood": "all"},
+        BOTH,
+    ),
     "head only, dual lambda": ({"optimizer.rates": (("^model", 0.0),), "credit.speed": "dual"}, HEAD),
     "frozen head, kept, two inner updates": (
         {"optimizer.rates": (("^head", 0.0),), "loss.tokens.likelihood": "kept", "inner_updates": 2},
