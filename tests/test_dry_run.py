@@ -46,7 +46,7 @@ ROLLOUT = Phase("rollout", rollout, (PARAMS, struct(), {"x": struct(BATCH, WIDTH
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: pip install 'maskrl_jax[tpu]'",
+    reason="libtpu is not installed: pip install '.[tpu]'",
 )
 
 

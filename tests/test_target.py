@@ -20,7 +20,7 @@ def test_all_spellings_of_7x_reach_libtpu_as_tpu7x(name):
 
 def test_missing_libtpu_says_what_to_install(monkeypatch):
     monkeypatch.setattr(target.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'maskrl_jax\[tpu\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[tpu\]'"):
         target.topology_target("v5e:4x4")
 
 

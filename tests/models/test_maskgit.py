@@ -79,7 +79,7 @@ def test_remat_changes_nothing():
 
 def test_without_spatial_parts_only_position_tells_cells_apart():
     """Exchange two cells with their positions: a model that sees no grid cannot tell."""
-    plain = {"conv_stem": False, "relative_bias": False, "local_mixing": False}
+    plain = {"conv_stem": False, "relative_bias": False, "local_mixing": False, "pooled_width": 0}
     apply, params = made(**plain)
     order = np.array([0, 5, 2, 3, 4, 1, 6, 7, 8])
     moved = jax.tree.map(lambda x: x, params)
