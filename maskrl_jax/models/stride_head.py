@@ -13,16 +13,18 @@ class StrideHead(nn.Module):
     Args:
       bias: one initial logit per decision (`rl.stride.prior_bias`).
       stickiness: initial eta.
+      opening: initial logits that the opening calls add to these, one per decision; () for none.
       hidden: widths of the MLP.
     """
 
     bias: tuple[float, ...]
     stickiness: float = 4.0
+    opening: tuple[float, ...] = ()
     hidden: tuple[int, ...] = (128, 128)
 
     @nn.compact
-    def __call__(self, features_BF: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Give (logits float32 [B, len(bias)], eta float32 scalar) for `rl.stride.decision_logits`."""
+    def __call__(self, features_BF: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Give (logits float32 [B,D], logits of the opening float32 [D], eta float32 scalar)."""
         x = _trunk(features_BF, self.hidden)
         weights = nn.Dense(
             len(self.bias),
@@ -31,7 +33,9 @@ class StrideHead(nn.Module):
             name="out",
         )
         eta = self.param("eta", nn.initializers.constant(self.stickiness), (), jnp.float32)
-        return weights(x), eta
+        if not self.opening:
+            return weights(x), jnp.zeros(len(self.bias)), eta
+        return weights(x), self.param("opening", lambda key: jnp.asarray(self.opening, jnp.float32)), eta
 
 
 class ThresholdHead(nn.Module):

@@ -28,6 +28,7 @@ class Policy:
     centre: float = 8.0
     width: float = 0.4
     stickiness: float = 4.0
+    opening: int = 0  # first calls whose decisions start at the smallest stride and do not stick
     target_calls: int = 4  # fixed: T of every rollout
     step_set: tuple[int, ...] = (4, 6, 8, 12)  # budget: T of a group's rollouts, in equal shares
     levels: int = 4  # budget: mask levels scored per rollout
@@ -40,6 +41,8 @@ class Policy:
             raise ValueError(f"policy.kind {self.kind!r} is not one of {', '.join(POLICIES)}")
         object.__setattr__(self, "divisors", tuple(self.divisors))
         object.__setattr__(self, "step_set", tuple(self.step_set))
+        if not 0 <= self.opening < self.max_calls:
+            raise ValueError(f"policy.opening {self.opening} must lie in 0..{self.max_calls - 1} (max_calls - 1)")
         if self.kind == "adaptive" and max(self.divisors) != self.max_calls:
             raise ValueError(
                 f"the largest of policy.divisors ({max(self.divisors)}) must be max_calls ({self.max_calls}): "
@@ -78,8 +81,12 @@ class Head:
         """Linen module of the policy's action."""
         if self.policy.action == "threshold":
             return ThresholdHead()
-        prior = stride.PriorConfig(self.policy.divisors, self.policy.centre, self.policy.width, self.policy.stickiness)
-        return StrideHead(bias=stride.prior_bias(prior), stickiness=prior.stickiness)
+        policy = self.policy
+        prior = stride.PriorConfig(policy.divisors, policy.centre, policy.width, policy.stickiness)
+        bias = stride.prior_bias(prior)
+        slowest = stride.prior_bias(dataclasses.replace(prior, centre=float(policy.max_calls)))
+        opening = tuple(s - b for s, b in zip(slowest, bias, strict=True)) if policy.opening else ()
+        return StrideHead(bias=bias, stickiness=prior.stickiness, opening=opening)
 
     def init(self, key: Array) -> Any:
         return self.module().init(key, jnp.zeros((1, stride.NUM_FEATURES)))
@@ -89,9 +96,8 @@ class Head:
         policy, module = self.policy, self.module()
 
         def strides(state: adaptive.State) -> adaptive.Decision:
-            out, eta = module.apply(params, state.features)
             bias_D = -jnp.log(jnp.asarray(policy.divisors, jnp.float32))
-            logits = stride.decision_logits(out, state.previous, eta, state.first)
+            logits = self.logits(params, state.features, state.previous, state.call)
             logits = logits + dial_B[:, None] * bias_D[None]
             index = jax.vmap(jax.random.categorical)(state.keys, logits).astype(jnp.int32)
             jump = jnp.asarray(stride.jumps(policy.divisors, policy.ticks))[index]
@@ -106,12 +112,17 @@ class Head:
 
         return thresholds if policy.action == "threshold" else strides
 
-    def score(self, params: Any, features: Array, previous: Array, decision: Array, action: Array, first: Array):
+    def logits(self, params: Any, features: Array, previous: Array, call: Array) -> Array:
+        """Logits [M,D] of the strides; decisions stick from the second call after the opening on."""
+        out, opening, eta = self.module().apply(params, features)
+        out += jnp.where(call[:, None] < self.policy.opening, opening, 0.0)
+        return stride.decision_logits(out, previous, eta, call <= self.policy.opening)
+
+    def score(self, params: Any, features: Array, previous: Array, decision: Array, action: Array, call: Array):
         """(log-prob [M], entropy [M]) of recorded decisions."""
-        active = jnp.ones(first.shape, bool)
+        active = jnp.ones(call.shape, bool)
         if self.policy.action == "threshold":
             mean, std = self.module().apply(params, features)
             return stride.threshold_logp(action, mean, std, active), stride.threshold_entropy(std, active)
-        out, eta = self.module().apply(params, features)
-        logits = stride.decision_logits(out, previous, eta, first)
+        logits = self.logits(params, features, previous, call)
         return stride.decision_logp(logits, decision, active), stride.decision_entropy(logits, active)

@@ -187,7 +187,7 @@ class SpeedUpdate:
             record.decision[row, jnp.maximum(call - 1, 0)],
             record.decision[row, call],
             record.action[row, call],
-            call == 0,
+            call,
         )
         logp, entropy = self.head.score(head, *seen)
         before = logp if old is None else self.head.score(old["head"], *seen)[0]

@@ -42,7 +42,7 @@ class State(NamedTuple):
 
     features: Array  # float32 [B,F]
     previous: Array  # int32 [B], the decision before
-    first: Array  # bool [B]
+    call: Array  # int32 [B], k, calls made so far
     keys: Array  # typed keys [B] of this call, for drawing the decision
 
 
@@ -125,18 +125,17 @@ def rollout(
 def _call(carry, logits_fn, decide, keys_B, cond, null_cond, config, mask_id):
     """One network call of every sample; samples that are done keep their tokens and write nothing."""
     call, ids_BN, tick_B, record = carry
-    clock = config.clock
+    clock, call_B = config.clock, jnp.full_like(tick_B, call)
     masked_BN = ids_BN == mask_id
     left_B = masked_BN.sum(-1)
     active_B = left_B > 0
     logp_BNK = guided_logp(logits_fn, ids_BN, tick_B, cond, null_cond, config)
     features_BF = stride.features(
-        logp_BNK, masked_BN, tick_B, jnp.full_like(tick_B, call), ticks=clock.ticks, max_calls=config.max_calls
+        logp_BNK, masked_BN, tick_B, call_B, ticks=clock.ticks, max_calls=config.max_calls
     )
     previous_B = record.decision[:, jnp.maximum(call - 1, 0)]
-    first_B = jnp.full(active_B.shape, call == 0)
     decision_keys = draws.step_keys(keys_B, call, draws.DECISION)
-    decision = decide(State(features_BF, previous_B, first_B, decision_keys))
+    decision = decide(State(features_BF, previous_B, call_B, decision_keys))
     next_B = jnp.minimum(tick_B + decision.jump, clock.ticks)
     drawn_BN, confidence_BN = draws.draw_tokens(draws.step_keys(keys_B, call, draws.TOKENS), logp_BNK)
     target_B = next_masked(clock, next_B, left_B)

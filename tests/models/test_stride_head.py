@@ -14,7 +14,7 @@ def features():
 
 def test_head_starts_as_the_prior_for_every_state():
     bias = prior_bias(PriorConfig())
-    (logits, eta), _ = StrideHead(bias).init_with_output(jax.random.key(0), features())
+    (logits, _, eta), _ = StrideHead(bias).init_with_output(jax.random.key(0), features())
     np.testing.assert_allclose(logits, np.tile(np.float32(bias), (3, 1)))
     assert float(eta) == 4.0
 
@@ -25,7 +25,7 @@ def test_output_weights_and_stickiness_get_gradient_and_the_features_none():
     params["params"]["out"]["kernel"] += 0.1  # at the start nothing would reach the features anyhow
 
     def loss(params, x):
-        logits, eta = head.apply(params, x)
+        logits, _, eta = head.apply(params, x)
         sticky = decision_logits(logits, jnp.zeros(3, jnp.int32), eta, jnp.zeros(3, bool))
         return jax.nn.log_softmax(sticky)[:, 0].sum()
 

@@ -25,24 +25,24 @@ def head_and_params(policy=POLICY):
     return head, params
 
 
-def state(previous=1, first=False):
+def state(previous=1, call=2):
     features = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, stride.NUM_FEATURES)[None], (DRAWS, stride.NUM_FEATURES))
     keys = jax.random.split(jax.random.key(3), DRAWS)
-    return adaptive.State(features, jnp.full(DRAWS, previous), jnp.full(DRAWS, first), keys)
+    return adaptive.State(features, jnp.full(DRAWS, previous), jnp.full(DRAWS, call), keys)
 
 
 def score_all(head, params, seen):
     """Log-probability of each of the four decisions in a state, [4]."""
     one = [x[:1].repeat(4, 0) for x in (seen.features, seen.previous)]
-    return np.asarray(head.score(params, *one, jnp.arange(4), jnp.zeros(4), seen.first[:1].repeat(4, 0))[0])
+    return np.asarray(head.score(params, *one, jnp.arange(4), jnp.zeros(4), seen.call[:1].repeat(4, 0))[0])
 
 
 @pytest.mark.parametrize(
-    ("previous", "first", "dial"), [(1, False, 0.0), (3, False, 0.0), (3, True, 0.0), (0, False, 1.5)]
+    ("previous", "call", "dial"), [(1, 1, 0.0), (3, 2, 0.0), (3, 0, 0.0), (0, 1, 1.5)]
 )
-def test_decisions_follow_the_law_that_scores_them(previous, first, dial):
+def test_decisions_follow_the_law_that_scores_them(previous, call, dial):
     """A dial multiplies the probability of T_d by T_d ** -dial."""
-    (head, params), seen = head_and_params(), state(previous, first)
+    (head, params), seen = head_and_params(), state(previous, call)
     decision = head.decide(params, jnp.full(DRAWS, dial))(seen)
     law = np.exp(score_all(head, params, seen))
     np.testing.assert_allclose(law.sum(), 1.0, rtol=1e-5)
@@ -56,7 +56,7 @@ def test_decisions_follow_the_law_that_scores_them(previous, first, dial):
 
 def test_the_head_stays_with_its_last_decision_but_not_at_the_first_call():
     (head, params) = head_and_params()
-    fresh = [score_all(head, params, state(previous, first=True)) for previous in (1, 3)]
+    fresh = [score_all(head, params, state(previous, call=0)) for previous in (1, 3)]
     np.testing.assert_array_equal(*fresh)
     stuck = score_all(head, params, state(3))
     np.testing.assert_allclose((stuck - stuck[0])[3] - (fresh[0] - fresh[0][0])[3], 1.5, rtol=1e-5)
@@ -67,7 +67,7 @@ def test_entropy_is_that_of_the_decision():
     seen = state()
     logp = score_all(head, params, seen)
     zero = jnp.zeros(DRAWS, jnp.int32)
-    entropy = head.score(params, seen.features, seen.previous, zero, jnp.zeros(DRAWS), seen.first)[1]
+    entropy = head.score(params, seen.features, seen.previous, zero, jnp.zeros(DRAWS), seen.call)[1]
     np.testing.assert_allclose(entropy, np.full(DRAWS, -(np.exp(logp) * logp).sum()), rtol=1e-5)
 
 
@@ -81,7 +81,7 @@ def test_thresholds_follow_the_law_that_scores_them(dial):
     np.testing.assert_allclose(decision.action.mean(), mean - dial, atol=4 * std / np.sqrt(DRAWS))
     np.testing.assert_allclose(decision.action.std(), std, rtol=4 / np.sqrt(2 * DRAWS))
     assert (decision.jump == 120).all() and (decision.index == 0).all()
-    logp, entropy = head.score(params, *seen[:2], decision.index, decision.action, seen.first)
+    logp, entropy = head.score(params, *seen[:2], decision.index, decision.action, seen.call)
     deviation = (np.asarray(decision.action) - mean) / std
     np.testing.assert_allclose(logp, -0.5 * deviation**2 - np.log(std * np.sqrt(2 * np.pi)), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(entropy[0], np.log(std * np.sqrt(2 * np.pi * np.e)), rtol=1e-5)
@@ -110,8 +110,8 @@ def test_recorded_decisions_have_the_likelihood_that_they_were_drawn_with():
 
     def watched(now):
         decision = head.decide(params, jnp.zeros(4))(now)
-        logits, eta = head.module().apply(params, now.features)
-        sticky = eta * jnp.where(now.first[:, None], 0.0, jax.nn.one_hot(now.previous, 4))
+        logits, _, eta = head.module().apply(params, now.features)
+        sticky = eta * jnp.where(now.call[:, None] == 0, 0.0, jax.nn.one_hot(now.previous, 4))
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits + sticky), decision.index[:, None], -1)[:, 0]
         jax.debug.callback(lambda x: seen.append(np.array(x)), logp, ordered=True)
         return decision
@@ -125,8 +125,8 @@ def test_recorded_decisions_have_the_likelihood_that_they_were_drawn_with():
     record = roll()
     jax.effects_barrier()
     for call, logp in enumerate(seen):
-        previous, first = record.decision[:, max(call - 1, 0)], jnp.full(4, call == 0)
-        parts = (record.features[:, call], previous, record.decision[:, call], record.action[:, call], first)
+        previous, made = record.decision[:, max(call - 1, 0)], jnp.full(4, call)
+        parts = (record.features[:, call], previous, record.decision[:, call], record.action[:, call], made)
         active = np.asarray(record.calls) > call
         np.testing.assert_allclose(head.score(params, *parts)[0][active], logp[active], rtol=1e-5)
 
@@ -158,9 +158,25 @@ def test_sampler_takes_over_the_settings():
         ({"divisors": (8, 7)}, "num_steps 7 does not divide the clock"),
         ({"max_calls": 20, "divisors": (20, 1)}, "num_steps 20 exceeds the 16 image tokens"),
         ({"kind": "fixed", "target_calls": 10}, "a policy of 10 calls exceeds max_calls 8"),
+        ({"opening": 8}, r"policy.opening 8 must lie in 0..7 \(max_calls - 1\)"),
         ({"kind": "budget", "step_set": (2, 12)}, "a policy of 12 calls exceeds max_calls 8"),
     ],
 )
 def test_impossible_policies_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(POLICY, **wrong).sampler(TOKENS)
+
+
+def test_the_opening_starts_at_the_smallest_stride_and_does_not_stick():
+    policy = dataclasses.replace(POLICY, opening=2)
+    head = Head(policy)
+    params = head.init(jax.random.key(1))
+    features = jnp.zeros((1, stride.NUM_FEATURES))
+    laws = [
+        [np.exp(jax.nn.log_softmax(head.logits(params, features, jnp.array([p]), jnp.array([call]))[0])) for p in (0, 3)]
+        for call in range(4)
+    ]
+    for call in range(3):
+        np.testing.assert_array_equal(*laws[call])  # whatever was decided before
+    assert [int(np.argmax(laws[call][0])) for call in range(3)] == [0, 0, 1]  # T_d 8, 8, then the centre
+    np.testing.assert_allclose(laws[3][1][3] / laws[3][1][1], laws[2][1][3] / laws[2][1][1] * np.exp(1.5), rtol=1e-5)

@@ -146,8 +146,8 @@ def reinforce(params, speed, batch):
             speed.tokens.likelihood, logp.reshape(-1, CODES), logp.reshape(-1, CODES), *flags, *spread
         )
         token = (new * scored).reshape(ROWS, TOKENS).sum(-1) / TOKENS
-        first = jnp.broadcast_to(x["call"] == 0, (ROWS,))
-        parts = (x["features"], x["previous"], x["decision"], x["action"], first)
+        made = jnp.broadcast_to(x["call"], (ROWS,))
+        parts = (x["features"], x["previous"], x["decision"], x["action"], made)
         free = x["active"] & (x["call"] < CALLS - 1) if threshold else x["active"]
         decision = jnp.where(free, speed.head.score(params["head"], *parts)[0], 0.0) / CALLS
         return token + decision
@@ -258,8 +258,8 @@ def test_kl_is_a_mean_over_calls_and_rollouts_and_entropy_one_over_decisions():
             ref, _ = branches(SPEED, REFERENCE, x, batch["cond"])
             masked = (x["committed"] | x["remasked"]).astype(jnp.float32)
             divergence = (kl.forward_kl(logp, ref) * masked).sum(-1) / jnp.maximum(masked.sum(-1), 1)
-            first = jnp.broadcast_to(x["call"] == 0, (ROWS,))
-            parts = (x["features"], x["previous"], x["decision"], x["action"], first)
+            made = jnp.broadcast_to(x["call"], (ROWS,))
+            parts = (x["features"], x["previous"], x["decision"], x["action"], made)
             return divergence, jnp.where(x["active"], SPEED.head.score(params["head"], *parts)[1], 0.0)
 
         divergence, entropy = jax.vmap(call)(calls_of(batch))
@@ -303,8 +303,8 @@ def test_decisions_have_ratios_of_their_own():
     calls = calls_of(batch)
 
     def score(head, x):
-        first = jnp.broadcast_to(x["call"] == 0, (ROWS,))
-        return SPEED.head.score(head, x["features"], x["previous"], x["decision"], x["action"], first)[0]
+        made = jnp.broadcast_to(x["call"], (ROWS,))
+        return SPEED.head.score(head, x["features"], x["previous"], x["decision"], x["action"], made)[0]
 
     def expected(head):
         ratio = jnp.exp(jax.vmap(lambda x: score(head, x) - score(OLD["head"], x))(calls))

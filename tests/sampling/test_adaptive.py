@@ -125,7 +125,7 @@ def test_decisions_are_shown_the_one_before_and_the_first_call():
     """A policy that stays: it starts with a quarter and then repeats what it did."""
 
     def staying(state):
-        index = jnp.where(state.first, 2, state.previous)
+        index = jnp.where(state.call == 0, 2, state.previous)
         return adaptive.Decision(index, jnp.zeros(index.shape), jnp.array([960, 480, 240])[index])
 
     record = jax.jit(lambda: rollout(staying, model=toy_model.undecided(CODES)))()

@@ -136,7 +136,7 @@ def test_the_base_is_the_start_and_the_head_its_prior(trained):
     wiring = speed_rl.Wiring(config, conditioning_of("shapes"))
     state = wiring.init(jax.random.key(0), trained.parents["maskgit"].params)
     jax.tree.map(np.testing.assert_array_equal, state.params["model"], trained.parents["maskgit"].params)
-    logits, eta = wiring.head.module().apply(state.params["head"], np.ones((1, 15), np.float32))
+    logits, _, eta = wiring.head.module().apply(state.params["head"], np.ones((1, 15), np.float32))
     assert config.policy.divisors[int(logits.argmax())] == 2 and float(eta) == config.policy.stickiness
 
 
