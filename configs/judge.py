@@ -2,27 +2,29 @@
 
 python -m maskrl_jax.main --config=configs/judge.py          # shapes, under a minute on two cores
 python -m maskrl_jax.main --config=configs/judge.py:digits   # ten classes
+python -m maskrl_jax.main --config=configs/judge.py:tfds-cifar10   # or any other TFDS set of labelled images
 """
 
 from configs import sizes
+from maskrl_jax.data.dataset import conditioning_of
 
 STEPS = {"": 1000, "digits": 1000, "smoke": 60, "digits-smoke": 60}
 
 
 def get_config(arg: str = ""):
-    """Sizes: default, `smoke`; `digits` for the other set."""
-    steps = STEPS[sizes.check(arg, tuple(STEPS))]
-    digits = arg.startswith("digits")
+    """Sizes: default, `smoke`; `digits` and `tfds-<set>` for other sets."""
+    steps = STEPS.get(sizes.check(arg, tuple(STEPS), tfds=True), 10_000)
+    name = sizes.data_set(arg)
     return sizes.run(
         "judge",
         "configs/judge.py" + (f":{arg}" if arg else ""),
         num_steps=steps,
         batch_size=32,
         eval_samples=512,
-        data={"name": "digits" if digits else "shapes", "image_size": 32},
+        data={"name": name, "image_size": 32},
         model={
-            "kind": "class" if digits else "cells",
-            "num_classes": 10 if digits else 17,
+            "kind": "cells" if name == "shapes" else "class",
+            "num_classes": 17 if name == "shapes" else int(conditioning_of(name).null),
             "patch": 4,
             "width": 64,
         },

@@ -3,6 +3,7 @@
 python -m maskrl_jax.main --config=configs/maskgit.py          # shapes with captions, minutes on two cores
 python -m maskrl_jax.main --config=configs/maskgit.py:full     # trained longer, about half an hour
 python -m maskrl_jax.main --config=configs/maskgit.py:digits   # handwritten digits by class
+python -m maskrl_jax.main --config=configs/maskgit.py:tfds-cifar10   # any TFDS set of labelled images, by class
 """
 
 from configs import judge, sizes, tokenizer
@@ -11,10 +12,9 @@ STEPS = {"": 1800, "full": 5000, "smoke": 40, "digits": 2500, "digits-smoke": 40
 
 
 def get_config(arg: str = ""):
-    """Sizes: default, `full`, `smoke`; `digits` for the class-conditioned set."""
-    steps = STEPS[sizes.check(arg, tuple(STEPS))]
-    digits, smoke = arg.startswith("digits"), arg.endswith("smoke")
-    parent = "-".join(["digits"] * digits + ["smoke"] * smoke)
+    """Sizes: default, `full`, `smoke`; `digits` and `tfds-<set>` for class-conditioned sets."""
+    steps = STEPS.get(sizes.check(arg, tuple(STEPS), tfds=True), 50_000)
+    parent = sizes.parent(arg)
     return sizes.run(
         "maskgit",
         "configs/maskgit.py" + (f":{arg}" if arg else ""),
@@ -23,7 +23,7 @@ def get_config(arg: str = ""):
         cond_drop=0.1,
         parents={"tokenizer": tokenizer.get_config(parent), "judge": judge.get_config(parent)},
         init={"tokenizer": "", "judge": ""},
-        data={"name": "digits" if digits else "shapes", "text_length": 8},
+        data={"name": sizes.data_set(arg), "text_length": 8},
         model={"width": 128, "depth": 4, "heads": 4, "mlp_width": 512},
         optimizer={
             "name": "muon",
@@ -44,7 +44,7 @@ def get_config(arg: str = ""):
             "guidance": 2.0,
             "guidance_schedule": "constant",
         },
-        evaluation=evaluation(smoke),
+        evaluation=evaluation(arg.endswith("smoke")),
     )
 
 

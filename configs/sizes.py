@@ -2,12 +2,27 @@
 
 from ml_collections import ConfigDict
 
+TFDS = "tfds-"  # an argument that starts so names a TFDS set of labelled images
 
-def check(arg: str, known: tuple[str, ...]) -> str:
+
+def check(arg: str, known: tuple[str, ...], tfds: bool = False) -> str:
     """Return the argument; ValueError with the known ones where it is another."""
-    if arg not in known:
-        raise ValueError(f"unknown config argument {arg!r}; choose one of: {', '.join(a or '(none)' for a in known)}")
+    if arg not in known and not (tfds and arg.startswith(TFDS)):
+        choice = [a or "(none)" for a in known] + [f"{TFDS}<set>"] * tfds
+        raise ValueError(f"unknown config argument {arg!r}; choose one of: {', '.join(choice)}")
     return arg
+
+
+def data_set(arg: str) -> str:
+    """Name the image set of an argument: shapes, digits, or the TFDS set after `tfds-`."""
+    if arg.startswith(TFDS):
+        return arg.removeprefix(TFDS)
+    return "digits" if arg.startswith("digits") else "shapes"
+
+
+def parent(arg: str) -> str:
+    """Argument of the tokenizer and the judge below a generator's: they have no `full` size."""
+    return "" if arg == "full" else arg
 
 
 def run(task: str, name: str, **keys) -> ConfigDict:

@@ -2,6 +2,7 @@
 
 python -m maskrl_jax.main --config=configs/tokenizer.py          # shapes, about half a minute on two cores
 python -m maskrl_jax.main --config=configs/tokenizer.py:digits   # scikit-learn's handwritten digits
+python -m maskrl_jax.main --config=configs/tokenizer.py:tfds-cifar10   # or any other TFDS set of labelled images
 """
 
 from configs import sizes
@@ -10,20 +11,20 @@ STEPS = {"": 1000, "digits": 1500, "smoke": 60, "digits-smoke": 60}
 
 
 def get_config(arg: str = ""):
-    """Sizes: default, `smoke`; `digits` for the other set."""
-    steps = STEPS[sizes.check(arg, tuple(STEPS))]
-    digits = arg.startswith("digits")
+    """Sizes: default, `smoke`; `digits` and `tfds-<set>` for other sets."""
+    steps = STEPS.get(sizes.check(arg, tuple(STEPS), tfds=True), 20_000)
+    name = sizes.data_set(arg)
     return sizes.run(
         "tokenizer",
         "configs/tokenizer.py" + (f":{arg}" if arg else ""),
         num_steps=steps,
         batch_size=16,
         eval_samples=512,
-        data={"name": "digits" if digits else "shapes"},
+        data={"name": name},
         model={
             "image_size": 32,
             "patch": 4,
-            "codebook_size": 96 if digits else 64,
+            "codebook_size": {"shapes": 64, "digits": 96}.get(name, 512),
             "code_width": 16,
             "hidden": 128,
             "decoder_width": 64,

@@ -20,14 +20,12 @@ A phase that the compiler cannot place in memory is reported as "does not fit"; 
 """
 
 import dataclasses
-import importlib
 import sys
 from typing import Any, TextIO
 
 import jax
 
-from maskrl_jax import program, roofline
-from maskrl_jax.errors import unknown
+from maskrl_jax import program, roofline, runner
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.phase import Phase
 from maskrl_jax.target import Target, local_target, topology_target
@@ -74,41 +72,22 @@ class PhaseReport:
     error: str = ""
 
 
-def run(
-    config: Any, topology: str | None, out: TextIO | None = None, include_parents: bool = False
-) -> list[PhaseReport]:
-    """Compile every phase of a stage's config, print a table per stage, return its columns.
+def run(config: Any, topology: str | None, out: TextIO | None = None) -> list[PhaseReport]:
+    """Compile every phase of a stage's config, print a table, return its columns.
 
     Args:
       config: the resolved config of one stage.
       topology: a TPU topology such as "v5e:4x4"; None or "" for the devices of this machine.
       out: where the table goes; standard output if None.
-      include_parents: also report the stages that the config names as parents, before it.
 
-    Raises UserError for an unknown topology, a missing libtpu, or a batch that the devices do not divide.
+    Raises UserError for an unknown topology, a missing libtpu, a config that cannot run, or a batch that the
+    devices do not divide.
     """
     target = topology_target(topology) if topology else local_target()
-    reports = []
-    for stage in (*_parents(config, include_parents), config):
-        parallel = Parallel(stage.parallel, target.devices)
-        phases = _task_module(stage.task).phases(stage, parallel)
-        columns = [measure(phase, parallel, target) for phase in phases]
-        print(table(f"{stage.task}, {stage.parallel}", target, columns), file=out or sys.stdout)
-        reports += columns
+    parallel = Parallel(config.parallel, target.devices)
+    reports = [measure(phase, parallel, target) for phase in runner.phases(config, parallel)]
+    print(table(f"{config.task}, {config.parallel}", target, reports), file=out or sys.stdout)
     return reports
-
-
-def _parents(config, wanted):
-    return tuple(config.parents.values()) if wanted else ()
-
-
-def _task_module(task):
-    # Late: the runner imports the whole training stack, and the tests of this file need none of it.
-    from maskrl_jax import runner
-
-    if task not in runner.TASKS:
-        raise unknown("task", task, runner.TASKS)
-    return importlib.import_module(runner.TASKS[task])
 
 
 def measure(phase: Phase, parallel: Parallel, target: Target) -> PhaseReport:

@@ -4,7 +4,7 @@ import jax
 
 Array = jax.Array
 
-INIT, DATA, TRAIN, ROLLOUT, EVALUATE, MASKS = range(6)  # purposes
+TRAIN, ROLLOUT, EVALUATE, MASKS = range(2, 6)  # purposes
 
 
 def step_key(seed: int, purpose: int, step: Array | int) -> Array:

@@ -39,17 +39,25 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         if DISTRIBUTED.value:
-            jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-        jax.config.update("jax_compilation_cache_dir", os.path.abspath(f"{STORE.value}/jax_cache"))
+            _join()
+        from maskrl_jax import dry_run, runner  # late: a mistyped flag need not wait for them
+
+        runner.compilation_cache(STORE.value)
         if DRY_RUN.value is not None:
-            from maskrl_jax import dry_run
-
             return dry_run.run(CONFIG.value, DRY_RUN.value)
-        from maskrl_jax import runner  # late, as above: neither needs the other's imports
-
         runner.run(CONFIG.value, WORKDIR.value or _default_workdir(), STORE.value)
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def _join():
+    try:
+        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--distributed found no cluster to join ({reason}); give --coordinator, --num_processes and --process_id"
+        ) from error
 
 
 def _default_workdir():

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from maskrl_jax import checkpoint, loop
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.parallel import Parallel
+from maskrl_jax.phase import Phase
 from maskrl_jax.state import OptimizerConfig, optimizer_of
 from maskrl_jax.tasks.task import Context, Parent
 
@@ -187,13 +188,30 @@ def build(context: Context) -> Any:
         return task_module(context.config).build(context)
 
 
+def phases(config: ConfigDict, parallel: Parallel) -> list[Phase]:
+    """Return what a stage compiles, with abstract arguments; UserError for settings that cannot be."""
+    # Nothing but the config goes in: a key that is missing or misspelt in one's own file ends here too.
+    with _settings_of_the_user(config, (ValueError, TypeError, AttributeError, KeyError)):
+        return task_module(config).phases(config, parallel)
+
+
 @contextlib.contextmanager
-def _settings_of_the_user(config):
+def _settings_of_the_user(config, kinds=ValueError):
     # The pure rooms say ValueError of a setting that cannot be.
     try:
         yield
-    except ValueError as error:
+    except kinds as error:
         raise UserError(f"the config of task {config.task!r} cannot run: {' '.join(str(error).split())}") from error
+
+
+def compilation_cache(store: str) -> None:
+    """Keep compiled programs in the store, for all runs that share it."""
+    jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(store), "jax_cache"))
+
+
+def is_finished(workdir: str) -> bool:
+    """Say if a stage was trained to the end of the config in its workdir."""
+    return _done_step(workdir) is not None
 
 
 def open_workdir(workdir: str) -> tuple[Context, Any]:
@@ -218,7 +236,9 @@ def open_workdir(workdir: str) -> tuple[Context, Any]:
         params, extra = checkpoint.load_params(parent)
         trained[name] = Parent(config=stored, params=params, extra=extra, workdir=parent)
     params, _ = checkpoint.load_params(workdir)
-    return _context(config, trained, workdir, os.path.normpath(os.path.join(workdir, places["store"]))), params
+    store = os.path.normpath(os.path.join(workdir, places["store"]))
+    compilation_cache(store)
+    return _context(config, trained, workdir, store), params
 
 
 def check(config: ConfigDict) -> None:
@@ -240,8 +260,7 @@ def check(config: ConfigDict) -> None:
     optimizer_of(config.optimizer, config.num_steps)
     parallel = Parallel(config.parallel)
     parallel.rows(config.batch_size)
-    with _settings_of_the_user(config):
-        task_module(config).phases(config, parallel)
+    phases(config, parallel)
     for name, parent in config.parents.items():
         if not config.init.get(name, ""):
             check(parent)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from configs import maskgit, speed_rl, tokenizer
+from configs import judge, maskgit, speed_rl, tokenizer
 from maskrl_jax import loop, runner
 from maskrl_jax.checkpoint import Checkpoints, load_arrays
 from maskrl_jax.data import shapes
@@ -74,6 +74,7 @@ def changed(config, changes):
         ({"policy.kind": "adaptiv"}, "'adaptiv' is not one of adaptive, fixed, budget"),
         ({"policy.action": "jump"}, "'jump' is not one of stride, threshold"),
         ({"loss.tokens.likelihood": "soft"}, "'soft' is not one of"),
+        ({"policy.kind": "budget", "loss.tokens.kl": "k3"}, "kl k3 needs tokens that the policy drew"),
         ({"loss.tokens.kl": "both"}, "'both' is not one of forward, reverse, k3"),
         ({"credit.gate": "none"}, "'none' is not one of hard, soft, off"),
         ({"credit.speed": "fast"}, "'fast' is not one of schedule, dual, off"),
@@ -107,6 +108,11 @@ def test_the_command_line_answers_in_one_line_with_exit_code_1(tmp_path, argumen
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_judge_that_cannot_read_the_labels_is_refused(nothing_trains, tmp_path):
+    config = changed(judge.get_config("smoke"), {"data.name": "digits"})
+    assert "a judge of 'digits' has model.kind=class and model.num_classes=10, not cells" in refused(config, tmp_path)
 
 
 def test_a_picture_size_that_the_set_does_not_have_is_named(nothing_trains, tmp_path):

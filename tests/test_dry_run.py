@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
-from maskrl_jax import dry_run, roofline
+from maskrl_jax import dry_run, roofline, runner
 from maskrl_jax.errors import UserError
 from maskrl_jax.parallel import Parallel, mean_gradients
 from maskrl_jax.phase import Phase
@@ -111,16 +111,12 @@ def test_batch_that_does_not_divide_is_refused():
 
 @pytest.fixture
 def toy_config(monkeypatch):
-    """A stage "toy" with a parent of the same task; both compile the two phases above."""
-    module = types.ModuleType("toy_task")
+    """A stage "toy" that compiles the two phases above."""
+    module = types.ModuleType("toy_phases")
     module.phases = lambda config, parallel: [ROLLOUT, UPDATE]
-    runner = types.ModuleType("maskrl_jax.runner")
-    runner.TASKS = {"toy": "toy_task"}
-    monkeypatch.setitem(sys.modules, "toy_task", module)
-    monkeypatch.setitem(sys.modules, "maskrl_jax.runner", runner)
-    monkeypatch.setattr("maskrl_jax.runner", runner, raising=False)
-    parent = {"task": "toy", "parallel": "sharded", "parents": {}}
-    return ml_collections.ConfigDict({"task": "toy", "parallel": "pmap", "parents": {"base": parent}})
+    monkeypatch.setitem(runner.TASKS, "toy", "toy_phases")
+    monkeypatch.setitem(sys.modules, "toy_phases", module)
+    return ml_collections.ConfigDict({"task": "toy", "parallel": "pmap"})
 
 
 def test_table_shows_every_phase_with_its_verdict(toy_config):
@@ -139,10 +135,13 @@ def test_unknown_task_is_one_line(toy_config):
         dry_run.run(toy_config, None, io.StringIO())
 
 
-def test_parents_come_first_where_asked_for(toy_config):
-    out = io.StringIO()
-    assert len(dry_run.run(toy_config, "", out, include_parents=True)) == 4
-    assert out.getvalue().index("sharded") < out.getvalue().index("pmap")
+def test_a_setting_that_cannot_be_is_one_line(toy_config, monkeypatch):
+    def phases(config, parallel):
+        raise ValueError("width 8 is not divisible by heads 3")
+
+    monkeypatch.setattr(sys.modules["toy_phases"], "phases", phases)
+    with pytest.raises(UserError, match="the config of task 'toy' cannot run: width 8"):
+        dry_run.run(toy_config, None, io.StringIO())
 
 
 @pytest.mark.tpu

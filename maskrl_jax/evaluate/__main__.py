@@ -29,6 +29,8 @@ def main(_: list[str]) -> None:
         context, params = runner.open_workdir(WORKDIR.value)
         if "evaluation" not in context.config:
             raise UserError(f"{WORKDIR.value} holds a {context.config.task!r} stage, which makes no images")
+        if not runner.is_finished(WORKDIR.value):
+            raise UserError(f"{WORKDIR.value} is not trained to its end; run its training command again")
         context.config.evaluation.update(overrides)
         runner.build(context).report(params)
     except (UserError, ValueError) as error:

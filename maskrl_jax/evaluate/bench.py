@@ -117,6 +117,19 @@ class Bench:
             path.write_text(json.dumps({"sampler": dataclasses.asdict(chosen), "tried": rows}, indent=1) + "\n")
         return chosen
 
+    def edges(self, chosen: SamplerConfig) -> tuple[str, ...]:
+        """A sentence for every tuned setting that lies at the edge of its grid: a better one may lie beyond.
+
+        Guidance 1 is none, so nothing lies beyond it.
+        """
+        grids = {"gumbel": self.settings.tune_gumbel, "guidance": self.settings.tune_guidance}
+        return tuple(
+            f"The best {name} ({getattr(chosen, name):g}) is at the edge of what was tried ({min(grid):g} to "
+            f"{max(grid):g}): a better one may lie beyond."
+            for name, grid in grids.items()
+            if len(grid) > 1 and getattr(chosen, name) in (min(grid), max(grid)) and getattr(chosen, name) != 1
+        )
+
     def measure(self, system: System, settings: Sequence[float]) -> list[Point]:
         """The points of one system's curve."""
         s = self.settings

@@ -13,7 +13,6 @@ from maskrl_jax.evaluate.measure import Point
 PANELS = {
     "Training reward": {
         "reward/quality": "quality",
-        "reward/judge": "judge",
         "reward/total": "total, with speed",
         "reward/speed": "speed",
     },

@@ -6,7 +6,9 @@ import math
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 
 from maskrl_jax.evaluate import bootstrap, curve, tables
@@ -31,7 +33,6 @@ class Findings:
     notes: Sequence[str] = ()  # deviations and caveats, a sentence each
     timings: Sequence[Timing] = ()
     illustrations: Sequence[Illustration] = ()
-    stage_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # 0: reused
 
 
 def commit_hash(folder: str | pathlib.Path) -> str:
@@ -45,6 +46,13 @@ def commit_hash(folder: str | pathlib.Path) -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def command() -> str:
+    """Return the command line of this process, as one would type it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def machine() -> str:
@@ -185,8 +193,6 @@ def _markdown(findings: Findings, found: Mapping[str, curve.Equality], facts: Ma
     parts += ["## What training saw", f"Trained on: {trained}. Held out: {held_out}."]
     if findings.notes:
         parts += ["## To be kept in mind", "\n".join(f"- {note}" for note in findings.notes)]
-    if findings.stage_seconds:
-        parts += ["## Time of each stage", tables.stage_table(findings.stage_seconds)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -218,7 +224,6 @@ def results(findings: Findings, found: Mapping[str, curve.Equality], facts: Mapp
             "trained_on": list(findings.trained_on),
             "held_out": list(findings.held_out),
             "notes": list(findings.notes),
-            "stage_seconds": dict(findings.stage_seconds),
         }
     )
 
@@ -235,7 +240,12 @@ def write(workdir: str | pathlib.Path, findings: Findings, facts: Mapping[str, s
     missing = [shown.path for shown in findings.illustrations if not (root / shown.path).is_file()]
     if missing:
         raise ValueError(f"figures {missing} are not below {root}")
-    facts = {**(facts or {}), "commit": commit_hash(pathlib.Path(__file__).parent), "machine": machine()}
+    facts = {
+        **(facts or {}),
+        "command": f"`{command()}`",
+        "commit": commit_hash(pathlib.Path(__file__).parent),
+        "machine": machine(),
+    }
     found = equalities(findings)
     root.mkdir(parents=True, exist_ok=True)
     plain = json.dumps(results(findings, found, facts), indent=1, allow_nan=False)

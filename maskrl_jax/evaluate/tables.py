@@ -1,6 +1,6 @@
 """Markdown tables of measured points, comparisons and times."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from maskrl_jax.evaluate import curve
 from maskrl_jax.evaluate.bootstrap import Interval
@@ -134,10 +134,3 @@ def timing_table(timings: Sequence[Timing]) -> str:
     ]
     head = ["batch", "calls of a batch", "fewer calls", "base", "tuned", "wall-clock speed-up"]
     return table(head, rows)
-
-
-def stage_table(stage_seconds: Mapping[str, float]) -> str:
-    """Return the time of each stage and the sum; a stage with 0 s was reused."""
-    rows = [[name, f"{seconds:.0f} s" if seconds else "reused"] for name, seconds in stage_seconds.items()]
-    total = sum(stage_seconds.values())
-    return table(["stage", "time"], [*rows, ["sum", f"{total:.0f} s ({total / 60:.1f} min)"]])

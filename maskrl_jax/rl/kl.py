@@ -13,11 +13,6 @@ def entropy(logp: jax.Array) -> jax.Array:
     return -(jnp.exp(logp) * logp).sum(-1)
 
 
-def cross_entropy(logp: jax.Array, logp_ref: jax.Array) -> jax.Array:
-    """CE = -sum_v ref(v) log pi(v); gradient with respect to the logits of pi: pi - ref."""
-    return -(jnp.exp(jax.lax.stop_gradient(logp_ref)) * logp).sum(-1)
-
-
 def forward_kl(logp: jax.Array, logp_ref: jax.Array) -> jax.Array:
     """KL(ref || pi) = CE - H(ref) = sum_v ref(v) (log ref(v) - log pi(v)); exactly 0 where both are equal.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from maskrl_jax.models.stride_head import StrideHead, ThresholdHead
 from maskrl_jax.rl import stride
-from maskrl_jax.sampling import adaptive
+from maskrl_jax.sampling import adaptive, observation
 from maskrl_jax.sampling.clock import Clock
 
 Array = jax.Array
@@ -89,7 +89,7 @@ class Head:
         return StrideHead(bias=bias, stickiness=prior.stickiness, opening=opening)
 
     def init(self, key: Array) -> Any:
-        return self.module().init(key, jnp.zeros((1, stride.NUM_FEATURES)))
+        return self.module().init(key, jnp.zeros((1, observation.NUM_FEATURES)))
 
     def decide(self, params: Any, dial_B: Array):
         """Decision function of a rollout; a positive dial float32 [B] asks for fewer calls, 0 for the policy's."""

@@ -40,7 +40,7 @@ class SpeedUpdate:
     @property
     def sampler(self) -> adaptive.AdaptiveConfig:
         """The sampler that rollouts of this update come from."""
-        return self.policy.sampler(self.num_tokens, keep_predictions=self.tokens.likelihood == "all")
+        return self.policy.sampler(self.num_tokens, keep_predictions=self.tokens.reads_draws)
 
     def gradients(
         self, params: Any, old: Any, reference: Any, batch: dict, entropy_coefficient: Array, axis: Any
@@ -107,7 +107,7 @@ class SpeedUpdate:
             ids = record.ids[row]
             committed = (record.commit_step[row] == call[:, None]) & real[:, None]
             remasked = (record.commit_step[row] > call[:, None]) & real[:, None]
-            if self.tokens.likelihood == "all":
+            if self.tokens.reads_draws:
                 ids = record.predictions[row, call].astype(jnp.int32)
             weights = surrogate.term_weights(
                 record.calls[row],
@@ -119,7 +119,7 @@ class SpeedUpdate:
             exact = self.tokens.likelihood == "hard" and self.sampler.action == "stride"
             tick = record.tick[row, call]
             calls = Calls(
-                inputs=jnp.where(record.commit_step[row] < call[:, None], record.ids[row], self.mask_id),
+                inputs=record.state_before(call, self.mask_id, row),
                 timestep=jnp.asarray(self.sampler.clock.timestep)[tick],
                 cond=batch["cond"][row],
                 ids=ids,

@@ -66,11 +66,6 @@ def log_order_weight(logp_old_MK, z_star_M, tau_M):
     return jax.lax.stop_gradient(jnp.maximum(log_w, FLOOR))
 
 
-def lowest_committed(logp_old_BN, committed_BN):
-    """Take the lowest log pi_old(y) of the committed positions, the threshold of `hard`, [B]; inf if none."""
-    return jax.lax.stop_gradient(jnp.where(committed_BN, logp_old_BN, jnp.inf).min(-1))
-
-
 def _log_remasked(logp_MK, log_w_MK):
     """Give log q_j = log sum_v pi_j(v) w_j(v), clamped at -60, [M]."""
     return jnp.maximum(jax.nn.logsumexp(logp_MK + log_w_MK, axis=-1), FLOOR)

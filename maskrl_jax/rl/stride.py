@@ -1,4 +1,4 @@
-"""The stride head's maths: what it sees, how its decisions are scored (speed_rl spec 4.4; our choice)."""
+"""The stride head's maths: its prior, how its decisions are scored (speed_rl spec 4.4; our choice)."""
 
 import dataclasses
 
@@ -7,9 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax.rl import kl
-
-QUANTILES = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))
-NUM_FEATURES = 5 + len(QUANTILES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,53 +44,6 @@ def jumps(divisors: tuple[int, ...], ticks: int) -> np.ndarray:
     if bad:
         raise ValueError(f"step counts {bad} do not divide the clock of {ticks} ticks")
     return np.array([ticks // d for d in divisors], np.int32)
-
-
-def features(logp_BNK, masked_BN, tick_B, call_B, *, ticks: int, max_calls: int) -> jax.Array:
-    """Describe the state before a call to the head (speed_rl spec 4.4), stop-gradient.
-
-    Columns: masked share, c/C, k/T_max; over the masked positions the mean entropy / ln K, the mean top-1
-    log-prob and the 5, 15, ..., 95 % quantiles of the top-1 probability. Where nothing is masked these are 0.
-
-    Args:
-      logp_BNK: float32 [B, N, K], guided log-probs, before tokens are drawn.
-      masked_BN: bool [B, N].
-      tick_B: int32 [B], clock before the call.
-      call_B: int32 [B], k, calls made so far.
-      ticks: C.
-      max_calls: T_max.
-    Returns:
-      float32 [B, 15].
-    """
-    top_BN = logp_BNK.max(-1)
-    columns = [
-        masked_BN.mean(-1, dtype=jnp.float32),
-        tick_B / ticks,
-        call_B / max_calls,
-        _masked_mean(kl.entropy(logp_BNK), masked_BN) / np.log(logp_BNK.shape[-1]),
-        _masked_mean(top_BN, masked_BN),
-    ]
-    table = jnp.stack([c.astype(jnp.float32) for c in columns], axis=-1)
-    quantiles = masked_quantiles(jnp.exp(top_BN), masked_BN).astype(jnp.float32)
-    return jax.lax.stop_gradient(jnp.concatenate([table, quantiles], axis=-1))
-
-
-def _masked_mean(x_BN, masked_BN):
-    """Average over the masked positions, [B]; 0 where there is none."""
-    return jnp.where(masked_BN, x_BN, 0.0).sum(-1) / jnp.maximum(masked_BN.sum(-1), 1)
-
-
-def masked_quantiles(x_BN, masked_BN, quantiles: tuple[float, ...] = QUANTILES) -> jax.Array:
-    """Interpolate quantiles of the masked entries, as numpy.quantile, [B, Q]; 0 in rows without any."""
-    count_B1 = masked_BN.sum(-1, keepdims=True)
-    ordered = jnp.sort(jnp.where(masked_BN, x_BN, jnp.inf), axis=-1)
-    last = jnp.maximum(count_B1 - 1, 0)
-    position = jnp.asarray(quantiles, x_BN.dtype)[None] * last
-    lower = jnp.floor(position).astype(jnp.int32)
-    low = jnp.take_along_axis(ordered, lower, axis=-1)
-    high = jnp.take_along_axis(ordered, jnp.minimum(lower + 1, last), axis=-1)
-    # An empty row holds inf - inf; the last select discards it.
-    return jnp.where(count_B1 > 0, low + (position - lower) * (high - low), 0.0)
 
 
 def decision_logits(net_out_BD, previous_decision_B, eta, first_B) -> jax.Array:
@@ -134,25 +84,3 @@ def threshold_logp(action_B, mean_B, std_B, active_B) -> jax.Array:
 def threshold_entropy(std_B, active_B) -> jax.Array:
     """Entropy of Normal(mu, sigma) in nats, 0 where not `active_B`; [B]."""
     return jnp.where(active_B, jnp.log(std_B) + 0.5 * np.log(2 * np.pi * np.e), 0.0)
-
-
-def threshold_commit(logp_BN, masked_BN, log_kappa_B, minimum_B, last_B):
-    """Commit what is confident enough (action `threshold`): log pi(y_i) >= log c*, no noise.
-
-    c* = min(kappa, n_min-th largest confidence), so at least n_min positions are committed; all at the last
-    call. `hard` with threshold log c* is the exact likelihood of this rule.
-
-    Args:
-      logp_BN: float32 [B, N], log pi(y_i) of the drawn codes.
-      masked_BN: bool [B, N].
-      log_kappa_B: float32 [B], log sigmoid(a).
-      minimum_B: int32 [B], n_min >= 1.
-      last_B: bool [B], true at call T_max - 1.
-    Returns:
-      (committed bool [B, N], log c* float32 [B]); log c* = -inf where all is committed by force.
-    """
-    ordered = jnp.sort(jnp.where(masked_BN, -logp_BN, jnp.inf), axis=-1)
-    index = jnp.clip(jnp.minimum(minimum_B, masked_BN.sum(-1)) - 1, 0, None)
-    nth_B = -jnp.take_along_axis(ordered, index[:, None], axis=-1)[:, 0]
-    log_c_B = jnp.where(last_B, -jnp.inf, jnp.minimum(log_kappa_B, nth_B))
-    return masked_BN & (logp_BN >= log_c_B[:, None]), log_c_B

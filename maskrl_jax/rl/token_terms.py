@@ -27,6 +27,11 @@ class TokenLoss:
     guided: bool = True
     chunk: int = 512  # positions whose [chunk, K] arrays exist at a time
 
+    @property
+    def reads_draws(self) -> bool:
+        """Whether the terms of a position that was masked again read what had been drawn there."""
+        return self.likelihood == "all" or self.kl == "k3"
+
     def __post_init__(self):
         for name, value, allowed in (
             ("likelihood", self.likelihood, step_likelihood.KINDS),

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskrl_jax.rl import stride
-from maskrl_jax.sampling import draws, schedules
+from maskrl_jax.sampling import draws, observation, schedules
 from maskrl_jax.sampling.clock import Clock, next_masked
 
 Array = jax.Array
@@ -71,9 +70,9 @@ class Record(flax.struct.PyTreeNode):
     features: Array  # float32 [B,T_max,F]
     predictions: Array  # uint16 [B,T_max,N] where kept, else [B,0,N]
 
-    def state_before(self, call_B: Array, mask_id: int) -> Array:
-        """Token grid that call k saw, int32 [B,N]."""
-        return jnp.where(self.commit_step < call_B[:, None], self.ids, mask_id)
+    def state_before(self, call_M: Array, mask_id: int, row_M: Array | slice = slice(None)) -> Array:
+        """Token grids that calls k saw, int32 [M,N], of the rollouts `row_M` (by default of all)."""
+        return jnp.where(self.commit_step[row_M] < call_M[:, None], self.ids[row_M], mask_id)
 
 
 def given_strides(jump_B: Array) -> Callable[[State], Decision]:
@@ -130,7 +129,7 @@ def _call(carry, logits_fn, decide, keys_B, cond, null_cond, config, mask_id):
     left_B = masked_BN.sum(-1)
     active_B = left_B > 0
     logp_BNK = guided_logp(logits_fn, ids_BN, tick_B, cond, null_cond, config)
-    features_BF = stride.features(
+    features_BF = observation.features(
         logp_BNK, masked_BN, tick_B, call_B, ticks=clock.ticks, max_calls=config.max_calls
     )
     previous_B = record.decision[:, jnp.maximum(call - 1, 0)]
@@ -141,7 +140,7 @@ def _call(carry, logits_fn, decide, keys_B, cond, null_cond, config, mask_id):
     target_B = next_masked(clock, next_B, left_B)
     if config.action == "threshold":
         last_B = jnp.full(active_B.shape, call == config.max_calls - 1)
-        commit, z_star_B = stride.threshold_commit(
+        commit, z_star_B = draws.threshold_commit(
             confidence_BN, masked_BN, jax.nn.log_sigmoid(decision.action), left_B - target_B, last_B
         )
     else:
@@ -202,6 +201,6 @@ def _empty_record(batch: int, num_tokens: int, config: AdaptiveConfig) -> Record
         action=jnp.zeros(per_call, jnp.float32),
         z_star=jnp.zeros(per_call, jnp.float32),
         log_floor=jnp.zeros(per_call, jnp.float32),
-        features=jnp.zeros((*per_call, stride.NUM_FEATURES), jnp.float32),
+        features=jnp.zeros((*per_call, observation.NUM_FEATURES), jnp.float32),
         predictions=jnp.zeros((batch, config.max_calls * config.keep_predictions, num_tokens), jnp.uint16),
     )

@@ -58,6 +58,28 @@ def commit_top(priority_BN: Array, masked_BN: Array, count_B: Array) -> Array:
     return (rank < count_B[:, None]) & masked_BN
 
 
+def threshold_commit(logp_BN, masked_BN, log_kappa_B, minimum_B, last_B):
+    """Commit what is confident enough (action `threshold`): log pi(y_i) >= log c*, no noise.
+
+    c* = min(kappa, n_min-th largest confidence), so at least n_min positions are committed; all at the last
+    call. `hard` with threshold log c* is the exact likelihood of this rule.
+
+    Args:
+      logp_BN: float32 [B, N], log pi(y_i) of the drawn codes.
+      masked_BN: bool [B, N].
+      log_kappa_B: float32 [B], log sigmoid(a).
+      minimum_B: int32 [B], n_min >= 1.
+      last_B: bool [B], true at call T_max - 1.
+    Returns:
+      (committed bool [B, N], log c* float32 [B]); log c* = -inf where all is committed by force.
+    """
+    ordered = jnp.sort(jnp.where(masked_BN, -logp_BN, jnp.inf), axis=-1)
+    index = jnp.clip(jnp.minimum(minimum_B, masked_BN.sum(-1)) - 1, 0, None)
+    nth_B = -jnp.take_along_axis(ordered, index[:, None], axis=-1)[:, 0]
+    log_c_B = jnp.where(last_B, -jnp.inf, jnp.minimum(log_kappa_B, nth_B))
+    return masked_BN & (logp_BN >= log_c_B[:, None]), log_c_B
+
+
 def entropy(logp_BNK: Array) -> Array:
     """Entropy in nats, [B,N] float32."""
     return -(jnp.exp(logp_BNK) * logp_BNK).sum(-1)

@@ -10,8 +10,10 @@ import numpy as np
 import optax
 
 from maskrl_jax import state as train_state
+from maskrl_jax.data import captions
 from maskrl_jax.data.batches import batch_at
-from maskrl_jax.data.dataset import open_dataset
+from maskrl_jax.data.dataset import conditioning_of, open_dataset
+from maskrl_jax.errors import UserError
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys
 from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.models.vqgan import to_patches
@@ -80,6 +82,7 @@ class Wiring:
     def __init__(self, config: Any):
         self.config = config
         self.sizes = JudgeConfig(**config.model)
+        _check_data(self.sizes, config.data.name)
         self.model = Judge(self.sizes)
         self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps)
         self.tx = train_state.make_optimizer(self.optimizer)
@@ -116,6 +119,18 @@ class Wiring:
         )
         metrics = axis.all_reduce(metrics | {"train/loss": (total, weight)})
         return state, metrics | {f"train/{name}": (value, jnp.float32(1)) for name, value in info.items()}
+
+
+def _check_data(sizes: JudgeConfig, name: str) -> None:
+    """Raise UserError where the judge cannot read what the set's labels say."""
+    conditioning = conditioning_of(name)
+    kind = "cells" if conditioning.kind == "caption" else "class"
+    known = int(conditioning.null) if kind == "class" else 1 + len(captions.SHAPES) * len(captions.COLOURS)
+    if sizes.kind != kind or sizes.num_classes != known:
+        raise UserError(
+            f"a judge of {name!r} has model.kind={kind} and model.num_classes={known}, "
+            f"not {sizes.kind} and {sizes.num_classes}; set both"
+        )
 
 
 def phases(config: Any, parallel: Any) -> list[Phase]:

@@ -282,6 +282,7 @@ def build(context: Context) -> Task:
             reference=points[-1:],
             criteria=bench().criteria(),
             held_out=("nothing of the prompts: the base has seen pictures of every caption",),
+            notes=bench().edges(best),
         )
         facts = {
             "sampler": f"{best.mode}, Gumbel {best.gumbel:g}, guidance {best.guidance:g} ({best.guidance_schedule})"

@@ -95,6 +95,8 @@ class Wiring:
                 raise UserError(f"{name} {config[name]} must be at least 1")
         if config.data.to_dict() != base.data.to_dict():
             raise UserError("data of speed_rl and of its base differ; change both, as in --config.parents.maskgit.data")
+        if self.policy.kind == "budget" and self.speed.tokens.kl == "k3":
+            raise UserError("kl k3 needs tokens that the policy drew, budget scores others; set loss.tokens.kl=forward")
         if self.policy.kind == "budget" and config.group % len(self.policy.step_set):
             raise UserError(
                 f"group {config.group} is not divisible by the {len(self.policy.step_set)} step counts of "

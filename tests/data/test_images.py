@@ -7,6 +7,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from configs import maskgit
+from maskrl_jax import runner
 from maskrl_jax.data import images
 from maskrl_jax.data.dataset import open_dataset
 from maskrl_jax.errors import UserError
@@ -104,3 +106,11 @@ def test_a_copy_in_another_file_format_is_refused(data_dir, tmp_path):
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match="use another data_dir"):
         open_dataset("tiny_pictures", "train", str(tmp_path), 8)
+
+
+def test_configs_take_any_set_by_its_name():
+    config = maskgit.get_config("tfds-tiny_pictures")
+    stages = (config, *config.parents.values())
+    assert {stage.data.name for stage in stages} == {"tiny_pictures"}
+    assert config.parents.judge.model.kind == "class" and config.parents.judge.model.num_classes == 2
+    runner.check(config)

@@ -27,13 +27,12 @@ def write_run(root, systems, protocol, scorer, *, settings=((4, 8, 16), (3, 5)),
         title="Speed-RL-like", config="configs/speed_rl.py:smoke", points=base + own, reference=base[-1:],
         criteria=criteria, tuned=name, trained_on=["judge"], held_out=["exact verifier"], notes=["a caveat"],
         timings=[timing_row(1), timing_row(8)] if tuned else [], illustrations=drawn,
-        stage_seconds={"tokenizer": 0.0, "speed_rl": 90.0},
     )  # fmt: skip
     return report.write(root, findings, {"data": "shapes"})
 
 
 def test_report_of_a_tuned_model(systems, protocol, scorer, tmp_path):
-    rows = [{"step": step, "reward/judge": step / 9, "rl/kl": 0.0} for step in range(9)]
+    rows = [{"step": step, "reward/quality": step / 9, "rl/kl": 0.0} for step in range(9)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = write_run(tmp_path, systems, protocol, scorer)
     text = path.read_text()

@@ -18,9 +18,10 @@ from maskrl_jax.rl import stride
 from maskrl_jax.rl.speed_reward import speed_reward
 from maskrl_jax.rl.step_likelihood import position_likelihood
 from maskrl_jax.sampling.clock import Clock, next_masked
+from maskrl_jax.sampling.draws import threshold_commit as commit_by_threshold
 
 MASK, CALLS = 2, 3
-threshold_commit = jax.jit(stride.threshold_commit)
+threshold_commit = jax.jit(commit_by_threshold)
 GRIDS = list(itertools.product((0, 1, MASK), repeat=3))
 CLOCK = Clock(num_tokens=3, ticks=6)
 DIVISORS = (3, 2, 1)

@@ -15,16 +15,12 @@ def logit_gradient(estimator, logits=POLICY):
 
 
 def test_forward_kl_by_hand():
-    np.testing.assert_allclose(kl.cross_entropy(POLICY, REFERENCE), 0.938024, atol=1e-6)
-    np.testing.assert_allclose(kl.entropy(REFERENCE), 0.897946, atol=1e-6)
+    np.testing.assert_allclose(kl.entropy(REFERENCE), 0.938024 - 0.040078, atol=1e-6)
     np.testing.assert_allclose(kl.forward_kl(POLICY, REFERENCE), 0.040078, atol=1e-6)
 
 
 def test_forward_gradient_is_policy_minus_reference():
-    for estimator in (kl.forward_kl, kl.cross_entropy):
-        np.testing.assert_allclose(
-            logit_gradient(lambda logp, e=estimator: e(logp, REFERENCE)), [-0.1, 0.0, 0.1], atol=1e-6
-        )
+    np.testing.assert_allclose(logit_gradient(lambda logp: kl.forward_kl(logp, REFERENCE)), [-0.1, 0.0, 0.1], atol=1e-6)
 
 
 def test_mean_over_masked_positions_divides_the_gradient():

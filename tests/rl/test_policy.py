@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import toy_model
 
-from maskrl_jax.rl import stride
 from maskrl_jax.rl.policy import Head, Policy
-from maskrl_jax.sampling import adaptive
+from maskrl_jax.sampling import adaptive, observation
 
 POLICY = Policy(max_calls=8, divisors=(8, 4, 2, 1), centre=4.0, stickiness=1.5)
 CODES, TOKENS, DRAWS = 4, 16, 4000
@@ -26,7 +25,9 @@ def head_and_params(policy=POLICY):
 
 
 def state(previous=1, call=2):
-    features = jnp.broadcast_to(jnp.linspace(-1.0, 1.0, stride.NUM_FEATURES)[None], (DRAWS, stride.NUM_FEATURES))
+    features = jnp.broadcast_to(
+        jnp.linspace(-1.0, 1.0, observation.NUM_FEATURES)[None], (DRAWS, observation.NUM_FEATURES)
+    )
     keys = jax.random.split(jax.random.key(3), DRAWS)
     return adaptive.State(features, jnp.full(DRAWS, previous), jnp.full(DRAWS, call), keys)
 
@@ -37,9 +38,7 @@ def score_all(head, params, seen):
     return np.asarray(head.score(params, *one, jnp.arange(4), jnp.zeros(4), seen.call[:1].repeat(4, 0))[0])
 
 
-@pytest.mark.parametrize(
-    ("previous", "call", "dial"), [(1, 1, 0.0), (3, 2, 0.0), (3, 0, 0.0), (0, 1, 1.5)]
-)
+@pytest.mark.parametrize(("previous", "call", "dial"), [(1, 1, 0.0), (3, 2, 0.0), (3, 0, 0.0), (0, 1, 1.5)])
 def test_decisions_follow_the_law_that_scores_them(previous, call, dial):
     """A dial multiplies the probability of T_d by T_d ** -dial."""
     (head, params), seen = head_and_params(), state(previous, call)
@@ -171,9 +170,12 @@ def test_the_opening_starts_at_the_smallest_stride_and_does_not_stick():
     policy = dataclasses.replace(POLICY, opening=2)
     head = Head(policy)
     params = head.init(jax.random.key(1))
-    features = jnp.zeros((1, stride.NUM_FEATURES))
+    features = jnp.zeros((1, observation.NUM_FEATURES))
     laws = [
-        [np.exp(jax.nn.log_softmax(head.logits(params, features, jnp.array([p]), jnp.array([call]))[0])) for p in (0, 3)]
+        [
+            np.exp(jax.nn.log_softmax(head.logits(params, features, jnp.array([p]), jnp.array([call]))[0]))
+            for p in (0, 3)
+        ]
         for call in range(4)
     ]
     for call in range(3):

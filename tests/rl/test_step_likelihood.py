@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskrl_jax.rl.step_likelihood import KINDS, log_order_weight, lowest_committed, position_likelihood
+from maskrl_jax.rl.step_likelihood import KINDS, log_order_weight, position_likelihood
 
 LOGP = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]))
 IDS = jnp.array([0, 1, 3])
@@ -85,12 +85,6 @@ def test_only_scored_positions_get_gradient_and_the_old_policy_none():
     np.testing.assert_array_equal(jax.grad(old)(LOGP), np.zeros((3, 3)))
 
 
-def test_lowest_committed():
-    logp = jnp.array([[-1.0, -3.0, -2.0], [-1.0, -1.0, -1.0]])
-    committed = jnp.array([[True, False, True], [False, False, False]])
-    np.testing.assert_array_equal(lowest_committed(logp, committed), [-2.0, np.inf])
-
-
 def test_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="transition"):
         score("joint")
@@ -118,7 +112,7 @@ def entropy_projections(logits, ids, noise, kept, tau):
     noisy = confidence + tau * noise
     z_star = jnp.take_along_axis(jnp.sort(noisy, -1), jnp.full((len(ids), 1), POSITIONS - kept), -1)
     committed = noisy >= z_star
-    lowest = lowest_committed(confidence, committed)[:, None]
+    lowest = jnp.where(committed, confidence, jnp.inf).min(-1, keepdims=True)
 
     def totals(x):
         def tiled(logp):

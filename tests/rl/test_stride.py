@@ -1,4 +1,4 @@
-"""Stride head maths: features, decisions, prior, threshold rule (speed_rl spec 4.4; spec 9, oracle 10)."""
+"""Stride head maths: decisions, prior (speed_rl spec 4.4; spec 9, oracle 10)."""
 
 import jax
 import jax.numpy as jnp
@@ -27,39 +27,6 @@ def test_jumps_of_the_published_clock():
 def test_impossible_priors_are_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
         stride.PriorConfig(**wrong)
-
-
-def test_features_by_hand():
-    probability = np.array([[[0.5, 0.5], [0.9, 0.1], [0.7, 0.3]]])
-    masked = jnp.array([[True, False, True]])
-    found = stride.features(
-        jnp.log(jnp.float32(probability)), masked, jnp.array([480]), jnp.array([6]), ticks=960, max_calls=24
-    )
-    entropy = [np.log(2), -(0.7 * np.log(0.7) + 0.3 * np.log(0.3))]
-    quantiles = np.quantile([0.5, 0.7], np.arange(0.05, 1, 0.1))
-    expected = [2 / 3, 0.5, 0.25, np.mean(entropy) / np.log(2), np.log([0.5, 0.7]).mean(), *quantiles]
-    np.testing.assert_allclose(found, [expected], rtol=1e-5)
-    assert found.shape == (1, stride.NUM_FEATURES)
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 17, 40])
-def test_masked_quantiles_equal_numpy(count):
-    values = np.random.default_rng(0).random((1, 40), np.float32)
-    masked = np.zeros((1, 40), bool)
-    masked[0, np.random.default_rng(1).permutation(40)[:count]] = True
-    expected = np.quantile(values[masked], stride.QUANTILES) if count else np.zeros(10)
-    np.testing.assert_allclose(
-        stride.masked_quantiles(jnp.asarray(values), jnp.asarray(masked))[0], expected, atol=1e-6
-    )
-
-
-def test_features_are_an_observation_without_gradient():
-    logp = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (1, 4, 3)))
-    zero = jnp.zeros(1, jnp.int32)
-    gradient = jax.grad(lambda x: stride.features(x, jnp.ones((1, 4), bool), zero, zero, ticks=6, max_calls=3).sum())(
-        logp
-    )
-    np.testing.assert_array_equal(gradient, np.zeros((1, 4, 3)))
 
 
 def test_decisions_are_a_law_and_sticky_after_the_first_call():
@@ -124,26 +91,3 @@ def test_threshold_action_is_scored_as_a_normal_law():
     np.testing.assert_allclose(logp, [-0.125 - np.log(2) - 0.5 * np.log(2 * np.pi)], rtol=1e-6)
     entropy = stride.threshold_entropy(jnp.array([2.0]), jnp.array([True]))
     np.testing.assert_allclose(entropy, [0.5 * np.log(2 * np.pi * np.e * 4)], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("kappa", "minimum", "last", "committed", "c_star"),
-    [
-        (0.55, 1, False, [1, 0, 1, 0], 0.55),
-        (0.95, 2, False, [1, 0, 1, 0], 0.6),
-        (0.55, 3, False, [1, 1, 1, 0], 0.3),
-        (0.95, 9, False, [1, 1, 1, 0], 0.3),
-        (0.95, 1, True, [1, 1, 1, 0], 0.0),
-    ],
-)
-def test_threshold_commits_the_confident_but_never_too_few(kappa, minimum, last, committed, c_star):
-    """Confidences .9 .3 .6 and a known token that must not be touched."""
-    chosen, log_c = stride.threshold_commit(
-        jnp.log(jnp.array([[0.9, 0.3, 0.6, 0.99]])),
-        jnp.array([[True, True, True, False]]),
-        jnp.log(jnp.array([kappa])),
-        jnp.array([minimum]),
-        jnp.array([last]),
-    )
-    np.testing.assert_array_equal(chosen, [np.array(committed, bool)])
-    np.testing.assert_allclose(np.exp(log_c), [c_star], rtol=1e-6)

@@ -112,3 +112,26 @@ def test_entropy_in_nats():
     logp = jnp.log(jnp.array([[[0.5, 0.5], [0.25, 0.75]]]))
     expected = [np.log(2), -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))]
     np.testing.assert_allclose(draws.entropy(logp), [expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kappa", "minimum", "last", "committed", "c_star"),
+    [
+        (0.55, 1, False, [1, 0, 1, 0], 0.55),
+        (0.95, 2, False, [1, 0, 1, 0], 0.6),
+        (0.55, 3, False, [1, 1, 1, 0], 0.3),
+        (0.95, 9, False, [1, 1, 1, 0], 0.3),
+        (0.95, 1, True, [1, 1, 1, 0], 0.0),
+    ],
+)
+def test_threshold_commits_the_confident_but_never_too_few(kappa, minimum, last, committed, c_star):
+    """Confidences .9 .3 .6 and a known token that must not be touched."""
+    chosen, log_c = draws.threshold_commit(
+        jnp.log(jnp.array([[0.9, 0.3, 0.6, 0.99]])),
+        jnp.array([[True, True, True, False]]),
+        jnp.log(jnp.array([kappa])),
+        jnp.array([minimum]),
+        jnp.array([last]),
+    )
+    np.testing.assert_array_equal(chosen, [np.array(committed, bool)])
+    np.testing.assert_allclose(np.exp(log_c), [c_star], rtol=1e-6)
