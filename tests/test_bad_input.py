@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from configs import judge, maskgit, speed_rl, tokenizer
-from maskrl_jax import loop, runner
+from maskrl_jax import loop, runner, stored
 from maskrl_jax.checkpoint import Checkpoints, load_arrays
 from maskrl_jax.data import shapes
 from maskrl_jax.data.dataset import conditioning_of, open_dataset
@@ -127,7 +127,7 @@ def stage(tmp_path):
     def stage(config, tree):
         workdir = tmp_path / f"parent-{config.task}"
         workdir.mkdir()
-        (workdir / runner.CONFIG).write_text(json.dumps(runner.plain(config)))
+        (workdir / stored.CONFIG).write_text(json.dumps(stored.plain(config)))
         if tree is not None:
             checkpoints = Checkpoints(str(workdir), Parallel("pmap"))
             checkpoints.save(1, tree)

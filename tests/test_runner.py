@@ -1,4 +1,4 @@
-"""The stage graph: parents trained once, fingerprints, what a config may not do."""
+"""The stage graph: parents trained once, what a config may not do."""
 
 import fcntl
 import json
@@ -8,7 +8,7 @@ import jax
 import pytest
 import toy_task
 
-from maskrl_jax import runner
+from maskrl_jax import runner, stored
 from maskrl_jax.errors import UserError
 
 
@@ -37,7 +37,7 @@ def trained(monkeypatch):
 def test_a_missing_parent_is_trained_once_and_reused(tmp_path, trained, capsys):
     config, store = toy_task.get_config("child"), str(tmp_path / "store")
     runner.run(config, str(tmp_path / "a"), store)
-    base = runner.stage_workdir(config.parents.base, store)
+    base = stored.stage_workdir(config.parents.base, store)
     assert trained == [base, str(tmp_path / "a")]
     config.seed = 1
     runner.run(config, str(tmp_path / "b"), store)
@@ -52,41 +52,6 @@ def test_init_replaces_a_parent(tmp_path, trained):
     config.init.base = str(tmp_path / "mine")
     runner.run(config, str(tmp_path / "a"), str(tmp_path / "store"))
     assert trained == [str(tmp_path / "mine"), str(tmp_path / "a")]
-
-
-def test_fingerprint_follows_what_changes_the_result_and_nothing_else(tmp_path):
-    plain = runner.fingerprint(toy_task.get_config("child"))
-    for key, value in {
-        "log_every": 7,
-        "eval_every": 3,
-        "save_every": 9,
-        "keep": 4,
-        "parallel": "sharded",
-    }.items():
-        config = toy_task.get_config("child")
-        config[key] = config.parents.base[key] = value
-        assert runner.fingerprint(config) == plain
-    for change in ({"seed": 1}, {"model": {"width": 8}}, {"parents": {"base": {"num_steps": 7}}}):
-        config = toy_task.get_config("child")
-        config.update(change)
-        assert runner.fingerprint(config) != plain
-
-
-def test_fingerprint_of_a_replaced_parent_is_that_of_what_lies_there(tmp_path):
-    base = toy_task.get_config()
-    config = toy_task.get_config("child")
-    plain = runner.fingerprint(config)
-    config.init.base = str(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(runner.plain(base)))
-    assert runner.fingerprint(config) == plain
-    base.seed = 5
-    (tmp_path / "config.json").write_text(json.dumps(runner.plain(base)))
-    assert runner.fingerprint(config) != plain
-
-
-def test_a_stored_config_comes_back_hashable(tmp_path):
-    (tmp_path / "config.json").write_text('{"model": {"stages": [1, [2, 3]]}}')
-    assert runner.read_config(str(tmp_path)).model.stages == (1, (2, 3))
 
 
 def refused(config, tmp_path, workdir="a"):
@@ -122,6 +87,14 @@ def test_a_config_without_a_key_is_named(tmp_path):
     assert "has no max_bad_steps" in refused(config, tmp_path)
 
 
+def test_a_key_that_a_stage_misses_or_does_not_know_is_one_line(tmp_path, monkeypatch):
+    def phases(config, parallel):
+        return config.model.depth
+
+    monkeypatch.setattr(toy_task, "phases", phases)
+    assert "the config of task 'toy' cannot run: 'depth'" in refused(toy_task.get_config(), tmp_path)
+
+
 def test_an_init_of_another_task_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"task": "judge"}')
     config = toy_task.get_config("child")
@@ -130,7 +103,7 @@ def test_an_init_of_another_task_is_named(tmp_path):
 
 
 def test_an_init_without_checkpoint_is_named(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(runner.plain(toy_task.get_config())))
+    (tmp_path / "config.json").write_text(json.dumps(stored.plain(toy_task.get_config())))
     config = toy_task.get_config("child")
     config.init.base = str(tmp_path)
     assert "no checkpoint under" in refused(config, tmp_path)

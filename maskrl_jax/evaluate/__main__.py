@@ -16,7 +16,7 @@ DIALS = flags.DEFINE_list("dials", None, "speed dials of the tuned curve")
 
 def main(_: list[str]) -> None:
     """Evaluate as the flags say; a mistake of the user is one line on stderr and exit code 1."""
-    from maskrl_jax import runner
+    from maskrl_jax import runner, stored
 
     logging.set_verbosity(logging.WARNING)
     try:
@@ -29,7 +29,7 @@ def main(_: list[str]) -> None:
         context, params = runner.open_workdir(WORKDIR.value)
         if "evaluation" not in context.config:
             raise UserError(f"{WORKDIR.value} holds a {context.config.task!r} stage, which makes no images")
-        if not runner.is_finished(WORKDIR.value):
+        if not stored.is_finished(WORKDIR.value):
             raise UserError(f"{WORKDIR.value} is not trained to its end; run its training command again")
         context.config.evaluation.update(overrides)
         runner.build(context).report(params)

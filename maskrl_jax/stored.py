@@ -1,0 +1,151 @@
+"""What a stage's folder holds: the config it was trained with, whether it is complete, who works in it."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from maskrl_jax.errors import UserError
+
+CONFIG = "config.json"
+PARENTS = "parents.json"
+DONE = "done"
+# Keys that do not change what a stage computes, only how it is run and watched.
+RUNNING = ("name", "log_every", "eval_every", "save_every", "keep", "parallel", "init")
+NEUTRAL = (*RUNNING, "evaluation")
+# Keys whose change makes a stored checkpoint another model.
+ARCHITECTURE = ("task", "model", "data", "parents", "init")
+
+
+def stage_workdir(config: ConfigDict, store: str) -> str:
+    """Return where the store keeps the stage of a config."""
+    return os.path.join(store, f"{config.task}-{fingerprint(config)[:12]}")
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """Return the SHA-256 of what determines a stage's result: its config without neutral keys, its parents.
+
+    A parent that `init` replaces counts with the config stored there, or with its path where there is none.
+    """
+    own = {key: value for key, value in plain(config).items() if key not in (*NEUTRAL, "parents")}
+    own["parents"] = {}
+    for name, wanted in config.parents.items():
+        path = config.init.get(name, "")
+        parent = (read_config(path) or os.path.abspath(path)) if path else wanted
+        own["parents"][name] = parent if isinstance(parent, str) else fingerprint(parent)
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """Return a config as JSON would give it back: dicts, lists, strings, numbers."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def read_config(workdir: str) -> ConfigDict | None:
+    """Return the config stored in a workdir, lists as tuples; None if there is none."""
+    path = os.path.join(workdir, CONFIG)
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        try:
+            return ConfigDict(tuples(json.load(file)))
+        except ValueError as error:
+            raise UserError(f"{path} is not a config ({error}); use another --workdir") from error
+
+
+def tuples(value: Any) -> Any:
+    """Return a plain tree with tuples in the place of lists."""
+    # Settings become fields of frozen dataclasses that are static to jit: they must hash.
+    if isinstance(value, dict):
+        return {key: tuples(inner) for key, inner in value.items()}
+    return tuple(tuples(inner) for inner in value) if isinstance(value, list) else value
+
+
+def is_done(config: ConfigDict, workdir: str) -> bool:
+    """Say if the stage is complete; UserError where the config differs too much from the stored one."""
+    found = changes(config, workdir)
+    broken = [line for key, line in found.items() if key.split(".")[0] in ARCHITECTURE]
+    if broken:
+        raise UserError(f"{workdir} was begun with another config: {'; '.join(broken)}; use another --workdir")
+    complete = _done_step(workdir)
+    if complete is None or complete < config.num_steps:
+        return False
+    if complete > config.num_steps:
+        raise UserError(f"{workdir} is at step {complete}, num_steps is {config.num_steps}; use another --workdir")
+    other = [line for key, line in found.items() if key.split(".")[0] not in NEUTRAL]
+    if other:
+        raise UserError(f"{workdir} is finished with another config: {'; '.join(other)}; use another --workdir")
+    return True
+
+
+def changes(config: ConfigDict, workdir: str) -> dict[str, str]:
+    """Return {dotted key: "key: stored -> new"} where a config differs from the one stored in a workdir."""
+    stored = read_config(workdir)
+    return {} if stored is None else differences(plain(stored), plain(config))
+
+
+def differences(old: dict, new: dict) -> dict[str, str]:
+    """Return {dotted key: "key: old -> new"} of two plain configs; neutral keys of parents do not count."""
+    old, new = _flat(old), _flat(new)
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    keys = [key for key in changed if not _neutral_in_parent(key)]
+    return {key: f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in keys}
+
+
+def _neutral_in_parent(key):
+    parts = key.split(".")
+    return any(parts[i] == "parents" and parts[i + 2] in NEUTRAL for i in range(0, len(parts) - 2, 2))
+
+
+def _flat(tree, prefix=""):
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def is_finished(workdir: str) -> bool:
+    """Say if a stage was trained to the end of the config in its workdir."""
+    return _done_step(workdir) is not None
+
+
+def _done_step(workdir):
+    path = os.path.join(workdir, DONE)
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        return int(file.read())
+
+
+def write(path: str, text: str) -> None:
+    """Write a small file as a whole or not at all."""
+    # By rename: a process killed while it writes must not leave half a file.
+    with open(path + ".tmp", "w") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)
+
+
+@contextlib.contextmanager
+def lock(workdir: str) -> Iterator[None]:
+    """Keep other runs out of a workdir, waiting for the one that is in; a kill frees the lock."""
+    os.makedirs(workdir, exist_ok=True)
+    with open(os.path.join(workdir, ".lock"), "w") as file:
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another run that works in {workdir}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        multihost_utils.sync_global_devices(f"lock {workdir}")
+        yield
+        multihost_utils.sync_global_devices(f"unlock {workdir}")

@@ -1,0 +1,91 @@
+"""What stage `speed_rl` measures and shows: the tuned policy beside the base at its best sampler."""
+
+import functools
+from typing import Any
+
+from maskrl_jax.evaluate import curve
+from maskrl_jax.evaluate.bench import Bench
+from maskrl_jax.evaluate.measure import System
+from maskrl_jax.evaluate.report import Findings
+from maskrl_jax.evaluate.systems import Engine, clocked_program, clocked_system, fixed_program, fixed_system
+from maskrl_jax.sampling.maskgit import SamplerConfig
+from maskrl_jax.tasks import maskgit as maskgit_task
+from maskrl_jax.tasks.task import Context
+
+_UNKNOWN = "The paper's algorithm and numbers are not public; this is our algorithm, and no parity is claimed."
+NOTES = {
+    "adaptive": (_UNKNOWN, "The number of calls is decided by the policy, so the speed reward has a true gradient."),
+    "fixed": (_UNKNOWN, "No speed reward: quality is trained at a fixed number of calls."),
+    "budget": (_UNKNOWN, "The likelihood of `budget` is a surrogate (random re-masking), not the behaviour's."),
+}
+
+
+class Gallery:
+    """What the stage measures: the tuned policy beside the base at its best sampler."""
+
+    def __init__(self, context: Context, wiring: Any, engine: Engine, sampler: SamplerConfig, base: Any):
+        self.context, self.config, self.wiring, self.engine = context, context.config, wiring, engine
+        self.sampler, self.base = sampler, base
+        self.fixed = fixed_program(engine)
+        self.clocked = clocked_program(engine, wiring.sampler, wiring.decide)
+
+    @functools.cached_property
+    def bench(self) -> Bench:
+        """Made when first needed: it reads the held-out pictures."""
+        return maskgit_task.bench_of(self.context)
+
+    def tuned(self, params: Any) -> System:
+        """The policy as a system; its setting is the speed dial, or the steps of a policy without a head."""
+        return clocked_system(self.engine, self.clocked, params, "tuned", f"tuned ({self.wiring.policy.kind})")
+
+    def settings(self) -> tuple[float, ...]:
+        """Settings of the tuned curve."""
+        s, policy = self.bench.settings, self.wiring.policy
+        if policy.kind == "adaptive":
+            return s.dials
+        return tuple(t for t in s.steps if policy.ticks % t == 0 and t <= policy.max_calls)
+
+    def evaluate(self, state: Any, step: int) -> tuple[dict, dict]:
+        """A glance at the average and at the raw parameters."""
+        policy = self.wiring.policy
+        setting = {"adaptive": 0.0, "fixed": policy.target_calls, "budget": min(policy.step_set)}[policy.kind]
+        values, picture = self.bench.glance(self.tuned(state.ema), setting)
+        raw, _ = self.bench.glance(self.tuned(state.params), setting)
+        return values | {f"raw/{name}": value for name, value in raw.items()}, {"samples/grid": picture}
+
+    def report(self, params: Any) -> None:
+        """Curves of base and tuned, T*, timing, figures, report.md."""
+        bench, config, policy = self.bench, self.config, self.wiring.policy
+        base = fixed_system(self.engine, self.fixed, self.base, self.sampler, "base", "base")
+        tuned = self.tuned(self.engine.parallel.replicate(params))
+        base_points = bench.measure(base, bench.settings.steps)
+        tuned_points = bench.measure(tuned, self.settings())
+        found = curve.first_equal(tuned_points, base_points[-1:], bench.criteria())
+        timings = []
+        if bench.settings.timing_repeats:
+            chosen = found.best or min(found.table, key=lambda row: abs(row.calls_mean - bench.settings.reference / 3))
+            sizes = (self.engine.parallel.num_devices, bench.settings.batch_size)
+            timings = bench.time((base, bench.settings.reference), (tuned, chosen.setting), sizes)
+        findings = Findings(
+            title=f"Speed-RL-like tuning on {config.data.name}: {policy.kind}",
+            config=config.name,
+            points=[*base_points, *tuned_points],
+            reference=base_points[-1:],
+            criteria=bench.criteria(),
+            tuned="tuned",
+            goal=bench.settings.goal,
+            trained_on=tuple(f"{name} x {weight:g}" for name, weight in self.wiring.rewards.items()),
+            held_out=(
+                "the exact verifier",
+                "the prompts (the policy never trains on them; the base has seen their pictures)",
+            ),
+            notes=NOTES[policy.kind],
+            timings=timings,
+        )
+        facts = {
+            "base sampler": f"Gumbel {self.sampler.gumbel:g}, guidance {self.sampler.guidance:g}, "
+            f"{self.sampler.schedule}, tuned on prompts of its own",
+            "policy sampler": f"Gumbel {policy.noise:g}, guidance {policy.guidance:g}",
+            "updates": f"{config.num_steps} of {config.batch_size} rollouts, seed {config.seed}",
+        }
+        bench.write(findings, config.num_steps, facts)

@@ -1,0 +1,42 @@
+"""A stage's folder: what its config comes down to, and back."""
+
+import json
+
+import toy_task
+
+from maskrl_jax import stored
+
+
+def test_fingerprint_follows_what_changes_the_result_and_nothing_else(tmp_path):
+    plain = stored.fingerprint(toy_task.get_config("child"))
+    for key, value in {
+        "log_every": 7,
+        "eval_every": 3,
+        "save_every": 9,
+        "keep": 4,
+        "parallel": "sharded",
+    }.items():
+        config = toy_task.get_config("child")
+        config[key] = config.parents.base[key] = value
+        assert stored.fingerprint(config) == plain
+    for change in ({"seed": 1}, {"model": {"width": 8}}, {"parents": {"base": {"num_steps": 7}}}):
+        config = toy_task.get_config("child")
+        config.update(change)
+        assert stored.fingerprint(config) != plain
+
+
+def test_fingerprint_of_a_replaced_parent_is_that_of_what_lies_there(tmp_path):
+    base = toy_task.get_config()
+    config = toy_task.get_config("child")
+    plain = stored.fingerprint(config)
+    config.init.base = str(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(stored.plain(base)))
+    assert stored.fingerprint(config) == plain
+    base.seed = 5
+    (tmp_path / "config.json").write_text(json.dumps(stored.plain(base)))
+    assert stored.fingerprint(config) != plain
+
+
+def test_a_stored_config_comes_back_hashable(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": {"stages": [1, [2, 3]]}}')
+    assert stored.read_config(str(tmp_path)).model.stages == (1, (2, 3))
