@@ -1,6 +1,7 @@
 """The control table of Speed-RL (specs: required comparisons), in one resumable command.
 
-python benchmarks/speed_rl_controls.py --size=full --seeds=0,1,2
+python benchmarks/speed_rl_controls.py                                      # the table: default size, three seeds
+python benchmarks/speed_rl_controls.py --size=full --only=adaptive --nobaselines --out=benchmarks/speed_rl_full
 
 Trains every tuned variant with every seed, on one shared base; measures the base at the same numbers of calls
 with guidance and Gumbel scale tuned at each, and the training-free threshold samplers. What is finished is not
@@ -22,11 +23,12 @@ from maskrl_jax import runner  # noqa: E402
 from maskrl_jax.evaluate import curve, measure, report  # noqa: E402
 from maskrl_jax.tasks import maskgit as maskgit_task  # noqa: E402
 
-SIZE = flags.DEFINE_enum("size", "full", ["full", "default", "smoke"], "size of configs/speed_rl.py")
+SIZE = flags.DEFINE_enum("size", "default", ["full", "default", "smoke"], "size of configs/speed_rl.py")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of the policies; the base is shared")
 RUNS = flags.DEFINE_string("runs", "runs/controls", "where the runs go")
 STORE = flags.DEFINE_string("store", "runs/stages", "where trained parents are")
 OUT = flags.DEFINE_string("out", "benchmarks/speed_rl_controls", "result files without their ending")
+BASELINES = flags.DEFINE_bool("baselines", True, "measure the base at fewer calls and the threshold samplers, too")
 ONLY = flags.DEFINE_list("only", None, "train these variants only; the table holds what is finished")
 
 VARIANTS = {
@@ -57,7 +59,8 @@ def main(_: list[str]) -> None:
     if first is None:
         sys.exit("error: no variant is finished; run without --only")
     rows, reference = _tuned_rows(done)
-    rows += _base_rows(str(first), reference)
+    if BASELINES.value:
+        rows += _base_rows(str(first), reference)
     _write(rows, reference, seeds)
 
 
@@ -88,9 +91,13 @@ def _tuned_rows(done: dict) -> tuple[list[dict], list[measure.Point]]:
         last = max((point.setting for point in base), default=0)
         own_reference = [point for point in base if point.setting == last]
         reference = reference or own_reference[:1]
+        # The same in every seed, so one is enough: the prior of the head on the base.
+        untrained = [point for point in points if point.system == "untrained" and point.seed == seeds[0]]
         tuned = [point for point in points if point.system == "tuned"]
         for setting, group in curve.by_setting(tuned).items():
             rows.append(_row(name, setting, group, own_reference))
+        for setting, group in curve.by_setting(untrained).items() if name == "adaptive" else ():
+            rows.append(_row("adaptive, untrained", setting, group, reference))
     return rows, reference
 
 

@@ -10,7 +10,7 @@ The numbers are our choice; the paper's are not public (specs: "not published").
 
 from configs import maskgit, sizes
 
-STEPS = {"": 40, "full": 400, "smoke": 3, "meissonic": 1200}
+STEPS = {"": 70, "full": 400, "smoke": 3, "meissonic": 1200}
 
 
 def get_config(arg: str = ""):
@@ -44,11 +44,12 @@ def embedded(arg: str):
             "action": "stride",
             "ticks": 960,
             "max_calls": 16,
-            "noise": 2.0,
+            "noise": 1.0,
             "divisors": (16, 12, 10, 8, 6, 5, 4, 3, 2, 1),
-            "centre": 5.0 if arg == "full" else 6.0,
+            "centre": 4.0 if arg == "full" else 6.0,
             "width": 0.4,
             "stickiness": 3.0,
+            "opening": 1,  # the first token alone settles the background, which all others must agree with
             "target_calls": 5,
             "step_set": (4, 6, 8, 12),
             "levels": 4,
@@ -91,6 +92,8 @@ def embedded(arg: str):
             "b1": 0.9,
             "b2": 0.95,
             "warmup_steps": min(5, steps // 2),
+            "decay": "linear",
+            "decay_steps": 0,  # over the whole run
             "ema_decay": 0.95,
             "rates": (("^head", 1.5),),
         },
@@ -139,6 +142,7 @@ def published_scale():
             "divisors": (24, 20, 16, 12, 10, 8, 6, 4, 3, 2, 1),
             "centre": 16.0,
             "stickiness": 4.0,
+            "opening": 0,
             "target_calls": 8,
             "step_set": (6, 8, 12, 16),
             "guidance": 5.0,
@@ -148,7 +152,9 @@ def published_scale():
         {"min_calls": 4, "lambda_value": 1.0, "gate_margin": 0.5, "lambda_zero_until": 50, "lambda_full_at": 250}
     )
     config.resample.rounds, config.resample.groups = 2, 16
-    config.optimizer.update({"name": "adamw", "learning_rate": 2e-6, "warmup_steps": 50, "ema_decay": 0.995})
+    config.optimizer.update(
+        {"name": "adamw", "learning_rate": 2e-6, "warmup_steps": 50, "decay": "constant", "ema_decay": 0.995}
+    )
     config.optimizer.rates = (("^head", 150.0),)  # 3e-4 for the head
     base.evaluation.update({"steps": (4, 6, 8, 12, 16, 24, 32, 48)})
     config.evaluation.update({"steps": (4, 6, 8, 12, 16, 24, 32, 48), "batch_size": 32})

@@ -3,9 +3,11 @@
 import functools
 from typing import Any
 
+import jax
+
 from maskrl_jax.evaluate import curve
 from maskrl_jax.evaluate.bench import Bench
-from maskrl_jax.evaluate.measure import System
+from maskrl_jax.evaluate.measure import Point, System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Engine, clocked_program, clocked_system, fixed_program, fixed_system
 from maskrl_jax.sampling.maskgit import SamplerConfig
@@ -38,6 +40,15 @@ class Gallery:
         """The policy as a system; its setting is the speed dial, or the steps of a policy without a head."""
         return clocked_system(self.engine, self.clocked, params, "tuned", f"tuned ({self.wiring.policy.kind})")
 
+    def untrained(self) -> list[Point]:
+        """What the head's prior does for the base before any training: the part of a gain that is no learning."""
+        if self.wiring.policy.kind != "adaptive":
+            return []
+        head = self.engine.parallel.replicate(self.wiring.head.init(jax.random.key(0)))
+        params = {"model": self.base, "head": head}
+        system = clocked_system(self.engine, self.clocked, params, "untrained", "untrained head on the base")
+        return self.bench.measure(system, self.settings()[::2])
+
     def settings(self) -> tuple[float, ...]:
         """Settings of the tuned curve."""
         s, policy = self.bench.settings, self.wiring.policy
@@ -69,7 +80,7 @@ class Gallery:
         findings = Findings(
             title=f"Speed-RL-like tuning on {config.data.name}: {policy.kind}",
             config=config.name,
-            points=[*base_points, *tuned_points],
+            points=[*base_points, *tuned_points, *self.untrained()],
             reference=base_points[-1:],
             criteria=bench.criteria(),
             tuned="tuned",
