@@ -21,11 +21,12 @@ A phase that the compiler cannot place in memory is reported as "does not fit"; 
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import jax
 
-from maskrl_jax import program, roofline, runner
+from maskrl_jax import program, roofline
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.phase import Phase
 from maskrl_jax.target import Target, local_target, topology_target
@@ -72,11 +73,14 @@ class PhaseReport:
     error: str = ""
 
 
-def run(config: Any, topology: str | None, out: TextIO | None = None) -> list[PhaseReport]:
+def run(
+    config: Any, phases: Callable[[Any, Parallel], list[Phase]], topology: str | None, out: TextIO | None = None
+) -> list[PhaseReport]:
     """Compile every phase of a stage's config, print a table, return its columns.
 
     Args:
       config: the resolved config of one stage.
+      phases: what names a config's phases (`runner.phases`).
       topology: a TPU topology such as "v5e:4x4"; None or "" for the devices of this machine.
       out: where the table goes; standard output if None.
 
@@ -85,7 +89,7 @@ def run(config: Any, topology: str | None, out: TextIO | None = None) -> list[Ph
     """
     target = topology_target(topology) if topology else local_target()
     parallel = Parallel(config.parallel, target.devices)
-    reports = [measure(phase, parallel, target) for phase in runner.phases(config, parallel)]
+    reports = [measure(phase, parallel, target) for phase in phases(config, parallel)]
     print(table(f"{config.task}, {config.parallel}", target, reports), file=out or sys.stdout)
     return reports
 

@@ -53,7 +53,7 @@ def train(task: Any, config: ConfigDict, workdir: str, parallel: Parallel) -> An
 
 def _run(task, config, checkpoints, writer, stop, state, start, evaluated):
     """Advance from step `start` to `config.num_steps`; `evaluated` is a step that needs no evaluation."""
-    log = Log(writer, config.log_every, config.max_bad_steps)
+    log = Log(writer, config.log_every, config.max_bad_steps, task.peak_seconds)
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(contextlib.closing(Progress(config.task, start, config.num_steps)))
         batches = stack.enter_context(contextlib.closing(Prefetch(task.batch, start, config.num_steps)))
@@ -117,8 +117,9 @@ class Prefetch:
 class Log:
     """Collect metrics on device and read them on the host once per `every` steps."""
 
-    def __init__(self, writer: Writer, every: int, max_bad_steps: int):
+    def __init__(self, writer: Writer, every: int, max_bad_steps: int, peak_seconds: float | None = None):
         self._writer, self._every, self._max_bad_steps = writer, every, max_bad_steps
+        self._peak_seconds = peak_seconds
         self._step, self._pending, self._seconds = 0, [], 0.0
 
     def add(self, step: int, metrics: dict, bad_steps: jax.Array, began: float) -> None:
@@ -138,7 +139,11 @@ class Log:
             return
         collected = jax.device_get(self._pending)
         means = _means([metrics for metrics, _ in collected])
-        self._writer.scalars(self._step, {**means, "perf/step_time": self._seconds / len(collected)})
+        seconds = self._seconds / len(collected)
+        speed = {"perf/step_time": seconds}
+        if self._peak_seconds is not None:  # model FLOPs utilisation: known for chips with published figures
+            speed["perf/mfu"] = self._peak_seconds / seconds
+        self._writer.scalars(self._step, {**means, **speed})
         self._pending, self._seconds = [], 0.0
         bad = max(int(bad_steps) for _, bad_steps in collected)
         if self._max_bad_steps and bad >= self._max_bad_steps:

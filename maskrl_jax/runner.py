@@ -11,11 +11,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from maskrl_jax import checkpoint, loop, stored
+from maskrl_jax import checkpoint, dry_run, loop, stored
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.phase import Phase
 from maskrl_jax.state import OptimizerConfig, optimizer_of
+from maskrl_jax.target import local_target
 from maskrl_jax.tasks.task import Context, Parent
 
 TASKS = {
@@ -107,13 +108,22 @@ def _stage(config, workdir, store, seconds):
                 os.path.join(workdir, stored.PARENTS), json.dumps({"parents": places, "store": store_place}, indent=1)
             )
         context = _context(config, trained, workdir, store)
-        task = build(context)
+        task = dataclasses.replace(build(context), peak_seconds=_peak_seconds(config, context.parallel))
         try:
             loop.train(task, context.config, workdir, context.parallel)
         finally:
             seconds[name] = time.monotonic() - began
         if jax.process_index() == 0:
             stored.write(os.path.join(workdir, stored.DONE), str(config.num_steps))
+
+
+def _peak_seconds(config, parallel):
+    """Seconds that a step's FLOPs take at the devices' published peak, all loops at their longest; None without one."""
+    target = local_target()
+    if target.chip is None:
+        return None
+    needs = [dry_run.measure(phase, parallel, target).needs for phase in phases(config, parallel)]
+    return sum(one.time.compute for one in needs if one is not None)
 
 
 def _context(config, trained, workdir, store):

@@ -121,7 +121,7 @@ def toy_config(monkeypatch):
 
 def test_table_shows_every_phase_with_its_verdict(toy_config):
     out = io.StringIO()
-    reports = dry_run.run(toy_config, None, out)
+    reports = dry_run.run(toy_config, runner.phases, None, out)
     assert [report.name for report in reports] == ["rollout", "update"]
     text = out.getvalue()
     for expected in ("rollout", "update", "peak memory", "fits", "all-reduce", "roofline time", "n/a"):
@@ -132,7 +132,7 @@ def test_table_shows_every_phase_with_its_verdict(toy_config):
 def test_unknown_task_is_one_line(toy_config):
     toy_config.task = "tory"
     with pytest.raises(UserError, match="unknown task 'tory'; did you mean 'toy'"):
-        dry_run.run(toy_config, None, io.StringIO())
+        dry_run.run(toy_config, runner.phases, None, io.StringIO())
 
 
 def test_a_setting_that_cannot_be_is_one_line(toy_config, monkeypatch):
@@ -141,7 +141,7 @@ def test_a_setting_that_cannot_be_is_one_line(toy_config, monkeypatch):
 
     monkeypatch.setattr(sys.modules["toy_phases"], "phases", phases)
     with pytest.raises(UserError, match="the config of task 'toy' cannot run: width 8"):
-        dry_run.run(toy_config, None, io.StringIO())
+        dry_run.run(toy_config, runner.phases, None, io.StringIO())
 
 
 @pytest.mark.tpu

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import time
 import zlib
 from typing import Any
 
@@ -37,6 +38,7 @@ class Rollouts:
         self.resampled = -(-self.config.resample.groups // least) * least
         self.assign = jax.jit(functools.partial(credit.assign, wiring.credit))
         self.record = jax.jit(credit.record)
+        self.images_per_sec = 0.0  # of the last first round
         self.remember = jax.jit(functools.partial(credit.remember, wiring.credit))
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
@@ -64,7 +66,9 @@ class Rollouts:
         """
         known = jax.device_get(state.extra["credit"])
         before = jax.device_put(known)
+        began = time.monotonic()
         out = self._run(state, batch, step, 0)
+        self.images_per_sec = len(out["quality"]) / (time.monotonic() - began)
         result = self._credit(before, step, out, batch)
         memory = self._remember(before, step, result, out, batch)
         if known.sigma == 0:  # the very first batch: its first round sets the scale of the rounds that follow
@@ -127,6 +131,7 @@ class Rollouts:
             "reward/gate": result.gate.mean(),
             "reward/surplus": np.nanmean(quality - batch["reference"]),
             "reward/sigma": memory.sigma,
+            "sampling/images_per_sec": self.images_per_sec,
             "sampling/calls": calls.mean(),
             "sampling/calls_sd": calls.std(),
             "sampling/calls_max": calls.max(),

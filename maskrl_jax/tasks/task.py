@@ -41,3 +41,4 @@ class Task:
     step: Callable[[TrainState, Any], tuple[TrainState, dict]]
     evaluate: Callable[[TrainState, int], tuple[dict[str, float], dict[str, np.ndarray]]]
     report: Callable[[Any], None] | None = None  # from the moving average of the parameters
+    peak_seconds: float | None = None  # a step at the devices' published peak rate; set by the runner
