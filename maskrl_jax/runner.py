@@ -160,9 +160,10 @@ def _settings_of_the_user(config, kinds=ValueError):
     try:
         yield
     except kinds as error:
-        raise UserError(
-            f"the config of task {config.task!r} cannot run: {' '.join(str(error.args[0] if error.args else error).split())}"
-        ) from error
+        reason = " ".join(str(error.args[0] if error.args else error).split())
+        if isinstance(error, (AttributeError, KeyError)):
+            reason = f"no key {reason.strip(chr(34))}"
+        raise UserError(f"the config of task {config.task!r} cannot run: {reason}") from error
 
 
 def compilation_cache(store: str) -> None:

@@ -147,3 +147,12 @@ def test_batches_are_made_ahead_in_order_and_errors_reach_the_loop():
         assert [batches.next(), batches.next()] == [2, 3]
         with pytest.raises(ValueError, match="broken record"):
             batches.next()
+
+
+@pytest.mark.parametrize("peak_seconds", [None, 1e-3])
+def test_utilisation_is_logged_where_the_peak_is_known(tmp_path, peak_seconds):
+    run(tmp_path / "a", lambda task: dataclasses.replace(task, peak_seconds=peak_seconds), log_every=1)
+    lines = [line for line in read_metrics(str(tmp_path / "a")) if "perf/step_time" in line]
+    assert lines and all(("perf/mfu" in line) == (peak_seconds is not None) for line in lines)
+    if peak_seconds:
+        np.testing.assert_allclose([x["perf/mfu"] * x["perf/step_time"] for x in lines], peak_seconds)

@@ -1,15 +1,20 @@
 """The stage graph: parents trained once, what a config may not do."""
 
+import dataclasses
 import fcntl
 import json
 import threading
 
 import jax
+import jax.numpy as jnp
 import pytest
 import toy_task
 
-from maskrl_jax import runner, stored
+from maskrl_jax import roofline, runner, stored
 from maskrl_jax.errors import UserError
+from maskrl_jax.parallel import Parallel
+from maskrl_jax.phase import Phase
+from maskrl_jax.target import local_target
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +97,7 @@ def test_a_key_that_a_stage_misses_or_does_not_know_is_one_line(tmp_path, monkey
         return config.model.depth
 
     monkeypatch.setattr(toy_task, "phases", phases)
-    assert "the config of task 'toy' cannot run: 'depth'" in refused(toy_task.get_config(), tmp_path)
+    assert "the config of task 'toy' cannot run: no key 'depth'" in refused(toy_task.get_config(), tmp_path)
 
 
 def test_an_init_of_another_task_is_named(tmp_path):
@@ -143,3 +148,18 @@ def test_a_second_run_waits_for_the_first_and_does_not_train_again(tmp_path, tra
     other.join(20)
     assert not other.is_alive() and trained == []
     assert "waiting for another run" in capsys.readouterr().out
+
+
+def test_seconds_at_peak_come_from_the_programs_of_a_stage(monkeypatch):
+    config, parallel = toy_task.get_config(), Parallel("pmap")
+    assert runner._peak_seconds(config, parallel) is None  # this machine's devices have no published figures
+    chip = roofline.Chip("toy", flops=1e6, hbm_bytes=1e9, hbm_bandwidth=1e12, interconnect=1e12)
+    target = dataclasses.replace(local_target(), chip=chip)
+    monkeypatch.setattr(runner, "local_target", lambda: target)
+
+    def product(params, frozen, batch, axis):
+        return {"y": batch["x"] @ params}
+
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 32), (32, 8)))
+    monkeypatch.setattr(toy_task, "phases", lambda *_: [Phase("product", product, (w, {}, {"x": x}), kind="map")])
+    assert runner._peak_seconds(config, parallel) == pytest.approx(2 * 16 * 32 * 8 / 8 / 1e6, rel=0.1)

@@ -35,6 +35,7 @@ class SpeedUpdate:
     seed: int
     micro_batch: int  # network calls a device scores at a time
     kl_coefficient: float = 0.01
+    first_call_kl: float = 1.0  # times the KL of a rollout's first call; not for `budget`, which scores no calls
     per_rollout_mean: bool = False
 
     @property
@@ -65,7 +66,7 @@ class SpeedUpdate:
                 self.tokens, self.model, params["model"], old and old["model"], reference, calls
             )
             decision, head_entropy = self._decision_terms(params["head"], old, record, batch, row, pair, real)
-            terms = surrogate.Terms(sums.token, decision, sums.kl, head_entropy)
+            terms = surrogate.Terms(sums.token, decision, sums.penalty, head_entropy)
             total = surrogate.policy_loss(
                 terms, totals, kl_coefficient=self.kl_coefficient, entropy_coefficient=entropy_coefficient
             )
@@ -118,6 +119,7 @@ class SpeedUpdate:
             keep = batch["keep"][row] * real
             exact = self.tokens.likelihood == "hard" and self.sampler.action == "stride"
             tick = record.tick[row, call]
+            kl_weight = surrogate.kl_weight(committed | remasked, record.calls[row]) * real[:, None]
             calls = Calls(
                 inputs=record.state_before(call, self.mask_id, row),
                 timestep=jnp.asarray(self.sampler.clock.timestep)[tick],
@@ -130,7 +132,8 @@ class SpeedUpdate:
                 scale=adaptive.guidance_at(self.sampler, tick),
                 advantage=batch["advantage"][row],
                 token_weight=(keep * weights.token)[:, None] * jnp.ones((1, num_tokens)),
-                kl_weight=surrogate.kl_weight(committed | remasked, record.calls[row]) * real[:, None],
+                kl_weight=kl_weight,
+                penalty_weight=kl_weight * jnp.where(call == 0, self.first_call_kl, 1.0)[:, None],
             )
             return row, calls, record.log_floor[row, call]
 
@@ -156,6 +159,7 @@ class SpeedUpdate:
             count = jnp.clip(jnp.ceil(num_tokens * jnp.cos(jnp.pi / 2 * share)), 1, num_tokens).astype(jnp.int32)
             masked = commit_top(score, jnp.ones(score.shape, bool), count) & real[:, None]
             tick = jnp.minimum(share * clock.ticks, clock.ticks - 1).astype(jnp.int32)
+            kl_weight = surrogate.budget_weight(masked, levels) * real[:, None]
             ids, zero = batch["ids"][row], jnp.zeros(row.shape)
             calls = Calls(
                 inputs=jnp.where(masked, self.mask_id, ids),
@@ -169,7 +173,8 @@ class SpeedUpdate:
                 scale=zero + 1,
                 advantage=batch["advantage"][row],
                 token_weight=surrogate.budget_weight(masked, levels) * (batch["keep"][row] * real)[:, None],
-                kl_weight=surrogate.budget_weight(masked, levels) * real[:, None],
+                kl_weight=kl_weight,
+                penalty_weight=kl_weight,
             )
             return row, calls, zero
 

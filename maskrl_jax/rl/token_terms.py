@@ -56,7 +56,8 @@ class Calls(NamedTuple):
     scale: Array  # float32 [M], guidance
     advantage: Array  # float32 [M]
     token_weight: Array  # float32 [M,N]
-    kl_weight: Array  # float32 [M,N]
+    kl_weight: Array  # float32 [M,N], of the mean that is logged
+    penalty_weight: Array  # float32 [M,N], the same in the loss
 
 
 class Model(NamedTuple):
@@ -71,6 +72,7 @@ class Sums(NamedTuple):
     """Sums over all positions; pairs are (sum, weight)."""
 
     token: Array
+    penalty: Array  # KL as the loss weighs it
     kl: Array
     clip: tuple[Array, Array]
     entropy: tuple[Array, Array]
@@ -102,6 +104,7 @@ def token_terms(loss: TokenLoss, model: Model, params: Any, old: Any, reference:
         "remasked": calls.remasked,
         "token_weight": calls.token_weight,
         "kl_weight": calls.kl_weight,
+        "penalty_weight": calls.penalty_weight,
         **{name: jnp.broadcast_to(row[:, None], calls.ids.shape) for name, row in per_row.items()},
     }
     rows, length = calls.ids.shape
@@ -141,7 +144,8 @@ def _chunk(loss, model, guided, params, old, reference, x):
     masked = (x["committed"] | x["remasked"]).astype(jnp.float32) * (x["kl_weight"] > 0)
     entropy = jax.lax.stop_gradient((kl.entropy(logp) * masked).sum())
     drawn = jnp.take_along_axis(logp, jnp.minimum(x["ids"], logp.shape[-1] - 1)[:, None], axis=-1)[:, 0]
-    sums = Sums(token, (divergence * x["kl_weight"]).sum(), clip, (entropy, masked.sum()))
+    penalty, mean = ((divergence * x[name]).sum() for name in ("penalty_weight", "kl_weight"))
+    sums = Sums(token, penalty, jax.lax.stop_gradient(mean), clip, (entropy, masked.sum()))
     return sums, surrogate.ratio_error(new, before, weight), jax.lax.stop_gradient(drawn)
 
 

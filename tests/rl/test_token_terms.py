@@ -40,6 +40,7 @@ CALLS = Calls(
     advantage=jnp.array([1.0, -0.5, 2.0]),
     token_weight=weight(0.01),
     kl_weight=weight(0.02),
+    penalty_weight=3 * weight(0.02),
 )
 
 
@@ -153,11 +154,12 @@ def test_kl_is_that_of_the_plain_conditional_branch(kind):
         "k3": np.exp(drawn) - drawn - 1,
     }[kind]
     np.testing.assert_allclose(sums.kl, (expected * CALLS.kl_weight).sum(), rtol=1e-4)
+    np.testing.assert_allclose(sums.penalty, 3 * sums.kl, rtol=1e-5)
 
 
 def test_kl_leaves_the_reference_and_the_unconditional_branch_alone():
     def divergence(params, reference):
-        return token_terms(LOSS, MODEL, params, None, reference, CALLS)[0].kl
+        return token_terms(LOSS, MODEL, params, None, reference, CALLS)[0].penalty
 
     to_params, to_reference = jax.jit(jax.grad(divergence, argnums=(0, 1)))(PARAMS, OTHER)
     assert np.abs(to_params["head"]).max() > 1e-4
@@ -180,6 +182,7 @@ def test_padding_pairs_change_nothing_and_get_no_gradient():
         advantage=jnp.array([5.0]),
         token_weight=jnp.zeros((1, TOKENS)),
         kl_weight=jnp.zeros((1, TOKENS)),
+        penalty_weight=jnp.zeros((1, TOKENS)),
     )
     padded = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), real, pad)
     for part in ("token", "kl"):
