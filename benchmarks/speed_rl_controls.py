@@ -9,6 +9,7 @@ done again. Writes <out>.json and <out>.md. Bounds: 95 % paired bootstrap over p
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
@@ -36,13 +37,14 @@ VARIANTS = {
     "fixed": ["--config.policy.kind=fixed"],
     "budget": [
         "--config.policy.kind=budget",
+        "--config.credit.gate=hard",
         "--config.loss.tokens.distribution=cond",
     ],
     "head only": ["--config.optimizer.rates=(('^model', 0.0), ('^head', 3.0))"],
     "frozen head": ["--config.optimizer.rates=(('^head', 0.0),)"],
     "kept (negative control)": ["--config.loss.tokens.likelihood=kept"],
 }
-TUNED_AT = ((1.0, 1.7, 2.5), (0.5, 1.0, 2.0, 4.0))  # guidance, Gumbel scale
+TUNED_AT = ((1.0, 1.7), (1.0, 2.0, 4.0), (1.0, 0.7))  # guidance, Gumbel scale, temperature
 THRESHOLDS = {"threshold": (0.5, 0.7, 0.9, 0.97), "entropy": (1.5, 0.8, 0.3, 0.1)}
 
 
@@ -112,10 +114,10 @@ def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
     rows = []
     for steps in bench.settings.steps[:-1]:
         tried = []
-        for guidance in TUNED_AT[0]:
-            for gumbel in TUNED_AT[1]:
-                system = studio.fixed({"guidance": guidance, "gumbel": gumbel})
-                tried.append(_measured(folder, f"base g{guidance:g} n{gumbel:g}", bench, system, steps))
+        for guidance, gumbel, temperature in itertools.product(*TUNED_AT):
+            system = studio.fixed({"guidance": guidance, "gumbel": gumbel, "temperature": temperature})
+            name = f"base g{guidance:g} n{gumbel:g} t{temperature:g}"
+            tried.append(_measured(folder, name, bench, system, steps))
         best = max(tried, key=lambda point: point.metrics[bench.metric].mean)
         rows.append(_row("base, tuned at this T", steps, [best], reference))
     for mode, levels in THRESHOLDS.items():

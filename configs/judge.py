@@ -8,7 +8,7 @@ python -m maskrl_jax.main --config=configs/judge.py:tfds-cifar10   # or any othe
 from configs import sizes
 from maskrl_jax.data.dataset import conditioning_of
 
-STEPS = {"": 1000, "digits": 1000, "smoke": 60, "digits-smoke": 60}
+STEPS = {"": 1500, "digits": 1000, "smoke": 60, "digits-smoke": 60}
 
 
 def get_config(arg: str = ""):

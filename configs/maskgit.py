@@ -8,7 +8,7 @@ python -m maskrl_jax.main --config=configs/maskgit.py:tfds-cifar10   # any TFDS 
 
 from configs import judge, sizes, tokenizer
 
-STEPS = {"": 1800, "full": 5000, "smoke": 40, "digits": 2500, "digits-smoke": 40}
+STEPS = {"": 1200, "full": 5000, "smoke": 40, "digits": 2500, "digits-smoke": 40}
 
 
 def get_config(arg: str = ""):
@@ -60,6 +60,7 @@ def evaluation(smoke: bool = False) -> dict:
             "tune_prompts": 8,
             "tune_gumbel": (4.0,),
             "tune_guidance": (1.0,),
+            "tune_temperature": (1.0,),
             "timing_repeats": 1,
             "keep": 4,
         }
@@ -72,4 +73,5 @@ def evaluation(smoke: bool = False) -> dict:
         "tune_prompts": 48,
         "tune_gumbel": (1.0, 2.0, 4.0),
         "tune_guidance": (1.0, 1.3, 1.7),
+        "tune_temperature": (1.0, 0.7, 0.5),
     }

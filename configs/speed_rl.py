@@ -10,7 +10,7 @@ The numbers are our choice; the paper's are not public (specs: "not published").
 
 from configs import maskgit, sizes
 
-STEPS = {"": 70, "full": 400, "smoke": 3, "meissonic": 1200}
+STEPS = {"": 36, "full": 240, "smoke": 3, "meissonic": 1200}
 
 
 def get_config(arg: str = ""):
@@ -27,8 +27,8 @@ def embedded(arg: str):
         "speed_rl",
         "configs/speed_rl.py" + (f":{arg}" if arg else ""),
         num_steps=steps,
-        batch_size=8 if smoke else 96,  # rollouts of an update
-        group=4 if smoke else 8,  # rollouts of a prompt
+        batch_size=8 if smoke else 144,  # rollouts of an update
+        group=4 if smoke else 12,  # rollouts of a prompt
         micro_batch=8 if smoke else 32,
         inner_updates=1,
         reference_samples=1,
@@ -46,30 +46,31 @@ def embedded(arg: str):
             "max_calls": 24,
             "noise": 1.0,
             "divisors": (24, 16, 12, 10, 8, 6, 5, 4, 3, 2, 1),
-            "centre": 6.0 if arg == "full" else 8.0,
+            "centre": 6.0 if arg == "full" else 10.0,
             "width": 0.4,
             "stickiness": 3.0,
             "opening": 1,  # the first token alone settles the background, which all others must agree with
             "target_calls": 8,
             "step_set": (6, 8, 12, 16),
             "levels": 4,
-            "temperature": 1.0,
+            "temperature": 0.7,
             "guidance": 1.0,
             "guidance_schedule": "constant",
         },
         credit={
             "min_calls": 2,
             "speed": "schedule",
-            "lambda_value": 4.0,
+            "lambda_value": 1.5,
             "lambda_zero_until": 0,
             "lambda_full_at": 0,
-            "gate": "hard",
+            "gate": "off",  # the speed reward has a true gradient here, and a gate would outweigh quality
             "gate_margin": 1.5,
             "low_quality": "drop",
             "low_quality_factor": 3.0,
             "percentile": 10.0,
             "history": 1000,
             "history_min": 64,
+            "down_sample": 2 if smoke else 6,
         },
         resample={"rounds": 1, "groups": 1},
         loss={
@@ -90,15 +91,16 @@ def embedded(arg: str):
         },
         optimizer={
             "name": "muon",
-            "learning_rate": 6e-4,
-            "muon_learning_rate": 4e-3,
+            "learning_rate": 1e-3,
+            "muon_learning_rate": 7e-3,
             "b1": 0.9,
             "b2": 0.95,
-            "warmup_steps": min(5, steps // 2),
+            # Long: Muon makes a step of full length of any gradient, and the first few are little but noise (measured).
+            "warmup_steps": min(30, steps // 3),
             "decay": "linear",
             "decay_steps": 0,  # over the whole run
             "ema_decay": 0.95,
-            "rates": (("^head", 0.5),),
+            "rates": (("^head", 0.3),),
         },
         evaluation=evaluation(arg),
     )
@@ -149,13 +151,21 @@ def published_scale():
             "target_calls": 8,
             "step_set": (6, 8, 12, 16),
             "guidance": 5.0,
+            "temperature": 1.0,
         }
     )
     config.credit.update(
-        {"min_calls": 4, "lambda_value": 1.0, "gate_margin": 0.5, "lambda_zero_until": 50, "lambda_full_at": 250}
+        {
+            "min_calls": 4,
+            "lambda_value": 1.0,
+            "gate": "hard",
+            "gate_margin": 0.5,
+            "lambda_zero_until": 50,
+            "lambda_full_at": 250,
+        }
     )
     config.resample.rounds, config.resample.groups = 2, 16
-    config.loss.first_call_kl = 1.0
+    config.loss.first_call_kl, config.credit.down_sample = 1.0, 0
     config.optimizer.update(
         {"name": "adamw", "learning_rate": 2e-6, "warmup_steps": 50, "decay": "constant", "ema_decay": 0.995}
     )

@@ -21,10 +21,15 @@ def batch_at(dataset: Dataset, step: int, batch_size: int, rows: slice, seed: in
     `index` is the global sample number, step * batch_size + row, modulo 2^31: what random keys are folded
     with.
     """
-    samples = step * batch_size + np.arange(batch_size, dtype=np.int64)[rows]
-    order = _order(len(dataset), seed)
-    positions = np.array([order[int(sample)] for sample in samples], np.int64)
+    positions, samples = positions_at(len(dataset), step, batch_size, rows, seed)
     return dataset.take(positions) | {"index": (samples % 2**31).astype(np.int32)}
+
+
+def positions_at(length: int, step: int, batch_size: int, rows: slice, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the batch of a step lies in a set of `length` samples, and its global sample numbers; int64 [b]."""
+    samples = step * batch_size + np.arange(batch_size, dtype=np.int64)[rows]
+    order = _order(length, seed)
+    return np.array([order[int(sample)] for sample in samples], np.int64), samples
 
 
 @functools.lru_cache(maxsize=16)

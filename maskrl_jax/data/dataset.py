@@ -1,5 +1,6 @@
 """One interface to every image set: pictures, their conditions, and how prompts become conditions."""
 
+import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,6 +83,23 @@ class Dataset:
             same = (self.columns["cond"] == cond).reshape(len(self), -1).all(axis=1)
             found.append(np.flatnonzero(same)[:each])
         return np.concatenate(found)
+
+    @functools.cached_property
+    def _alike(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Positions sorted by condition; of every position its rank there, and start and size of its condition."""
+        _, group = np.unique(np.asarray(self.columns["cond"]).reshape(len(self), -1), axis=0, return_inverse=True)
+        order = np.argsort(group, kind="stable")
+        size = np.bincount(group)
+        start = np.concatenate([[0], np.cumsum(size)[:-1]])
+        rank = np.empty(len(self), np.int64)
+        rank[order] = np.arange(len(self)) - start[group[order]]
+        return order, rank, start[group], size[group]
+
+    def alike(self, positions: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Positions [b] of other samples with the same condition, chosen by draws int [b]; the same where there is none."""
+        order, rank, start, size = (table if i == 0 else table[positions] for i, table in enumerate(self._alike))
+        step = np.where(size > 1, 1 + draws % np.maximum(size - 1, 1), 0)
+        return order[start + (rank + step) % size]
 
 
 def is_held_out(text: str) -> bool:

@@ -1,6 +1,7 @@
 """What every generator stage measures: a glance while it trains, a curve and a report at its end."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from maskrl_jax.evaluate.measure import Point, Protocol, Scorer, System
 from maskrl_jax.sampling.maskgit import SamplerConfig
 
 SAMPLER = "sampler.json"
+TUNED = ("gumbel", "guidance", "temperature")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +36,14 @@ class Evaluation:
     tune_prompts: int = 64
     tune_gumbel: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     tune_guidance: tuple[float, ...] = (1.0, 2.0)
+    tune_temperature: tuple[float, ...] = (1.0, 0.7)
     timing_repeats: int = 5  # 0: no timing
     goal: float = 3.0  # times fewer calls that a tuned policy is to reach
     margin: float = 0.02  # equal quality: lower bound of the difference at least -margin
     keep: int = 8  # prompts whose pictures a report shows
 
     def __post_init__(self):
-        for name in ("steps", "dials", "tune_gumbel", "tune_guidance"):
+        for name in ("steps", "dials", "tune_gumbel", "tune_guidance", "tune_temperature"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.steps or list(self.steps) != sorted(set(self.steps)):
             raise UserError(f"evaluation.steps {self.steps} must rise; its last entry is the reference T")
@@ -95,7 +98,7 @@ class Bench:
         return scalars(point), image_grid(point.kept["images"] / 255, columns=8)
 
     def tune(self, system_of: Callable[[SamplerConfig], System], sampler: SamplerConfig) -> SamplerConfig:
-        """Pick the base's best Gumbel scale and guidance at T_ref on prompts that are not held out.
+        """Pick the base's best Gumbel scale and guidance, then temperature, at T_ref on prompts not held out.
 
         Acceleration is measured against the base at its best, so the deciding measure picks here too. Stored as
         JSON, once: stages above start from it, and a later measurement must not change what they did.
@@ -106,13 +109,20 @@ class Bench:
             return read_sampler(self.workdir, sampler)
         protocol = self.protocol(s.tune_prompts, group=2, seed=s.seed + 1, held_out=False)
         rows = []
-        for guidance in s.tune_guidance:
-            for gumbel in s.tune_gumbel:
-                tried = dataclasses.replace(sampler, gumbel=gumbel, guidance=guidance)
+
+        def best(**settings):
+            """The sampler with the setting that scores best, over all that were tried."""
+            for values in itertools.product(*settings.values()):
+                changed = dict(zip(settings, values, strict=True))
+                tried = dataclasses.replace(start, **changed)
                 point = measure.measure(system_of(tried), s.reference, protocol, self.scorer)
-                rows.append({"gumbel": gumbel, "guidance": guidance, **scalars(point)})
-        best = max(rows, key=lambda row: row[f"eval/{self.metric}@{s.reference}"])
-        chosen = dataclasses.replace(sampler, gumbel=best["gumbel"], guidance=best["guidance"], num_steps=s.reference)
+                rows.append({name: getattr(tried, name) for name in TUNED} | scalars(point))
+            row = max(rows, key=lambda row: row[f"eval/{self.metric}@{s.reference}"])
+            return dataclasses.replace(start, **{name: row[name] for name in TUNED})
+
+        start = dataclasses.replace(sampler, num_steps=s.reference, temperature=s.tune_temperature[0])
+        start = best(guidance=s.tune_guidance, gumbel=s.tune_gumbel)
+        chosen = best(temperature=s.tune_temperature[1:]) if s.tune_temperature[1:] else start
         if jax.process_index() == 0:
             path.write_text(json.dumps({"sampler": dataclasses.asdict(chosen), "tried": rows}, indent=1) + "\n")
         return chosen
@@ -120,9 +130,9 @@ class Bench:
     def edges(self, chosen: SamplerConfig) -> tuple[str, ...]:
         """A sentence for every tuned setting that lies at the edge of its grid: a better one may lie beyond.
 
-        Guidance 1 is none, so nothing lies beyond it.
+        Guidance 1 is none and temperature 1 the model's own law, so nothing is missed beyond them.
         """
-        grids = {"gumbel": self.settings.tune_gumbel, "guidance": self.settings.tune_guidance}
+        grids = {name: getattr(self.settings, f"tune_{name}") for name in TUNED}
         return tuple(
             f"The best {name} ({getattr(chosen, name):g}) is at the edge of what was tried ({min(grid):g} to "
             f"{max(grid):g}): a better one may lie beyond."

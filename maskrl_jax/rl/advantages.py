@@ -39,6 +39,32 @@ def group_std(reward_PG: jax.Array, keep_PG: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(_moments(reward_PG, keep_PG.astype(bool))[1][:, 0])
 
 
+def max_variance_subset(reward_PG: jax.Array, keep_PG: jax.Array, size: int) -> jax.Array:
+    """Choose the `size` kept rollouts of each group whose rewards vary most: some of the best, some of the worst.
+
+    A gradient is mostly made of the rollouts with large advantages, and an update costs several times a rollout, so
+    many rollouts with few updated learn more in the same time (arXiv 2504.13818, "PODS").
+
+    Args:
+      reward_PG: float32 [P, G].
+      keep_PG: bool [P, G]; what is dropped is not chosen.
+      size: rollouts to choose, 2..G; all that are kept where they are no more than that.
+    Returns:
+      bool [P, G].
+    """
+    keep = keep_PG.astype(bool)
+    order = jnp.argsort(jnp.where(keep, -reward_PG, jnp.inf), axis=-1, stable=True)
+    rank_PG = jnp.argsort(order, axis=-1, stable=True)  # 0 is the best; what is dropped comes last
+    count_P1 = keep.sum(-1, keepdims=True)
+
+    def subset(best):
+        return keep & ((rank_PG < best) | (rank_PG >= count_P1 - (size - best)))
+
+    choices = jnp.stack([subset(best) for best in range(size + 1)])  # [S, P, G]
+    spread = jax.vmap(lambda chosen: _moments(reward_PG, chosen)[1][:, 0])(choices)
+    return jnp.take_along_axis(choices, spread.argmax(0)[None, :, None], axis=0)[0]
+
+
 def low_quality_mask(quality_PG, reference_PG, sigma, factor: float = 3.0) -> jax.Array:
     """Tell which rollouts to keep: quality >= reference - factor sigma (F2, speed_rl spec 5.1; our choice).
 

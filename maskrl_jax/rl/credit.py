@@ -31,6 +31,7 @@ class CreditConfig:
     percentile: float = 10.0  # F1, published; 0 switches it off
     history: int = 1000
     history_min: int = 64
+    down_sample: int = 0  # rollouts of a group that are updated, those whose rewards vary most; 0: all
     std_of_quality: bool = False  # F1's statistic: std of R, or of r_q (policy `budget`)
 
     def __post_init__(self):
@@ -42,6 +43,8 @@ class CreditConfig:
             raise ValueError(f"gate {self.gate!r} is not one of {', '.join(GATES)}")
         if not 0 < self.min_calls < self.max_calls:
             raise ValueError(f"min_calls {self.min_calls} must lie between 0 and max_calls {self.max_calls}")
+        if self.down_sample < 0 or self.down_sample == 1:
+            raise ValueError(f"down_sample {self.down_sample} must be 0 (all) or at least 2")
         if not 0 <= self.lambda_zero_until <= self.lambda_full_at:
             raise ValueError(
                 f"lambda_full_at {self.lambda_full_at} is before lambda_zero_until {self.lambda_zero_until}"
@@ -60,7 +63,7 @@ class Credit(flax.struct.PyTreeNode):
     """Outcome for a batch of P groups of G rollouts."""
 
     advantage: Array  # float32 [P,G]
-    keep: Array  # float32 [P,G], omega: 0 for dropped rollouts and rejected groups
+    keep: Array  # float32 [P,G], omega: 0 for rollouts dropped or left out, and for rejected groups
     reward: Array  # float32 [P,G], R
     speed: Array  # float32 [P,G], r_s
     gate: Array  # float32 [P,G]
@@ -115,6 +118,8 @@ def assign(
         threshold = advantages.history_threshold(state.history, config.percentile, config.history_min)
         rejected |= std < threshold
     rejected |= std == 0  # nothing to learn from, with or without a history
+    if config.down_sample:
+        keep = advantages.max_variance_subset(reward, keep, config.down_sample)
     return Credit(
         advantage=advantages.group_advantage(reward, keep),
         keep=(keep & ~rejected[:, None]).astype(jnp.float32),

@@ -53,10 +53,12 @@ class SpeedUpdate:
         record = adaptive.Record(**{name: batch[name] for name in RECORD})
         budget = self.policy.kind == "budget"
         valid, build = self._budget_calls(batch) if budget else self._policy_calls(record, batch)
+        kept = batch["keep"]
+        valid &= kept[:, None] > 0  # what is left out costs no network calls, and enters no mean
         # The last call of the threshold action is forced, no decision.
         last = self.policy.max_calls - (self.sampler.action == "threshold")
-        decisions = jnp.minimum(record.calls, last).sum().astype(jnp.float32)
-        counts = (batch["keep"].sum(), jnp.float32(len(batch["keep"])), decisions)
+        decisions = (jnp.minimum(record.calls, last) * (kept > 0)).sum().astype(jnp.float32)
+        counts = (kept.sum(), (kept > 0).sum().astype(jnp.float32), decisions)
         totals = surrogate.Normalisers(*axis.all_reduce(counts))
 
         def loss(params, pair, real):

@@ -94,9 +94,10 @@ class Gallery:
             timings=timings,
         )
         facts = {
-            "base sampler": f"Gumbel {self.sampler.gumbel:g}, guidance {self.sampler.guidance:g}, "
+            "base sampler": f"Gumbel {self.sampler.gumbel:g}, guidance {self.sampler.guidance:g}, temperature {self.sampler.temperature:g}, "
             f"{self.sampler.schedule}, tuned on prompts of its own",
-            "policy sampler": f"Gumbel {policy.noise:g}, guidance {policy.guidance:g}",
+            "policy sampler": f"Gumbel {policy.noise:g}, guidance {policy.guidance:g}, "
+            f"temperature {policy.temperature:g}",
             "updates": f"{config.num_steps} of {config.batch_size} rollouts, seed {config.seed}",
         }
         bench.write(findings, config.num_steps, facts)

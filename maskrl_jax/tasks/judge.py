@@ -11,8 +11,8 @@ import optax
 
 from maskrl_jax import state as train_state
 from maskrl_jax.data import captions
-from maskrl_jax.data.batches import batch_at
-from maskrl_jax.data.dataset import conditioning_of, open_dataset
+from maskrl_jax.data.batches import batch_at, positions_at
+from maskrl_jax.data.dataset import Dataset, conditioning_of, open_dataset
 from maskrl_jax.errors import UserError
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys
 from maskrl_jax.models.judge import Judge, JudgeConfig
@@ -56,7 +56,7 @@ def stitch(
         low, high = corners.min(0), corners.max(0)
         grid = jnp.arange(side)
         box = ((grid >= low[0]) & (grid < high[0]))[:, None] & ((grid >= low[1]) & (grid < high[1]))[None]
-        rate = jax.random.choice(k_rate, jnp.array([0.0, 0.05, 0.2]))
+        rate = jax.random.choice(k_rate, jnp.array([0.0, 0.05, 0.2, 0.5]))
         specks = jax.random.uniform(k_cell, (side, side)) < rate
         return (box ^ specks) & (jax.random.uniform(k_use) < 0.5)
 
@@ -66,6 +66,16 @@ def stitch(
     not_self, not_other = _changed(stitched, images, patch), _changed(stitched, other_images, patch)
     label = jnp.where(not_self, jnp.where(not_other, 0, other_cells), cells)
     return stitched, label, not_self & not_other
+
+
+def _partners(train: Dataset, step: int, batch_size: int, rows: slice, seed: int) -> np.ndarray:
+    """Positions of the pictures to paste from: every second one shows the same caption.
+
+    Tokens drawn in one call are a patchwork of pictures that the same caption allows.
+    """
+    own, samples = positions_at(len(train), step, batch_size, rows, seed)
+    any_other, _ = positions_at(len(train), step, batch_size, rows, seed + 1)
+    return np.where(samples % 2 == 0, train.alike(own, any_other), any_other)
 
 
 def _changed(images: Array, origin: Array, patch: int) -> Array:
@@ -164,7 +174,7 @@ def build(context: Context) -> Task:
         example = batch_at(train, step, config.batch_size, rows, config.seed)
         chosen = {name: example[name] for name in names}
         if wiring.sizes.kind == "cells":
-            other = batch_at(train, step, config.batch_size, rows, config.seed + 1)
+            other = train.take(_partners(train, step, config.batch_size, rows, config.seed))
             chosen |= {"other_image": other["image"], "other_label": other["label"]}
         return chosen
 

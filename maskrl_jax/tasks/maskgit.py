@@ -285,7 +285,8 @@ def build(context: Context) -> Task:
             notes=bench().edges(best),
         )
         facts = {
-            "sampler": f"{best.mode}, Gumbel {best.gumbel:g}, guidance {best.guidance:g} ({best.guidance_schedule})"
+            "sampler": f"{best.mode}, Gumbel {best.gumbel:g}, guidance {best.guidance:g} ({best.guidance_schedule}), "
+            f"temperature {best.temperature:g}"
         }
         bench().write(findings, config.num_steps, facts)
 

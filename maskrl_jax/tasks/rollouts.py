@@ -141,6 +141,7 @@ class Rollouts:
             "rl/rejected": filtered["rejected"],
             "rl/rejected_first": filtered["rejected_first"],
             "rl/dropped": result.dropped.mean(),
+            "rl/updated": result.keep.mean(),
         }
         if self.train.verify is not None:
             verdict = self.train.verify(out["images"], self.train.describe(batch["cond"]))

@@ -88,6 +88,16 @@ class Wiring:
                 raise UserError(f"{name} {config[name]} must be at least 1")
         if config.data.to_dict() != base.data.to_dict():
             raise UserError("data of speed_rl and of its base differ; change both, as in --config.parents.maskgit.data")
+        if config.credit.down_sample > config.group:
+            raise UserError(
+                f"credit.down_sample {config.credit.down_sample} exceeds the {config.group} rollouts of a group; "
+                "lower it, or 0 for all"
+            )
+        if self.policy.kind == "budget" and self.credit.gate == "off" and self.credit.speed != "off":
+            raise UserError(
+                "policy budget learns whatever is made in few calls unless a gate asks for quality; "
+                "set credit.gate=hard"
+            )
         if self.policy.kind == "budget" and self.speed.tokens.kl == "k3":
             raise UserError("kl k3 needs tokens that the policy drew, budget scores others; set loss.tokens.kl=forward")
         if self.policy.kind == "budget" and config.group % len(self.policy.step_set):

@@ -1,5 +1,7 @@
 """Group advantages and filters (speed_rl spec 9, oracles 5, 12 and 13)."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,3 +106,29 @@ def test_impossible_histories_are_refused():
         adv.history_create(0)
     with pytest.raises(ValueError, match="exceed"):
         adv.history_push(adv.history_create(2), jnp.ones(3), jnp.ones(3, bool))
+
+
+@pytest.mark.parametrize(
+    ("reward", "size", "chosen"),
+    [
+        ([3.0, 0.0, 2.0, 1.0], 2, [1, 1, 0, 0]),  # the best and the worst
+        ([0.0, 0.0, 0.0, 9.0, 0.0], 3, [1, 0, 0, 1, 1]),  # one success: it, and two of the rest
+        ([9.0, 9.0, 0.0, 9.0, 9.0], 3, [1, 1, 1, 0, 0]),  # one failure: it, and two of the rest
+        ([1.0, 2.0, 3.0], 5, [1, 1, 1]),
+    ],
+)
+def test_subset_of_largest_variance(reward, size, chosen):
+    reward = jnp.array([reward])
+    found = adv.max_variance_subset(reward, everyone(reward), size)
+    assert found.astype(int).tolist() == [chosen]
+
+
+def test_subset_has_the_largest_variance_of_all():
+    reward = np.random.default_rng(0).normal(size=(6, 7)).astype(np.float32)
+    keep = np.random.default_rng(1).random((6, 7)) < 0.8
+    found = np.asarray(adv.max_variance_subset(jnp.asarray(reward), jnp.asarray(keep), 4))
+    assert not (found & ~keep).any()
+    for values, kept, chosen in zip(reward, keep, found, strict=True):
+        assert chosen.sum() == min(4, kept.sum())
+        best = max(np.var(c) for c in itertools.combinations(values[kept], int(chosen.sum())))
+        np.testing.assert_allclose(np.var(values[chosen]), best, rtol=1e-5)

@@ -159,6 +159,17 @@ def test_statistic_of_the_surrogate_policy_is_the_spread_of_quality():
     assert float(of_quality.std[0]) == 0 and of_quality.rejected.all()
 
 
+def test_down_sampling_updates_the_extremes_with_advantages_of_their_own():
+    config = dataclasses.replace(CONFIG, speed="off", low_quality="off", percentile=0.0, down_sample=2)
+    found = assign(config, jnp.array([[1.0, 4.0, 2.0, 3.0]]))
+    assert found.keep.tolist() == [[1, 1, 0, 0]] and not found.rejected.any()
+    np.testing.assert_allclose(found.advantage, [[-np.sqrt(0.5), np.sqrt(0.5), 0, 0]], rtol=1e-3)
+    everyone = assign(dataclasses.replace(config, down_sample=0), jnp.array([[1.0, 4.0, 2.0, 3.0]]))
+    np.testing.assert_array_equal(found.std, everyone.std)  # the filter of groups judges whole groups
+    with pytest.raises(ValueError, match="down_sample 1 must be 0"):
+        dataclasses.replace(CONFIG, down_sample=1)
+
+
 def test_sigma_starts_with_the_first_batch_and_then_averages():
     first = assign(state=memory(sigma=0.0))
     std = np.std([1.0, 1.2, 0.8, 1.0], ddof=1)

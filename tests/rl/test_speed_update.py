@@ -248,9 +248,14 @@ def test_dropped_rollouts_add_nothing():
     np.testing.assert_allclose(largest(policy_gradient(changed(), params_of(), nobody)[0]), 0.0, atol=1e-7)
 
 
-def test_kl_is_a_mean_over_calls_and_rollouts_and_entropy_one_over_decisions():
-    """Both also over dropped rollouts: mean_j (1/T_j) sum_k mean_i KL, and mean entropy of all decisions."""
-    batch, params = batch_of() | {"keep": jnp.zeros(ROWS)}, params_of()
+@pytest.mark.parametrize("first", [1.0, 5.0])
+def test_kl_is_a_mean_over_calls_and_rollouts_and_entropy_one_over_decisions(first):
+    """Both of the rollouts that are kept: mean_j (1/T_j) sum_k mean_i KL, and mean entropy of all decisions.
+
+    The first call's KL counts `first` times in the loss, once in what is logged.
+    """
+    keep = jnp.array([1.0, 0.0, 1.0, 1.0])
+    batch, params = batch_of() | {"keep": keep, "advantage": jnp.zeros(ROWS)}, params_of()
 
     def expected(params):
         def call(x):
@@ -263,23 +268,25 @@ def test_kl_is_a_mean_over_calls_and_rollouts_and_entropy_one_over_decisions():
             return divergence, jnp.where(x["active"], SPEED.head.score(params["head"], *parts)[1], 0.0)
 
         divergence, entropy = jax.vmap(call)(calls_of(batch))
-        mean_kl = (divergence.sum(0) / batch["calls"]).mean()
-        return 0.3 * mean_kl - 0.1 * entropy.sum() / batch["calls"].sum(), (mean_kl, entropy.sum())
+        share = keep / keep.sum() / batch["calls"]
+        mean_kl, entropy = (divergence.sum(0) * share).sum(), (entropy.sum(0) * keep).sum()
+        penalty = mean_kl + (first - 1) * (divergence[0] * share).sum()
+        return 0.3 * penalty - 0.1 * entropy / (batch["calls"] * keep).sum(), (mean_kl, entropy)
 
     (found, metrics), (wanted, (mean_kl, entropy)) = (
-        gradients(changed(), params, batch, None, REFERENCE, 0.1),
+        gradients(changed(first_call_kl=first), params, batch, None, REFERENCE, 0.1),
         jax.jit(jax.grad(expected, has_aux=True))(params),
     )
     close(found, wanted)
     np.testing.assert_allclose(metrics["rl/kl"][0] / metrics["rl/kl"][1], mean_kl, rtol=1e-5)
     np.testing.assert_allclose(metrics["rl/head_entropy"][0], entropy, rtol=1e-5)
-    assert float(metrics["rl/head_entropy"][1]) == float(batch["calls"].sum())
+    assert float(metrics["rl/head_entropy"][1]) == float((batch["calls"] * keep).sum())
 
 
 def test_update_sees_the_probabilities_that_the_sampler_saw():
     metrics = gradients(changed(), params_of(), batch_of())[1]
     total, count = metrics["rl/sampler_gap"]
-    assert float(count) == float(batch_of()["calls"].sum())
+    assert float(count) == float((batch_of()["calls"] * LEARN["keep"]).sum())
     np.testing.assert_allclose(total / count, 0.0, atol=1e-5)
     moved = params_of() | {"model": REFERENCE}
     total, count = gradients(changed(), moved, batch_of())[1]["rl/sampler_gap"]
