@@ -93,3 +93,16 @@ def test_bad_arguments_are_refused(shapes_dir, change, message):
     arguments = {"name": "shapes", "split": "train", "data_dir": shapes_dir, "image_size": 32} | change
     with pytest.raises(UserError, match=message):
         open_dataset(**arguments)
+
+
+def test_alike_gives_another_sample_of_the_same_condition(validation):
+    positions = np.arange(len(validation))
+    cond = validation.columns["cond"]
+    found = np.stack([validation.alike(positions, np.full(len(positions), draw)) for draw in range(40)])
+    assert (cond[found] == cond[positions]).all()
+    alone = np.array([(cond == cond[i]).all(1).sum() == 1 for i in positions])
+    assert (found[:, alone] == positions[alone]).all()
+    assert (found[:, ~alone] != positions[~alone]).all()
+    some = int(np.flatnonzero(~alone)[0])  # every other one turns up
+    others = set(np.flatnonzero((cond == cond[some]).all(1))) - {some}
+    assert set(found[:, some]) == set(list(others)) if len(others) <= 40 else len(set(found[:, some])) == 40

@@ -8,6 +8,9 @@ import tiny
 
 from maskrl_jax import runner
 from maskrl_jax.checkpoint import load_arrays
+from maskrl_jax.data import shapes
+from maskrl_jax.data.batches import positions_at
+from maskrl_jax.data.dataset import open_dataset
 from maskrl_jax.keys import TRAIN, sample_keys
 from maskrl_jax.tasks import judge
 from maskrl_jax.writers import read_metrics
@@ -64,6 +67,17 @@ def test_about_half_of_the_pictures_stay_whole_and_the_others_differ_in_how_much
     assert 20 <= (share == 0).sum() <= 44
     assert not mixed[share == 0].any()
     assert len(np.unique(share)) > 10
+
+
+def test_every_second_partner_shows_the_same_caption(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "SPLIT_SIZES", tiny.SPLIT_SIZES)
+    train = open_dataset("shapes", "train", str(tmp_path), 32)
+    whole = judge._partners(train, 3, 16, slice(0, 16), 0)
+    own, samples = positions_at(len(train), 3, 16, slice(0, 16), 0)
+    cond = train.columns["cond"]
+    assert (cond[whole] == cond[own])[samples % 2 == 0].all()
+    assert not (cond[whole] == cond[own])[samples % 2 == 1].all(1).all()
+    np.testing.assert_array_equal(judge._partners(train, 3, 16, slice(8, 16), 0), whole[8:])
 
 
 def test_cells_where_both_pictures_agree_are_no_seam():

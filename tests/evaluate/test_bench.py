@@ -1,0 +1,70 @@
+"""The bench: how the base's sampler is chosen."""
+
+import dataclasses
+import json
+import types
+
+import numpy as np
+import pytest
+
+from maskrl_jax.errors import UserError
+from maskrl_jax.evaluate.bench import Bench, Evaluation, read_sampler
+from maskrl_jax.evaluate.measure import System
+from maskrl_jax.sampling.maskgit import SamplerConfig
+
+GRIDS = {"tune_gumbel": (1.0, 2.0, 4.0), "tune_guidance": (1.0, 1.5), "tune_temperature": (1.0, 0.5)}
+
+
+@pytest.fixture
+def bench(protocol, scorer, tmp_path):
+    dataset = types.SimpleNamespace(
+        prompts=lambda n, seed, held_out: list(protocol.prompts[:n]),
+        encode=lambda texts: np.arange(len(texts)),
+        verify=scorer.verify,
+    )
+    settings = Evaluation(batch_size=8, steps=(4, 16), tune_prompts=4, **GRIDS)
+    return Bench(dataset, scorer, protocol.real_features, settings, str(tmp_path))
+
+
+def best_at(systems, seen, **best):
+    """Return system_of: pictures are the noisier the farther a sampler is from the best one."""
+
+    def system_of(sampler):
+        seen.append(sampler)
+        distance = sum(abs(np.log(getattr(sampler, name) / value)) for name, value in best.items())
+        base = systems[0]
+        return System("base", "base", lambda setting, *rest: base.generate(setting / (1 + distance), *rest))
+
+    return system_of
+
+
+def test_the_best_sampler_is_found_and_kept(bench, systems, tmp_path):
+    seen = []
+    system_of = best_at(systems, seen, gumbel=2.0, guidance=1.5, temperature=0.5)
+    chosen = bench.tune(system_of, SamplerConfig(num_steps=4, schedule="linear"))
+    assert (chosen.gumbel, chosen.guidance, chosen.temperature) == (2.0, 1.5, 0.5)
+    assert (chosen.num_steps, chosen.schedule) == (16, "linear")
+    assert len(seen) == 3 * 2 + 1  # all pairs, then the other temperature at the best of them
+    assert len(json.loads((tmp_path / "sampler.json").read_text())["tried"]) == 7
+    assert bench.tune(system_of, SamplerConfig()) == chosen and len(seen) == 7  # stored, not measured again
+    assert read_sampler(str(tmp_path), SamplerConfig()) == chosen
+
+
+def test_a_worse_temperature_is_tried_and_left(bench, systems):
+    chosen = bench.tune(best_at(systems, [], gumbel=1.0, guidance=1.0, temperature=1.0), SamplerConfig())
+    assert (chosen.gumbel, chosen.guidance, chosen.temperature) == (1.0, 1.0, 1.0)
+
+
+def test_choices_at_an_edge_are_named(bench):
+    chosen = SamplerConfig(gumbel=4.0, guidance=1.0, temperature=1.0)
+    (sentence,) = bench.edges(chosen)
+    assert "gumbel (4) is at the edge of what was tried (1 to 4)" in sentence
+    assert bench.edges(dataclasses.replace(chosen, gumbel=2.0)) == ()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"steps": (8, 4)}, "must rise"), ({"prompts": 0}, "prompts 0 must be at least 1")]
+)
+def test_impossible_settings_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        Evaluation(**wrong)
