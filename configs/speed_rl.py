@@ -84,8 +84,9 @@ def embedded(arg: str):
             },
             "kl_coefficient": 0.01,
             # The first token decides what the prompt leaves open (here the tone). Whatever is a little likelier
-            # there clashes less, earns more and takes over; held to the base, all of it stays (measured).
-            "first_call_kl": 20.0,
+            # there clashes less, earns more and takes over (measured); so that call is held to the base.
+            "first_call_tokens": 0.0,
+            "first_call_kl": 50.0,
             "head_entropy": (3e-3, 3e-4),
             "per_rollout_mean": False,
         },
@@ -165,7 +166,7 @@ def published_scale():
         }
     )
     config.resample.rounds, config.resample.groups = 2, 16
-    config.loss.first_call_kl, config.credit.down_sample = 1.0, 0
+    config.loss.first_call_tokens, config.loss.first_call_kl, config.credit.down_sample = 1.0, 1.0, 0
     config.optimizer.update(
         {"name": "adamw", "learning_rate": 2e-6, "warmup_steps": 50, "decay": "constant", "ema_decay": 0.995}
     )

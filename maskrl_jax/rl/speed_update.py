@@ -35,7 +35,9 @@ class SpeedUpdate:
     seed: int
     micro_batch: int  # network calls a device scores at a time
     kl_coefficient: float = 0.01
-    first_call_kl: float = 1.0  # times the KL of a rollout's first call; not for `budget`, which scores no calls
+    # Factors of a rollout's first call; `budget` scores no calls, so they are not for it.
+    first_call_tokens: float = 1.0  # of its token terms
+    first_call_kl: float = 1.0  # of its KL
     per_rollout_mean: bool = False
 
     @property
@@ -119,6 +121,7 @@ class SpeedUpdate:
                 per_rollout_mean=self.per_rollout_mean,
             )
             keep = batch["keep"][row] * real
+            first = call == 0
             exact = self.tokens.likelihood == "hard" and self.sampler.action == "stride"
             tick = record.tick[row, call]
             kl_weight = surrogate.kl_weight(committed | remasked, record.calls[row]) * real[:, None]
@@ -133,9 +136,10 @@ class SpeedUpdate:
                 tau=jnp.asarray(self.sampler.clock.noise)[tick] * (self.sampler.action == "stride"),
                 scale=adaptive.guidance_at(self.sampler, tick),
                 advantage=batch["advantage"][row],
-                token_weight=(keep * weights.token)[:, None] * jnp.ones((1, num_tokens)),
+                token_weight=(keep * weights.token * jnp.where(first, self.first_call_tokens, 1.0))[:, None]
+                * jnp.ones((1, num_tokens)),
                 kl_weight=kl_weight,
-                penalty_weight=kl_weight * jnp.where(call == 0, self.first_call_kl, 1.0)[:, None],
+                penalty_weight=kl_weight * jnp.where(first, self.first_call_kl, 1.0)[:, None],
             )
             return row, calls, record.log_floor[row, call]
 

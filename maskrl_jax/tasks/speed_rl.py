@@ -65,6 +65,7 @@ class Wiring:
             seed=config.seed,
             micro_batch=config.micro_batch,
             kl_coefficient=config.loss.kl_coefficient,
+            first_call_tokens=config.loss.first_call_tokens,
             first_call_kl=config.loss.first_call_kl,
             per_rollout_mean=config.loss.per_rollout_mean,
         )

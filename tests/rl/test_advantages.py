@@ -112,8 +112,8 @@ def test_impossible_histories_are_refused():
     ("reward", "size", "chosen"),
     [
         ([3.0, 0.0, 2.0, 1.0], 2, [1, 1, 0, 0]),  # the best and the worst
-        ([0.0, 0.0, 0.0, 9.0, 0.0], 3, [1, 0, 0, 1, 1]),  # one success: it, and two of the rest
-        ([9.0, 9.0, 0.0, 9.0, 9.0], 3, [1, 1, 1, 0, 0]),  # one failure: it, and two of the rest
+        ([0.0, 0.0, 0.0, 9.0, 0.0], 3, [0, 0, 1, 1, 1]),  # one success: it, and two of the rest
+        ([9.0, 9.0, 0.0, 9.0, 9.0], 3, [0, 0, 1, 1, 1]),  # one failure: it, and two of the rest
         ([1.0, 2.0, 3.0], 5, [1, 1, 1]),
     ],
 )

@@ -146,6 +146,7 @@ def reinforce(params, speed, batch):
             speed.tokens.likelihood, logp.reshape(-1, CODES), logp.reshape(-1, CODES), *flags, *spread
         )
         token = (new * scored).reshape(ROWS, TOKENS).sum(-1) / TOKENS
+        token *= jnp.where(x["call"] == 0, speed.first_call_tokens, 1.0)
         made = jnp.broadcast_to(x["call"], (ROWS,))
         parts = (x["features"], x["previous"], x["decision"], x["action"], made)
         free = x["active"] & (x["call"] < CALLS - 1) if threshold else x["active"]
@@ -176,6 +177,7 @@ def largest(tree):
         ({"likelihood": "hard", "kl": "reverse"}, {"micro_batch": 3}),
         ({"likelihood": "kept", "kl": "k3"}, {"per_rollout_mean": True}),
         ({"likelihood": "all", "kl": "forward"}, {}),
+        ({"likelihood": "transition", "kl": "forward"}, {"first_call_tokens": 0.3}),
     ],
 )
 def test_gradient_of_the_first_update_is_reinforce(tokens, fields):
@@ -198,7 +200,7 @@ def test_threshold_action_is_scored_exactly_and_its_forced_call_holds_no_decisio
     plain, _ = policy_gradient(speed, params, batch)
     close(plain, expected_gradient(params, speed, batch))
     found, metrics = gradients(speed, params, batch, None, params["model"], 1.0)
-    assert float(metrics["rl/head_entropy"][1]) == np.minimum(batch["calls"], CALLS - 1).sum()
+    assert float(metrics["rl/head_entropy"][1]) == (np.minimum(batch["calls"], CALLS - 1) * LEARN["keep"]).sum()
     # The entropy of a normal law is ln sigma + c; ln sigma has gradient 1 on its bias at every decision.
     gain = np.asarray(plain["head"]["params"]["out"]["bias"] - found["head"]["params"]["out"]["bias"])
     np.testing.assert_allclose(gain, [0.0, 1.0], atol=1e-5)
