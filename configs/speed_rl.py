@@ -39,6 +39,7 @@ def embedded(arg: str):
         data={"name": "shapes", "text_length": 8},
         model={},
         rewards={"judge": 1.0},
+        novelty=0.5,  # times the quality: what a picture earns by differing from the others of its prompt
         policy={
             "kind": "adaptive",
             "action": "stride",
@@ -85,8 +86,8 @@ def embedded(arg: str):
             "kl_coefficient": 0.01,
             # The first token decides what the prompt leaves open (here the tone). Whatever is a little likelier
             # there clashes less, earns more and takes over (measured); so that call is held to the base.
-            "first_call_tokens": 0.0,
-            "first_call_kl": 50.0,
+            "first_call_tokens": 1.0,
+            "first_call_kl": 20.0,
             "head_entropy": (3e-3, 3e-4),
             "per_rollout_mean": False,
         },
@@ -166,7 +167,9 @@ def published_scale():
         }
     )
     config.resample.rounds, config.resample.groups = 2, 16
-    config.loss.first_call_tokens, config.loss.first_call_kl, config.credit.down_sample = 1.0, 1.0, 0
+    # What the embedded task needs and nobody has tried at this scale.
+    config.loss.first_call_tokens, config.loss.first_call_kl = 1.0, 1.0
+    config.credit.down_sample, config.novelty = 0, 0.0
     config.optimizer.update(
         {"name": "adamw", "learning_rate": 2e-6, "warmup_steps": 50, "decay": "constant", "ema_decay": 0.995}
     )

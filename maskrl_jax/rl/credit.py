@@ -91,10 +91,11 @@ def assign(
     quality_PG: Array,
     calls_PG: Array,
     reference_P1: Array,
+    bonus_PG: Array | float = 0.0,
 ) -> Credit:
     """Rewards, filters and advantages of a batch; the memory is only read (see `remember`).
 
-    R = r_q / sigma_w + lambda g r_s. A score that is not finite drops its rollout. A group is rejected
+    R = (r_q + bonus) / sigma_w + lambda g r_s; gate and filters judge r_q alone. A score that is not finite drops its rollout. A group is rejected
     (weight 0) where F1's std is below the percentile of the history, or fewer than half survive F2.
     """
     scored_PG = jnp.isfinite(quality_PG)
@@ -111,7 +112,7 @@ def assign(
     gate = speed_reward.quality_gate(quality_PG, reference_P1, sigma, kind=config.gate, margin=config.gate_margin)
     speed = speed_reward.speed_reward(calls_PG, config.max_calls, config.min_calls)
     weight = _speed_weight(config, state, step)
-    reward = speed_reward.total_reward(jnp.where(scored_PG, quality_PG, 0.0), sigma, speed, gate, weight)
+    reward = speed_reward.total_reward(jnp.where(scored_PG, quality_PG + bonus_PG, 0.0), sigma, speed, gate, weight)
     std = quality_std if config.std_of_quality else advantages.group_std(reward, keep)
     rejected = ~advantages.enough_survivors(keep)
     if config.percentile > 0:

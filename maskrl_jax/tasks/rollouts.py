@@ -13,6 +13,7 @@ import numpy as np
 
 from maskrl_jax.data.batches import batch_at
 from maskrl_jax.rewards import judge as judge_reward
+from maskrl_jax.rewards.novelty import novelty
 from maskrl_jax.rl import credit
 from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
 from maskrl_jax.tasks.task import Context
@@ -92,7 +93,9 @@ class Rollouts:
 
     def _credit(self, memory, step, out, batch):
         grouped = (self._grouped(out["quality"]), self._grouped(out["calls"]), self._reference(batch))
-        return self.assign(memory, jax.device_put(np.int32(step)), *grouped)
+        # Times the quality: a picture that shows something else is different, too, and earns nothing by it.
+        bonus = self.config.novelty * out["novelty"] * out["quality"]
+        return self.assign(memory, jax.device_put(np.int32(step)), *grouped, self._grouped(bonus))
 
     def _grouped(self, values: np.ndarray) -> Array:
         return jax.device_put(np.reshape(values, (self.wiring.groups, self.config.group)))
@@ -107,7 +110,10 @@ class Rollouts:
         request = batch | {"round": np.full(size, number, np.int32)}
         rows = self.parallel.rows(size)
         mine = {name: value[rows] for name, value in request.items()}
-        return self.parallel.gather(self.program(state.params, self.frozen, mine))
+        out = self.parallel.gather(self.program(state.params, self.frozen, mine))
+        images = np.asarray(out["images"])
+        groups = images.reshape(-1, self.config.group, *images.shape[1:])
+        return out | {"novelty": novelty(groups).reshape(-1)}
 
     def _resample(self, state, batch, step, attempt, groups, out):
         """Roll the given groups out anew in a program of `resampled` groups, whatever their number."""
@@ -126,6 +132,7 @@ class Rollouts:
         calls, quality = out["calls"], out["quality"]
         values = {
             "reward/quality": np.nanmean(quality),
+            "reward/novelty": out["novelty"].mean(),
             "reward/speed": result.speed.mean(),
             "reward/total": result.reward.mean(),
             "reward/gate": result.gate.mean(),

@@ -159,6 +159,15 @@ def test_statistic_of_the_surrogate_policy_is_the_spread_of_quality():
     assert float(of_quality.std[0]) == 0 and of_quality.rejected.all()
 
 
+def test_a_bonus_enters_the_reward_and_nothing_else():
+    bonus = jnp.array([[0.0, 0.0, 0.1, 0.0]])
+    plain = assign()
+    found = credit.assign(CONFIG, memory(), jnp.int32(9), QUALITY, CALLS, REFERENCE, bonus)
+    np.testing.assert_allclose(found.reward - plain.reward, bonus / 0.2, atol=1e-5)
+    np.testing.assert_array_equal(found.gate, plain.gate)
+    np.testing.assert_array_equal(found.quality_std, plain.quality_std)
+
+
 def test_down_sampling_updates_the_extremes_with_advantages_of_their_own():
     config = dataclasses.replace(CONFIG, speed="off", low_quality="off", percentile=0.0, down_sample=2)
     found = assign(config, jnp.array([[1.0, 4.0, 2.0, 3.0]]))

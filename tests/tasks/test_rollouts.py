@@ -156,6 +156,23 @@ def test_the_numbers_of_a_batch_leave_failed_scores_out(make):
     assert all(np.isfinite(value) for value in values.values())
 
 
+def test_a_picture_unlike_its_group_earns_in_proportion_to_its_quality(make):
+    plain = made_up(lambda number, place: 0.5 - 0.1 * (place % GROUP))
+
+    def rollout(params, frozen, batch, axis):
+        out = plain(params, frozen, batch, axis)
+        out["images"][batch["index"] % GROUP == 1] = 1.0
+        return out
+
+    rewards = {}
+    for weight in (0.0, 2.0):
+        out, result, memory, _ = collect(make(rollout, {"novelty": weight}))
+        np.testing.assert_allclose(out["novelty"], [1 / 3, 1.0, 1 / 3, 1 / 3] * 4, rtol=1e-5)
+        rewards[weight] = np.asarray(result.reward)
+    gain = (rewards[2.0] - rewards[0.0])[0] * float(memory.sigma)
+    np.testing.assert_allclose(gain, 2.0 * np.array([0.5 / 3, 0.4, 0.3 / 3, 0.2 / 3]), rtol=1e-4)
+
+
 @pytest.fixture
 def context(tmp_path):
     config = tiny.get_config("speed_rl")
