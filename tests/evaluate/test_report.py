@@ -42,7 +42,7 @@ def test_report_of_a_tuned_model(systems, protocol, scorer, tmp_path):
         "eached: equal quality in 3×",
         "One seed",
         "12 prompts × 3 samples",
-        "| reused |",
+        "- command: `python",
         "exact verifier",
         "a caveat",
     ):
@@ -51,7 +51,7 @@ def test_report_of_a_tuned_model(systems, protocol, scorer, tmp_path):
     assert plain["headline"] in text and len(plain["points"]) == 5
     best = plain["equality"]["adaptive"]["best"]
     assert plain["equality"]["adaptive"]["speedup"] == pytest.approx(16 / best["calls_mean"])
-    assert {"commit", "machine", "data"} <= set(plain["facts"])
+    assert {"command", "commit", "machine", "data"} <= set(plain["facts"])
 
 
 def test_a_run_that_fails_says_so_first(make_point, tmp_path):
