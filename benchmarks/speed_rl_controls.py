@@ -4,7 +4,7 @@ python benchmarks/speed_rl_controls.py                                      # th
 python benchmarks/speed_rl_controls.py --size=full --only=adaptive --nobaselines --out=benchmarks/speed_rl_full
 
 Trains every tuned variant with every seed, on one shared base; measures the base at the same numbers of calls
-with guidance and Gumbel scale tuned at each, and the training-free threshold samplers. What is finished is not
+with guidance, Gumbel scale and temperature tuned at each, and the training-free threshold samplers. What is finished is not
 done again. Writes <out>.json and <out>.md. Bounds: 95 % paired bootstrap over prompts and seeds.
 """
 

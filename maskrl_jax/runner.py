@@ -118,11 +118,12 @@ def _stage(config, workdir, store, seconds):
 
 
 def _peak_seconds(config, parallel):
-    """Seconds that a step's FLOPs take at the devices' published peak, all loops at their longest; None without one."""
-    target = local_target()
-    if target.chip is None:
+    """Seconds that a step's FLOPs take at the devices' published peak; None where peak or FLOPs are not known."""
+    target, programs = local_target(), phases(config, parallel)
+    # A loop that ends on data has no FLOPs that a compiler could count.
+    if target.chip is None or any(phase.loop_trips > 1 for phase in programs):
         return None
-    needs = [dry_run.measure(phase, parallel, target).needs for phase in phases(config, parallel)]
+    needs = [dry_run.measure(phase, parallel, target).needs for phase in programs]
     return sum(one.time.compute for one in needs if one is not None)
 
 

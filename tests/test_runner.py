@@ -163,3 +163,6 @@ def test_seconds_at_peak_come_from_the_programs_of_a_stage(monkeypatch):
     x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 32), (32, 8)))
     monkeypatch.setattr(toy_task, "phases", lambda *_: [Phase("product", product, (w, {}, {"x": x}), kind="map")])
     assert runner._peak_seconds(config, parallel) == pytest.approx(2 * 16 * 32 * 8 / 8 / 1e6, rel=0.1)
+    adaptive = [Phase("rollout", product, (w, {}, {"x": x}), kind="map", loop_trips=5)]
+    monkeypatch.setattr(toy_task, "phases", lambda *_: adaptive)
+    assert runner._peak_seconds(config, parallel) is None

@@ -96,7 +96,10 @@ class Dataset:
         return order, rank, start[group], size[group]
 
     def alike(self, positions: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Positions [b] of other samples with the same condition, chosen by draws int [b]; the same where there is none."""
+        """Positions [b] of other samples with the same condition, chosen by draws int [b].
+
+        Where there is no other, the position itself.
+        """
         order, rank, start, size = (table if i == 0 else table[positions] for i, table in enumerate(self._alike))
         step = np.where(size > 1, 1 + draws % np.maximum(size - 1, 1), 0)
         return order[start + (rank + step) % size]

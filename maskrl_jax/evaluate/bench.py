@@ -19,6 +19,7 @@ from maskrl_jax.sampling.maskgit import SamplerConfig
 
 SAMPLER = "sampler.json"
 TUNED = ("gumbel", "guidance", "temperature")
+NATURAL_ENDS = {"guidance": 1.0, "temperature": 1.0}  # none at all; the model's own law
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,14 +131,16 @@ class Bench:
     def edges(self, chosen: SamplerConfig) -> tuple[str, ...]:
         """A sentence for every tuned setting that lies at the edge of its grid: a better one may lie beyond.
 
-        Guidance 1 is none and temperature 1 the model's own law, so nothing is missed beyond them.
+        Nothing is missed beyond a natural end.
         """
         grids = {name: getattr(self.settings, f"tune_{name}") for name in TUNED}
         return tuple(
             f"The best {name} ({getattr(chosen, name):g}) is at the edge of what was tried ({min(grid):g} to "
             f"{max(grid):g}): a better one may lie beyond."
             for name, grid in grids.items()
-            if len(grid) > 1 and getattr(chosen, name) in (min(grid), max(grid)) and getattr(chosen, name) != 1
+            if len(grid) > 1
+            and getattr(chosen, name) in (min(grid), max(grid))
+            and getattr(chosen, name) != NATURAL_ENDS.get(name)
         )
 
     def measure(self, system: System, settings: Sequence[float]) -> list[Point]:

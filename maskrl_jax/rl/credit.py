@@ -95,8 +95,9 @@ def assign(
 ) -> Credit:
     """Rewards, filters and advantages of a batch; the memory is only read (see `remember`).
 
-    R = (r_q + bonus) / sigma_w + lambda g r_s; gate and filters judge r_q alone. A score that is not finite drops its rollout. A group is rejected
-    (weight 0) where F1's std is below the percentile of the history, or fewer than half survive F2.
+    R = (r_q + bonus) / sigma_w + lambda g r_s; the gate and F2 judge r_q alone. A score that is not finite drops
+    its rollout. A group is rejected (weight 0) where F1's std is below the percentile of the history, or fewer
+    than half survive F2.
     """
     scored_PG = jnp.isfinite(quality_PG)
     quality_std = advantages.group_std(quality_PG, scored_PG)

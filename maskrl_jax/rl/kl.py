@@ -8,11 +8,6 @@ import jax
 import jax.numpy as jnp
 
 
-def entropy(logp: jax.Array) -> jax.Array:
-    """H(pi) = -sum_v pi(v) log pi(v), in nats."""
-    return -(jnp.exp(logp) * logp).sum(-1)
-
-
 def forward_kl(logp: jax.Array, logp_ref: jax.Array) -> jax.Array:
     """KL(ref || pi) = CE - H(ref) = sum_v ref(v) (log ref(v) - log pi(v)); exactly 0 where both are equal.
 

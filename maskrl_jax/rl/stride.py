@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskrl_jax.rl import kl
+from maskrl_jax.sampling import draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def decision_logp(logits_BD, decision_B, active_B) -> jax.Array:
 
 def decision_entropy(logits_BD, active_B) -> jax.Array:
     """Entropy of the decision in nats, 0 where not `active_B`; [B]."""
-    return jnp.where(active_B, kl.entropy(jax.nn.log_softmax(logits_BD)), 0.0)
+    return jnp.where(active_B, draws.entropy(jax.nn.log_softmax(logits_BD)), 0.0)
 
 
 def threshold_logp(action_B, mean_B, std_B, active_B) -> jax.Array:

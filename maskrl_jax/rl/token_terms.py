@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from maskrl_jax.rl import kl, step_likelihood, surrogate
+from maskrl_jax.sampling import draws
 
 Array = jax.Array
 DISTRIBUTIONS = ("guided_sg", "guided_full", "cond")
@@ -142,7 +143,7 @@ def _chunk(loss, model, guided, params, old, reference, x):
     clip = surrogate.clip_fraction(new, before, x["advantage"], weight, **bounds)
     divergence = _divergence(loss, logp_cond, jax.nn.log_softmax(model.head(reference)(x["reference"])), x["ids"])
     masked = (x["committed"] | x["remasked"]).astype(jnp.float32) * (x["kl_weight"] > 0)
-    entropy = jax.lax.stop_gradient((kl.entropy(logp) * masked).sum())
+    entropy = jax.lax.stop_gradient((draws.entropy(logp) * masked).sum())
     drawn = jnp.take_along_axis(logp, jnp.minimum(x["ids"], logp.shape[-1] - 1)[:, None], axis=-1)[:, 0]
     penalty, mean = ((divergence * x[name]).sum() for name in ("penalty_weight", "kl_weight"))
     sums = Sums(token, penalty, jax.lax.stop_gradient(mean), clip, (entropy, masked.sum()))

@@ -80,6 +80,6 @@ def threshold_commit(logp_BN, masked_BN, log_kappa_B, minimum_B, last_B):
     return masked_BN & (logp_BN >= log_c_B[:, None]), log_c_B
 
 
-def entropy(logp_BNK: Array) -> Array:
-    """Entropy in nats, [B,N] float32."""
-    return -(jnp.exp(logp_BNK) * logp_BNK).sum(-1)
+def entropy(logp: Array) -> Array:
+    """Entropy in nats of log-probabilities [..., K], float32 [...]."""
+    return -(jnp.exp(logp) * logp).sum(-1)

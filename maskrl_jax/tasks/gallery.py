@@ -64,6 +64,12 @@ class Gallery:
         raw, _ = self.bench.glance(self.tuned(state.params), setting)
         return values | {f"raw/{name}": value for name, value in raw.items()}, {"samples/grid": picture}
 
+    def trained_on(self) -> tuple[str, ...]:
+        """All that entered the reward, in words."""
+        rewards = tuple(f"{name} x {weight:g}" for name, weight in self.wiring.rewards.items())
+        novelty = f"novelty within a group x {self.config.novelty:g} (a reward for diversity, in pixels)"
+        return (*rewards, novelty) if self.config.novelty else rewards
+
     def report(self, params: Any) -> None:
         """Curves of base and tuned, T*, timing, figures, report.md."""
         bench, config, policy = self.bench, self.config, self.wiring.policy
@@ -85,7 +91,7 @@ class Gallery:
             criteria=bench.criteria(),
             tuned="tuned",
             goal=bench.settings.goal,
-            trained_on=tuple(f"{name} x {weight:g}" for name, weight in self.wiring.rewards.items()),
+            trained_on=self.trained_on(),
             held_out=(
                 "the exact verifier",
                 "the prompts (the policy never trains on them; the base has seen their pictures)",
@@ -94,10 +100,13 @@ class Gallery:
             timings=timings,
         )
         facts = {
-            "base sampler": f"Gumbel {self.sampler.gumbel:g}, guidance {self.sampler.guidance:g}, temperature {self.sampler.temperature:g}, "
-            f"{self.sampler.schedule}, tuned on prompts of its own",
-            "policy sampler": f"Gumbel {policy.noise:g}, guidance {policy.guidance:g}, "
-            f"temperature {policy.temperature:g}",
+            "base sampler": f"{_settings(self.sampler.gumbel, self.sampler)}, {self.sampler.schedule}, tuned on prompts "
+            "of its own",
+            "policy sampler": _settings(policy.noise, policy),
             "updates": f"{config.num_steps} of {config.batch_size} rollouts, seed {config.seed}",
         }
         bench.write(findings, config.num_steps, facts)
+
+
+def _settings(noise: float, sampler: Any) -> str:
+    return f"Gumbel {noise:g}, guidance {sampler.guidance:g}, temperature {sampler.temperature:g}"

@@ -22,7 +22,7 @@ from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.parallel import Axis
 from maskrl_jax.phase import Phase
 from maskrl_jax.rewards import judge as judge_reward
-from maskrl_jax.rewards import mix
+from maskrl_jax.rewards import mix, novelty
 from maskrl_jax.rl import credit
 from maskrl_jax.rl.policy import Head, Policy
 from maskrl_jax.rl.speed_update import RECORD, SpeedUpdate
@@ -84,28 +84,7 @@ class Wiring:
         self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps)
         self.tx = train_state.make_optimizer(self.optimizer)
         self.groups = _groups(config)
-        for name in ("micro_batch", "inner_updates", "reference_samples"):
-            if config[name] < 1:
-                raise UserError(f"{name} {config[name]} must be at least 1")
-        if config.data.to_dict() != base.data.to_dict():
-            raise UserError("data of speed_rl and of its base differ; change both, as in --config.parents.maskgit.data")
-        if config.credit.down_sample > config.group:
-            raise UserError(
-                f"credit.down_sample {config.credit.down_sample} exceeds the {config.group} rollouts of a group; "
-                "lower it, or 0 for all"
-            )
-        if self.policy.kind == "budget" and self.credit.gate == "off" and self.credit.speed != "off":
-            raise UserError(
-                "policy budget learns whatever is made in few calls unless a gate asks for quality; "
-                "set credit.gate=hard"
-            )
-        if self.policy.kind == "budget" and self.speed.tokens.kl == "k3":
-            raise UserError("kl k3 needs tokens that the policy drew, budget scores others; set loss.tokens.kl=forward")
-        if self.policy.kind == "budget" and config.group % len(self.policy.step_set):
-            raise UserError(
-                f"group {config.group} is not divisible by the {len(self.policy.step_set)} step counts of "
-                "policy.step_set; every group holds each of them equally often"
-            )
+        _check(config, self.policy, self.credit, self.speed.tokens)
 
     def init(self, key: Array, params: Any) -> train_state.TrainState:
         """State that starts from the base model's parameters."""
@@ -172,6 +151,35 @@ class Wiring:
             state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
         metrics |= {f"train/{name}": (value, jnp.float32(1)) for name, value in info.items()}
         return state.replace(step=first.step + 1), metrics
+
+
+def _check(config: Any, policy: Policy, settings: credit.CreditConfig, tokens: TokenLoss) -> None:
+    """Raise UserError for settings that do not go together."""
+    for name in ("micro_batch", "inner_updates", "reference_samples"):
+        if config[name] < 1:
+            raise UserError(f"{name} {config[name]} must be at least 1")
+    if config.data.to_dict() != config.parents.maskgit.data.to_dict():
+        raise UserError("data of speed_rl and of its base differ; change both, as in --config.parents.maskgit.data")
+    if config.credit.down_sample > config.group:
+        raise UserError(
+            f"credit.down_sample {config.credit.down_sample} exceeds the {config.group} rollouts of a group; "
+            "lower it, or 0 for all"
+        )
+    if policy.kind == "budget" and settings.gate == "off" and settings.speed != "off":
+        raise UserError(
+            "policy budget learns whatever is made in few calls unless a gate asks for quality; "
+            "set credit.gate=hard"
+        )
+    if policy.kind == "budget" and tokens.kl == "k3":
+        raise UserError("kl k3 needs tokens that the policy drew, budget scores others; set loss.tokens.kl=forward")
+    if policy.kind == "budget" and config.group % len(policy.step_set):
+        raise UserError(
+            f"group {config.group} is not divisible by the {len(policy.step_set)} step counts of "
+            "policy.step_set; every group holds each of them equally often"
+        )
+    size = config.parents.tokenizer.model.image_size
+    if size % novelty.SIDE:
+        raise UserError(f"pictures of {size} pixels do not divide into {novelty.SIDE} x {novelty.SIDE} blocks (novelty)")
 
 
 def _groups(config: Any) -> int:
@@ -246,7 +254,11 @@ def studio(context: Context, params: Any) -> Studio:
     policy = wiring.policy
     sampler = SamplerConfig(**context.config.parents.maskgit.sampler)
     sampler = dataclasses.replace(
-        sampler, gumbel=policy.noise, guidance=policy.guidance, guidance_schedule=policy.guidance_schedule
+        sampler,
+        gumbel=policy.noise,
+        temperature=policy.temperature,
+        guidance=policy.guidance,
+        guidance_schedule=policy.guidance_schedule,
     )
     tuned = None
     if policy.kind == "adaptive":

@@ -60,6 +60,8 @@ def test_choices_at_an_edge_are_named(bench):
     (sentence,) = bench.edges(chosen)
     assert "gumbel (4) is at the edge of what was tried (1 to 4)" in sentence
     assert bench.edges(dataclasses.replace(chosen, gumbel=2.0)) == ()
+    assert "gumbel (1) is at the edge" in bench.edges(dataclasses.replace(chosen, gumbel=1.0))[0]
+    assert "temperature (0.5)" in bench.edges(dataclasses.replace(chosen, gumbel=2.0, temperature=0.5))[0]
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from maskrl_jax.rl import kl, stride, surrogate
+from maskrl_jax.rl import stride, surrogate
 from maskrl_jax.rl.advantages import group_advantage
 from maskrl_jax.rl.speed_reward import speed_reward
 from maskrl_jax.rl.step_likelihood import position_likelihood
+from maskrl_jax.sampling import draws
 from maskrl_jax.sampling.clock import Clock, next_masked
 
 CLOCK, PRIOR = Clock(num_tokens=12), stride.PriorConfig(divisors=(12, 8, 6, 4, 3, 2), centre=8.0)
@@ -113,7 +114,7 @@ def train(weight, noise, updates=100):
 
     params = parameters()
     (trained, _), calls = jax.lax.scan(update, (params, optimizer.init(params)), jnp.arange(updates))
-    return calls, [kl.entropy(jax.nn.log_softmax(p["tokens"])).mean() for p in (params, trained)]
+    return calls, [draws.entropy(jax.nn.log_softmax(p["tokens"])).mean() for p in (params, trained)]
 
 
 @pytest.mark.parametrize(("weight", "noise"), [(1.0, 0.1), (0.0, 1.0)])
