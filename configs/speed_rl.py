@@ -39,7 +39,7 @@ def embedded(arg: str):
         data={"name": "shapes", "text_length": 8},
         model={},
         rewards={"judge": 1.0},
-        novelty=0.5,  # times the quality: what a picture earns by differing from the others of its prompt
+        energy_distance=5.0,  # reward against collapse: pictures shall be distributed like those of the training set
         policy={
             "kind": "adaptive",
             "action": "stride",
@@ -169,7 +169,7 @@ def published_scale():
     config.resample.rounds, config.resample.groups = 2, 16
     # What the embedded task needs and nobody has tried at this scale.
     config.loss.first_call_tokens, config.loss.first_call_kl = 1.0, 1.0
-    config.credit.down_sample, config.novelty = 0, 0.0
+    config.credit.down_sample, config.energy_distance = 0, 0.0
     config.optimizer.update(
         {"name": "adamw", "learning_rate": 2e-6, "warmup_steps": 50, "decay": "constant", "ema_decay": 0.995}
     )

@@ -67,8 +67,9 @@ class Gallery:
     def trained_on(self) -> tuple[str, ...]:
         """All that entered the reward, in words."""
         rewards = tuple(f"{name} x {weight:g}" for name, weight in self.wiring.rewards.items())
-        novelty = f"novelty within a group x {self.config.novelty:g} (a reward for diversity, in pixels)"
-        return (*rewards, novelty) if self.config.novelty else rewards
+        weight = self.config.energy_distance
+        match = f"energy distance to pictures of the training set, 4 x 4 block means, x {weight:g} (against collapse)"
+        return (*rewards, match) if weight else rewards
 
     def report(self, params: Any) -> None:
         """Curves of base and tuned, T*, timing, figures, report.md."""

@@ -12,13 +12,14 @@ import jax
 import numpy as np
 
 from maskrl_jax.data.batches import batch_at
+from maskrl_jax.rewards import energy_distance
 from maskrl_jax.rewards import judge as judge_reward
-from maskrl_jax.rewards.novelty import novelty
 from maskrl_jax.rl import credit
 from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
 from maskrl_jax.tasks.task import Context
 
 Array = jax.Array
+REAL_PICTURES = 2048  # at least so many stand for the real ones, where the set has them
 
 
 class Rollouts:
@@ -33,6 +34,9 @@ class Rollouts:
         self.reference_of = dict(zip((cond.tobytes() for cond in self.pool), quality, strict=True))
         # Prompts come from the pool in equal shares, whatever their share of the pictures.
         self.prompts = dataclasses.replace(train, columns={"cond": self.pool, "label": self.pool})
+        texts = train.describe(self.pool)
+        real = train.take(train.positions_of(texts, -(-REAL_PICTURES // len(texts))))["image"]
+        self.real = energy_distance.blocks(np.float32(real) / 255)
         self.program = context.parallel.map(wiring.rollout)
         # Groups of a resampling program: those asked for, filled up until the devices divide their rollouts.
         least = self.parallel.num_devices // math.gcd(self.parallel.num_devices, self.config.group)
@@ -69,6 +73,7 @@ class Rollouts:
         before = jax.device_put(known)
         began = time.monotonic()
         out = self._run(state, batch, step, 0)
+        first_blocks = out["blocks"]
         self.images_per_sec = len(out["quality"]) / (time.monotonic() - began)
         result = self._credit(before, step, out, batch)
         memory = self._remember(before, step, result, out, batch)
@@ -80,7 +85,7 @@ class Rollouts:
             groups = np.flatnonzero(rejected)[: self.config.resample.groups]
             if not len(groups):
                 break
-            out = self._resample(state, batch, step, attempt, groups, out)
+            out = self._resample(state, batch, step, attempt, groups, out, first_blocks)
             result = self._credit(before, step, out, batch)
             anew = jax.device_put(np.isin(np.arange(len(rejected)), groups))
             memory = self.record(memory, result.replace(scored=result.scored & anew))
@@ -93,9 +98,8 @@ class Rollouts:
 
     def _credit(self, memory, step, out, batch):
         grouped = (self._grouped(out["quality"]), self._grouped(out["calls"]), self._reference(batch))
-        # Times the quality: a picture that shows something else is different, too, and earns nothing by it.
-        bonus = self.config.novelty * out["novelty"] * out["quality"]
-        return self.assign(memory, jax.device_put(np.int32(step)), *grouped, self._grouped(bonus))
+        bonus = self._grouped(self.config.energy_distance * out["witness"])
+        return self.assign(memory, jax.device_put(np.int32(step)), *grouped, bonus)
 
     def _grouped(self, values: np.ndarray) -> Array:
         return jax.device_put(np.reshape(values, (self.wiring.groups, self.config.group)))
@@ -103,24 +107,26 @@ class Rollouts:
     def _reference(self, batch: dict) -> Array:
         return jax.device_put(batch["reference"].reshape(self.wiring.groups, -1)[:, :1])
 
-    def _run(self, state, batch, step, attempt):
-        """Roll out a batch with the keys of an attempt; rows of all processes."""
+    def _run(self, state, batch, step, attempt, others=None):
+        """Roll out a batch with the keys of an attempt; rows of all processes.
+
+        `others` are the generated pictures that these are compared with, if not themselves.
+        """
         size = len(batch["index"])
         number = step * (self.config.resample.rounds + 1) + attempt
         request = batch | {"round": np.full(size, number, np.int32)}
         rows = self.parallel.rows(size)
         mine = {name: value[rows] for name, value in request.items()}
         out = self.parallel.gather(self.program(state.params, self.frozen, mine))
-        images = np.asarray(out["images"])
-        groups = images.reshape(-1, self.config.group, *images.shape[1:])
-        return out | {"novelty": novelty(groups).reshape(-1)}
+        blocks = energy_distance.blocks(np.asarray(out["images"]))
+        return out | {"blocks": blocks, "witness": energy_distance.witness(blocks, self.real, others)}
 
-    def _resample(self, state, batch, step, attempt, groups, out):
+    def _resample(self, state, batch, step, attempt, groups, out, others):
         """Roll the given groups out anew in a program of `resampled` groups, whatever their number."""
         size = self.config.group
         filled = np.resize(groups, self.resampled)
         rows = (filled[:, None] * size + np.arange(size)).reshape(-1)
-        fresh = self._run(state, {name: value[rows] for name, value in batch.items()}, step, attempt)
+        fresh = self._run(state, {name: value[rows] for name, value in batch.items()}, step, attempt, others)
         out = {name: value.copy() for name, value in out.items()}
         for name, value in out.items():
             value[rows[: len(groups) * size]] = fresh[name][: len(groups) * size]
@@ -132,7 +138,7 @@ class Rollouts:
         calls, quality = out["calls"], out["quality"]
         values = {
             "reward/quality": np.nanmean(quality),
-            "reward/novelty": out["novelty"].mean(),
+            "reward/energy_distance": energy_distance.energy_distance(out["blocks"], self.real),
             "reward/speed": result.speed.mean(),
             "reward/total": result.reward.mean(),
             "reward/gate": result.gate.mean(),

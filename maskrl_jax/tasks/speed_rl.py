@@ -21,8 +21,8 @@ from maskrl_jax.keys import EVALUATE, ROLLOUT, sample_keys
 from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.parallel import Axis
 from maskrl_jax.phase import Phase
+from maskrl_jax.rewards import energy_distance, mix
 from maskrl_jax.rewards import judge as judge_reward
-from maskrl_jax.rewards import mix, novelty
 from maskrl_jax.rl import credit
 from maskrl_jax.rl.policy import Head, Policy
 from maskrl_jax.rl.speed_update import RECORD, SpeedUpdate
@@ -167,8 +167,7 @@ def _check(config: Any, policy: Policy, settings: credit.CreditConfig, tokens: T
         )
     if policy.kind == "budget" and settings.gate == "off" and settings.speed != "off":
         raise UserError(
-            "policy budget learns whatever is made in few calls unless a gate asks for quality; "
-            "set credit.gate=hard"
+            "policy budget learns whatever is made in few calls unless a gate asks for quality; set credit.gate=hard"
         )
     if policy.kind == "budget" and tokens.kl == "k3":
         raise UserError("kl k3 needs tokens that the policy drew, budget scores others; set loss.tokens.kl=forward")
@@ -178,8 +177,10 @@ def _check(config: Any, policy: Policy, settings: credit.CreditConfig, tokens: T
             "policy.step_set; every group holds each of them equally often"
         )
     size = config.parents.tokenizer.model.image_size
-    if size % novelty.SIDE:
-        raise UserError(f"pictures of {size} pixels do not divide into {novelty.SIDE} x {novelty.SIDE} blocks (novelty)")
+    if size % energy_distance.SIDE:
+        raise UserError(
+            f"pictures of {size} pixels do not divide into {energy_distance.SIDE} x {energy_distance.SIDE} blocks"
+        )
 
 
 def _groups(config: Any) -> int:

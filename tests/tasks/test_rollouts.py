@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from maskrl_jax.data.dataset import open_dataset
+from maskrl_jax.rewards import energy_distance
 from maskrl_jax.rl import credit
 from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import rollouts as rollouts_module
@@ -15,6 +16,7 @@ from maskrl_jax.tasks import speed_rl
 from maskrl_jax.tasks.rollouts import Rollouts, reference_quality
 
 GROUP = 4
+ONES = np.ones((1, 32, 32, 3), np.float32)
 
 
 class Alone:
@@ -156,21 +158,27 @@ def test_the_numbers_of_a_batch_leave_failed_scores_out(make):
     assert all(np.isfinite(value) for value in values.values())
 
 
-def test_a_picture_unlike_its_group_earns_in_proportion_to_its_quality(make):
+def test_what_is_generated_too_often_earns_less(make):
     plain = made_up(lambda number, place: 0.5 - 0.1 * (place % GROUP))
 
     def rollout(params, frozen, batch, axis):
         out = plain(params, frozen, batch, axis)
-        out["images"][batch["index"] % GROUP == 1] = 1.0
+        out["images"][:] = 0.9
+        out["images"][batch["index"] % GROUP == 1] = 0.4
         return out
 
     rewards = {}
     for weight in (0.0, 2.0):
-        out, result, memory, _ = collect(make(rollout, {"novelty": weight}))
-        np.testing.assert_allclose(out["novelty"], [1 / 3, 1.0, 1 / 3, 1 / 3] * 4, rtol=1e-5)
+        rollouts = make(rollout, {"energy_distance": weight})
+        rollouts.real = energy_distance.blocks(np.repeat(np.float32([0.4, 0.9]), 8)[:, None, None, None] * ONES)
+        out, result, memory, shares = collect(rollouts)
         rewards[weight] = np.asarray(result.reward)
     gain = (rewards[2.0] - rewards[0.0])[0] * float(memory.sigma)
-    np.testing.assert_allclose(gain, 2.0 * np.array([0.5 / 3, 0.4, 0.3 / 3, 0.2 / 3]), rtol=1e-4)
+    # Distances to the 15 others less those to the real ones: half of either kind, 0.5 apart.
+    common, rare = 0.5 * 4 / 15 - 0.25, 0.5 * 12 / 15 - 0.25
+    np.testing.assert_allclose(gain, 2 * np.array([common, rare, common, common]), atol=2e-3)
+    values = rollouts.statistics(out, result, memory, shares, rollouts.batch(0))
+    assert values["reward/energy_distance"] > 0.02
 
 
 @pytest.fixture
