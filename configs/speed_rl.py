@@ -40,72 +40,92 @@ def embedded(arg: str):
         model={},
         rewards={"judge": 1.0},
         energy_distance=5.0,  # reward against collapse: pictures shall be distributed like those of the training set
-        policy={
-            "kind": "adaptive",
-            "action": "stride",
-            "ticks": 960,
-            "max_calls": 24,
-            "noise": 1.0,
-            "divisors": (24, 16, 12, 10, 8, 6, 5, 4, 3, 2, 1),
-            "centre": 6.0 if arg == "full" else 10.0,
-            "width": 0.4,
-            "stickiness": 3.0,
-            "opening": 1,  # the first token alone settles the background, which all others must agree with
-            "target_calls": 8,
-            "step_set": (6, 8, 12, 16),
-            "levels": 4,
-            "temperature": 0.7,
-            "guidance": 1.0,
-            "guidance_schedule": "constant",
-        },
-        credit={
-            "min_calls": 2,
-            "speed": "schedule",
-            "lambda_value": 1.5,
-            "lambda_zero_until": 0,
-            "lambda_full_at": 0,
-            "gate": "off",  # the speed reward has a true gradient here, and a gate would outweigh quality
-            "gate_margin": 1.5,
-            "low_quality": "drop",
-            "low_quality_factor": 3.0,
-            "percentile": 10.0,
-            "history": 1000,
-            "history_min": 64,
-            "down_sample": 2 if smoke else 6,
-        },
+        policy=policy(arg),
+        credit=credit(smoke),
         resample={"rounds": 1, "groups": 1},
-        loss={
-            "tokens": {
-                "likelihood": "transition",
-                "distribution": "guided_sg",
-                "kl": "forward",
-                "clip_low": 0.1,
-                "clip_high": 0.2,
-                "chunk": 512,
-            },
-            "kl_coefficient": 0.01,
-            # The first token decides what the prompt leaves open (here the tone). Whatever is a little likelier
-            # there clashes less, earns more and takes over (measured); so that call is held to the base.
-            "first_call_tokens": 1.0,
-            "first_call_kl": 20.0,
-            "head_entropy": (3e-3, 3e-4),
-            "per_rollout_mean": False,
-        },
-        optimizer={
-            "name": "muon",
-            "learning_rate": 1e-3,
-            "muon_learning_rate": 7e-3,
-            "b1": 0.9,
-            "b2": 0.95,
-            # Long: Muon makes a step of full length of any gradient, and the first few are little but noise (measured).
-            "warmup_steps": min(30, steps // 3),
-            "decay": "linear",
-            "decay_steps": 0,  # over the whole run
-            "ema_decay": 0.95,
-            "rates": (("^head", 0.3),),
-        },
+        loss=loss(),
+        optimizer=optimizer(steps),
         evaluation=evaluation(arg),
     )
+
+
+def policy(arg: str) -> dict:
+    """How many calls, and when: the head starts at `centre` calls."""
+    return {
+        "kind": "adaptive",
+        "action": "stride",
+        "ticks": 960,
+        "max_calls": 24,
+        "noise": 1.0,
+        "divisors": (24, 16, 12, 10, 8, 6, 5, 4, 3, 2, 1),
+        "centre": 6.0 if arg == "full" else 10.0,
+        "width": 0.4,
+        "stickiness": 3.0,
+        "opening": 1,  # the first token alone settles the background, which all others must agree with
+        "target_calls": 8,
+        "step_set": (6, 8, 12, 16),
+        "levels": 4,
+        "temperature": 0.7,
+        "guidance": 1.0,
+        "guidance_schedule": "constant",
+    }
+
+
+def credit(smoke: bool) -> dict:
+    """From rewards to advantages."""
+    return {
+        "min_calls": 2,
+        "speed": "schedule",
+        "lambda_value": 1.5,
+        "lambda_zero_until": 0,
+        "lambda_full_at": 0,
+        "gate": "off",  # the speed reward has a true gradient here, and a gate would outweigh quality
+        "gate_margin": 1.5,
+        "low_quality": "drop",
+        "low_quality_factor": 3.0,
+        "percentile": 10.0,
+        "history": 1000,
+        "history_min": 64,
+        "down_sample": 2 if smoke else 6,
+    }
+
+
+def loss() -> dict:
+    """Likelihood, KL and entropy."""
+    return {
+        "tokens": {
+            "likelihood": "transition",
+            "distribution": "guided_sg",
+            "kl": "forward",
+            "clip_low": 0.1,
+            "clip_high": 0.2,
+            "chunk": 512,
+        },
+        "kl_coefficient": 0.01,
+        # The first token decides what the prompt leaves open (here the tone). Whatever is a little likelier
+        # there clashes less, earns more and takes over (measured); so that call is held to the base.
+        "first_call_tokens": 1.0,
+        "first_call_kl": 20.0,
+        "head_entropy": (3e-3, 3e-4),
+        "per_rollout_mean": False,
+    }
+
+
+def optimizer(steps: int) -> dict:
+    """Muon for matrices, Adam for the rest."""
+    return {
+        "name": "muon",
+        "learning_rate": 1e-3,
+        "muon_learning_rate": 7e-3,
+        "b1": 0.9,
+        "b2": 0.95,
+        # Long: Muon makes a step of full length of any gradient, and the first few are little but noise (measured).
+        "warmup_steps": min(30, steps // 3),
+        "decay": "linear",
+        "decay_steps": 0,  # over the whole run
+        "ema_decay": 0.95,
+        "rates": (("^head", 0.3),),
+    }
 
 
 def evaluation(arg: str) -> dict:
