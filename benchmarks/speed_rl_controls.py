@@ -4,8 +4,8 @@ python benchmarks/speed_rl_controls.py                                      # th
 python benchmarks/speed_rl_controls.py --size=full --only=adaptive --nobaselines --out=benchmarks/speed_rl_full
 
 Trains every tuned variant with every seed, on one shared base; measures the base at the same numbers of calls
-with guidance, Gumbel scale and temperature tuned at each, and the training-free threshold samplers. What is finished is not
-done again. Writes <out>.json and <out>.md. Bounds: 95 % paired bootstrap over prompts and seeds.
+with guidance, Gumbel scale and temperature tuned at each, and the training-free threshold samplers. What is
+finished is not done again. Writes <out>.json and <out>.md. Bounds: 95 % paired bootstrap over prompts and seeds.
 """
 
 import dataclasses
@@ -45,7 +45,12 @@ VARIANTS = {
     "kept (negative control)": ["--config.loss.tokens.likelihood=kept"],
 }
 TUNED_AT = ((1.0, 1.7), (1.0, 2.0, 4.0), (1.0, 0.7))  # guidance, Gumbel scale, temperature
-THRESHOLDS = {"threshold": (0.5, 0.7, 0.9, 0.97), "entropy": (1.5, 0.8, 0.3, 0.1)}
+# Training-free samplers that stop early; `uncertain` with the policies' noise and temperature, whose order it shares.
+THRESHOLDS = {
+    "threshold": ({}, (0.5, 0.7, 0.9, 0.97)),
+    "entropy": ({}, (1.5, 0.8, 0.3, 0.1)),
+    "uncertain": ({"gumbel": 0.5, "temperature": 0.7, "guidance": 1.0}, (0.9, 0.95, 0.97, 0.985)),
+}
 
 
 def main(_: list[str]) -> None:
@@ -120,9 +125,9 @@ def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
             tried.append(_measured(folder, name, bench, system, steps))
         best = max(tried, key=lambda point: point.metrics[bench.metric].mean)
         rows.append(_row("base, tuned at this T", steps, [best], reference))
-    for mode, levels in THRESHOLDS.items():
+    for mode, (settings, levels) in THRESHOLDS.items():
         for level in levels:
-            system = studio.fixed({"mode": mode, "threshold": level})
+            system = studio.fixed({"mode": mode, "threshold": level} | settings)
             point = _measured(folder, f"{mode} {level:g}", bench, system, studio.sampler.num_steps)
             rows.append(_row(f"{mode} sampler", level, [point], reference))
     return rows
@@ -167,7 +172,8 @@ def _write(rows: list[dict], reference: list[measure.Point], seeds: list[int]) -
         f"# Speed-RL controls, size {SIZE.value}",
         f"Reference: base at {reference[0].calls_mean:.0f} calls. " + "; ".join(f"{k}: {v}" for k, v in facts.items()),
         "",
-        "| system | setting | seeds | calls | graded | strict | judge | FD | Δ graded [95 %] | FD ratio | diversity | equal |",
+        "| system | setting | seeds | calls | graded | strict | judge | FD "
+        "| Δ graded [95 %] | FD ratio | diversity | equal |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|---|",
     ]
     for row in rows:

@@ -66,6 +66,7 @@ def speed_rl():
     config, base = speed_rl_config.get_config("smoke"), maskgit()
     config.parents = {"tokenizer": base.parents.tokenizer, "judge": base.parents.judge, "maskgit": base}
     config.update({"num_steps": 6, "batch_size": 16, "group": 4, "micro_batch": 4, "save_every": 2})
+    config.policy.update({"action": "stride", "order": "confident", "noise": 1.0})
     config.policy.update({"max_calls": 4, "divisors": (4, 3, 2, 1), "centre": 2.0, "target_calls": 2, "levels": 2})
     config.policy.step_set = (2, 4)
     config.credit.update(

@@ -10,7 +10,7 @@ import numpy as np
 from maskrl_jax.data import captions
 
 Array = jax.Array
-WHOLE_SCALE = 4.0  # nats of "looks torn", summed over cells, that cost a factor e
+WHOLE_SCALE = 8.0  # nats of "looks torn", summed over cells, that cost a factor e
 
 
 def targets(kind: str, cond: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
@@ -32,9 +32,10 @@ def targets(kind: str, cond: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
 def score(kind: str, outputs: dict[str, Array], target: Array) -> dict[str, Array]:
     """Score images from the judge's outputs: {"judge": [B] in [0,1], ...parts}, float32.
 
-    class: the probability of the class. cells: half the mean of count, presence and relation, half their
-    product times how whole the picture looks; the product asks for everything at once, and the mean
-    keeps groups from having no spread (a 0/1 reward leaves a third of them without, measured).
+    class: the probability of the class. cells: the mean of presence, relation and both at once, times how whole
+    the picture looks, times 1 - |objects too many or too few|. Nothing makes up for an object too many or a torn
+    one: a mean in which they only cost their share is hacked by doubling objects until the relation holds
+    (measured). The mean of the rest keeps groups from having no spread.
     """
     if kind == "class":
         chance = jax.nn.softmax(outputs["class"])
@@ -44,15 +45,14 @@ def score(kind: str, outputs: dict[str, Array], target: Array) -> dict[str, Arra
     pair = second > 0
     wanted = 1.0 + pair
     found = chance[..., 1:].sum((1, 2, 3))
-    count = jnp.clip(1 - jnp.abs(found - wanted) / wanted, 0, 1)
+    exact = jnp.clip(1 - jnp.abs(found - wanted), 0, 1)
     map_a, map_b = _map_of(chance, first), _map_of(chance, second)
     there_a, there_b = 1 - (1 - map_a).prod((1, 2)), jnp.where(pair, 1 - (1 - map_b).prod((1, 2)), 1.0)
     presence = jnp.where(pair, (there_a + there_b) / 2, there_a)
     holds = jnp.where(pair, _relation(map_a, map_b, relation), there_a)
     whole = jnp.exp(jax.nn.log_sigmoid(-outputs["mixed"]).sum((1, 2)) / WHOLE_SCALE)
-    everything = count * there_a * there_b * holds * whole
-    graded = (count + presence + holds) / 3
-    return {"judge": (graded + everything) / 2, "judge_graded": graded, "judge_whole": whole}
+    shown = (presence + holds + there_a * there_b * holds) / 3
+    return {"judge": whole * exact * shown, "judge_shown": shown, "judge_whole": whole}
 
 
 def _map_of(chance: Array, kind: Array) -> Array:
@@ -83,4 +83,4 @@ def _relation_table(side: int) -> np.ndarray:
 
 def names(kind: str) -> tuple[str, ...]:
     """Scores that a judge of this kind gives."""
-    return ("judge",) if kind == "class" else ("judge", "judge_graded", "judge_whole")
+    return ("judge",) if kind == "class" else ("judge", "judge_shown", "judge_whole")

@@ -1,6 +1,7 @@
 """Who decides how many calls a rollout makes: the three policies and the head (specs/speed_rl.md section 4)."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -21,6 +22,9 @@ class Policy:
 
     kind: str = "adaptive"
     action: str = "stride"  # adaptive: "stride" | "threshold"
+    order: str = "confident"  # threshold: what is committed at least, the surest draws or the most "uncertain" places
+    kappa: float = 0.88  # threshold: confidence at which the head starts
+    kappa_std: float = 1.0  # threshold: spread of its logit
     ticks: int = 960
     max_calls: int = 16  # T_max
     noise: float = 2.0  # Gumbel scale at the start of the clock
@@ -41,6 +45,8 @@ class Policy:
             raise ValueError(f"policy.kind {self.kind!r} is not one of {', '.join(POLICIES)}")
         object.__setattr__(self, "divisors", tuple(self.divisors))
         object.__setattr__(self, "step_set", tuple(self.step_set))
+        if not 0 < self.kappa < 1 or self.kappa_std <= 0:
+            raise ValueError(f"policy.kappa {self.kappa} must lie in (0, 1), kappa_std {self.kappa_std} above 0")
         if not 0 <= self.opening < self.max_calls:
             raise ValueError(f"policy.opening {self.opening} must lie in 0..{self.max_calls - 1} (max_calls - 1)")
         if self.kind == "adaptive" and max(self.divisors) != self.max_calls:
@@ -64,6 +70,7 @@ class Policy:
             clock=clock,
             max_calls=self.max_calls,
             action=self.action if self.kind == "adaptive" else "stride",
+            order=self.order,
             temperature=self.temperature,
             guidance=self.guidance,
             guidance_schedule=self.guidance_schedule,
@@ -80,7 +87,7 @@ class Head:
     def module(self) -> StrideHead | ThresholdHead:
         """Linen module of the policy's action."""
         if self.policy.action == "threshold":
-            return ThresholdHead()
+            return ThresholdHead(mean=math.log(self.policy.kappa / (1 - self.policy.kappa)), std=self.policy.kappa_std)
         policy = self.policy
         prior = stride.PriorConfig(policy.divisors, policy.centre, policy.width, policy.stickiness)
         bias = stride.prior_bias(prior)

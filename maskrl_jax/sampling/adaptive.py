@@ -15,6 +15,7 @@ from maskrl_jax.sampling.clock import Clock, next_masked
 
 Array = jax.Array
 ACTIONS = ("stride", "threshold")
+ORDERS = ("confident", "uncertain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,9 @@ class AdaptiveConfig:
     clock: Clock
     max_calls: int  # T_max
     action: str = "stride"
+    order: str = (
+        "confident"  # what the threshold action commits at least: the surest draws, or the most uncertain places
+    )
     temperature: float = 1.0
     guidance: float = 1.0
     guidance_schedule: str = "constant"
@@ -32,6 +36,8 @@ class AdaptiveConfig:
     def __post_init__(self):
         if self.action not in ACTIONS:
             raise ValueError(f"action {self.action!r} is not one of {', '.join(ACTIONS)}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order {self.order!r} is not one of {', '.join(ORDERS)}")
         schedules.guidance_table(self.guidance_schedule, self.guidance, np.zeros(1))  # raises for an unknown one
         self.clock.stride(self.max_calls)  # raises unless T_max divides the clock
 
@@ -138,15 +144,18 @@ def _call(carry, logits_fn, decide, keys_B, cond, null_cond, config, mask_id):
     next_B = jnp.minimum(tick_B + decision.jump, clock.ticks)
     drawn_BN, confidence_BN = draws.draw_tokens(draws.step_keys(keys_B, call, draws.TOKENS), logp_BNK)
     target_B = next_masked(clock, next_B, left_B)
+    noise_BN = jnp.asarray(clock.noise)[tick_B][:, None] * draws.gumbel(
+        draws.step_keys(keys_B, call, draws.NOISE), ids_BN.shape[1]
+    )
     if config.action == "threshold":
         last_B = jnp.full(active_B.shape, call == config.max_calls - 1)
-        commit, z_star_B = draws.threshold_commit(
-            confidence_BN, masked_BN, jax.nn.log_sigmoid(decision.action), left_B - target_B, last_B
-        )
+        rule = (masked_BN, jax.nn.log_sigmoid(decision.action), left_B - target_B, last_B)
+        if config.order == "confident":
+            commit, z_star_B = draws.threshold_commit(confidence_BN, *rule)
+        else:
+            commit, z_star_B = draws.frontier_commit(confidence_BN, draws.entropy(logp_BNK) + noise_BN, *rule)
     else:
-        tau_B = jnp.asarray(clock.noise)[tick_B]
-        noise = draws.gumbel(draws.step_keys(keys_B, call, draws.NOISE), ids_BN.shape[1])
-        z_BN = confidence_BN + tau_B[:, None] * noise
+        z_BN = confidence_BN + noise_BN
         commit = draws.commit_top(z_BN, masked_BN, left_B - target_B)
         z_star_B = jnp.where(commit, z_BN, jnp.inf).min(-1)
 

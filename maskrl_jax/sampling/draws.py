@@ -80,6 +80,19 @@ def threshold_commit(logp_BN, masked_BN, log_kappa_B, minimum_B, last_B):
     return masked_BN & (logp_BN >= log_c_B[:, None]), log_c_B
 
 
+def frontier_commit(logp_BN, priority_BN, masked_BN, log_kappa_B, minimum_B, last_B):
+    """Commit the `minimum` positions of highest priority, and whatever else is confident enough (our choice).
+
+    Where the priority does not read what was drawn, the minimum is chosen as if by the environment, and `hard`
+    with threshold log c* = log kappa is the exact likelihood: a position that is not committed was below it.
+
+    Args and returns are those of `threshold_commit`, with the priority float32 [B, N] beside the confidences.
+    """
+    forced = commit_top(priority_BN, masked_BN, minimum_B)
+    log_c_B = jnp.where(last_B, -jnp.inf, log_kappa_B)
+    return masked_BN & (forced | (logp_BN >= log_c_B[:, None])), log_c_B
+
+
 def entropy(logp: Array) -> Array:
     """Entropy in nats of log-probabilities [..., K], float32 [...]."""
     return -(jnp.exp(logp) * logp).sum(-1)

@@ -12,7 +12,7 @@ import numpy as np
 from maskrl_jax.sampling import draws, schedules
 
 Array = jax.Array
-MODES = ("confidence", "halton", "random", "threshold", "entropy")
+MODES = ("confidence", "halton", "random", "threshold", "uncertain", "entropy")
 GIVEN = 255  # commit step of tokens that were given, not sampled
 
 
@@ -28,7 +28,7 @@ class SamplerConfig:
     temperature: float = 1.0  # divides the logits before the draw
     guidance: float = 1.0  # 1 = no guidance
     guidance_schedule: str = "constant"
-    threshold: float = 0.9  # mode threshold: commit at probability >= this; entropy: at nats <= this
+    threshold: float = 0.9  # modes threshold, uncertain: commit at probability >= this; entropy: at nats <= this
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -102,8 +102,9 @@ def decode(
 
     A while loop: it stops after the plan's steps, or when no sample has a masked token left, which is
     how the threshold modes save calls. Given tokens shrink every step's share in proportion.
-    Published: confidence (arXiv 2202.04200), Halton order (arXiv 2503.17076); threshold: our choice,
-    with the plan's counts as the least to commit.
+    Published: confidence (arXiv 2202.04200), Halton order (arXiv 2503.17076); threshold, entropy and
+    uncertain: our choice, with the plan's counts as the least to commit. `uncertain` spends those on the places of
+    highest entropy: what is settled there makes the rest certain, where the surest tokens tell nothing new.
     """
     chex.assert_rank([given_BN, keys_B], [2, 1])
     batch, num_tokens = given_BN.shape
@@ -151,13 +152,13 @@ def _priority(plan: Plan, keys_B: Array, step: Array, confidence_BN: Array, logp
         return draws.gumbel(draws.step_keys(keys_B, 0, draws.ORDER), num_tokens)
     if plan.mode == "entropy":
         return -draws.entropy(logp_BNK)
-    noise = draws.gumbel(draws.step_keys(keys_B, step, draws.NOISE), num_tokens)
-    return confidence_BN + plan.noise[step] * noise
+    noise = plan.noise[step] * draws.gumbel(draws.step_keys(keys_B, step, draws.NOISE), num_tokens)
+    return (draws.entropy(logp_BNK) if plan.mode == "uncertain" else confidence_BN) + noise
 
 
 def _certain(plan: Plan, confidence_BN: Array, logp_BNK: Array) -> Array:
     """Positions that a threshold mode commits beyond the plan's count, [B,N] bool."""
-    if plan.mode == "threshold":
+    if plan.mode in ("threshold", "uncertain"):
         return jnp.exp(confidence_BN) >= plan.threshold
     if plan.mode == "entropy":
         return draws.entropy(logp_BNK) <= plan.threshold

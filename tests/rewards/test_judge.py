@@ -36,25 +36,24 @@ def test_targets_of_captions_and_classes():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "objects", "graded", "everything"),
+    ("prompt", "objects", "shown", "exact"),
     [
         (PAIR, {(1, 0): RED_CIRCLE, (1, 2): BLUE_SQUARE}, 1, 1),
-        (PAIR, {(1, 2): RED_CIRCLE, (1, 0): BLUE_SQUARE}, 2 / 3, 0),  # the other way round
-        (PAIR, {(0, 0): RED_CIRCLE, (1, 1): BLUE_SQUARE}, 2 / 3, 0),  # diagonal: no relation
+        (PAIR, {(1, 2): RED_CIRCLE, (1, 0): BLUE_SQUARE}, 1 / 3, 1),  # the other way round
+        (PAIR, {(0, 0): RED_CIRCLE, (1, 1): BLUE_SQUARE}, 1 / 3, 1),  # diagonal: no relation
         (PAIR, {(0, 0): RED_CIRCLE, (1, 2): BLUE_SQUARE}, 1, 1),  # two right and one down still is left of
-        (PAIR, {(1, 0): RED_CIRCLE}, (1 / 2 + 1 / 2 + 0) / 3, 0),  # one missing
-        (PAIR, {(1, 0): RED_CIRCLE, (1, 2): YELLOW_CROSS}, (1 + 1 / 2 + 0) / 3, 0),  # wrong kind
-        (PAIR, {(1, 0): RED_CIRCLE, (0, 0): RED_CIRCLE, (1, 2): BLUE_SQUARE}, (1 / 2 + 1 + 1) / 3, 1 / 2),  # twice
+        (PAIR, {(1, 0): RED_CIRCLE}, 1 / 6, 0),  # one missing
+        (PAIR, {(1, 0): RED_CIRCLE, (1, 2): YELLOW_CROSS}, 1 / 6, 1),  # wrong kind
+        (PAIR, {(1, 0): RED_CIRCLE, (0, 0): RED_CIRCLE, (1, 2): BLUE_SQUARE}, 1, 0),  # twice
         (PAIR, {}, 0, 0),
         ("a yellow cross", {(2, 2): YELLOW_CROSS}, 1, 1),
-        ("a yellow cross", {(2, 2): RED_CIRCLE}, (1 + 0 + 0) / 3, 0),
-        ("a yellow cross", {(2, 2): YELLOW_CROSS, (0, 0): RED_CIRCLE}, (0 + 1 + 1) / 3, 0),
+        ("a yellow cross", {(2, 2): RED_CIRCLE}, 0, 1),
+        ("a yellow cross", {(2, 2): YELLOW_CROSS, (0, 0): RED_CIRCLE}, 1, 0),
         ("a yellow cross", {}, 0, 0),
     ],
 )
-def test_a_picture_is_paid_for_what_it_shows(prompt, objects, graded, everything):
-    expected = [(graded + everything) / 2, graded, 1.0]
-    np.testing.assert_allclose(scores(prompt, objects), expected, atol=1e-6)
+def test_a_picture_is_paid_for_what_it_shows(prompt, objects, shown, exact):
+    np.testing.assert_allclose(scores(prompt, objects), [shown * exact, shown, 1.0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -63,23 +62,23 @@ def test_a_picture_is_paid_for_what_it_shows(prompt, objects, graded, everything
 def test_every_relation_holds_in_its_own_direction_only(relation, second):
     objects = {(1, 1): RED_CIRCLE, second: BLUE_SQUARE}
     for other in captions.RELATIONS:
-        graded = scores(f"a red circle {other} a blue square", objects)[1]
-        np.testing.assert_allclose(graded, 1.0 if other == relation else 2 / 3, atol=1e-6)
+        shown = scores(f"a red circle {other} a blue square", objects)[1]
+        np.testing.assert_allclose(shown, 1.0 if other == relation else 1 / 3, atol=1e-6)
 
 
-def test_a_torn_picture_loses_the_part_that_asks_for_everything():
-    """Nine cells that are torn with probability 1/2: exp(-9 ln 2 / 4)."""
-    whole = 2 ** (-9 / 4)
+def test_a_torn_picture_loses_all_in_proportion():
+    """Nine cells that are torn with probability 1/2: exp(-9 ln 2 / 8)."""
+    whole = 2 ** (-9 / 8)
     found = scores("a yellow cross", {(2, 2): YELLOW_CROSS}, seam=0.0)
-    np.testing.assert_allclose(found, [(1 + whole) / 2, 1.0, whole], rtol=1e-5)
+    np.testing.assert_allclose(found, [whole, 1.0, whole], rtol=1e-5)
 
 
 def test_doubt_is_counted_in_expectation():
-    """One cell holds the cross with probability 1/2: every part is 1/2, the product 1/8."""
+    """One cell holds the cross with probability 1/2: presence and relation are 1/2, both 1/4, the count is half off."""
     unsure = outputs({})
     unsure["cells"] = unsure["cells"].at[0, 1, 1, YELLOW_CROSS].set(40.0)
     found = judge.score("cells", unsure, jnp.array([[YELLOW_CROSS, 0, 0]]))
-    np.testing.assert_allclose(found["judge"], [(1 / 2 + 1 / 8) / 2], rtol=1e-5)
+    np.testing.assert_allclose(found["judge"], [1 / 2 * (1 / 2 + 1 / 2 + 1 / 4) / 3], rtol=1e-5)
 
 
 def test_samples_are_scored_by_their_own_target():

@@ -8,11 +8,11 @@ import pytest
 from maskrl_jax.errors import UserError
 from maskrl_jax.rewards import mix
 
-SCORES = {"judge": jnp.array([0.5, 1.0]), "judge_graded": jnp.array([1.0, 0.0]), "judge_whole": jnp.array([9.0, 9.0])}
+SCORES = {"judge": jnp.array([0.5, 1.0]), "judge_shown": jnp.array([1.0, 0.0]), "judge_whole": jnp.array([9.0, 9.0])}
 
 
 def test_weighted_sum_of_the_named_rewards():
-    found = mix.weighted_sum(SCORES, {"judge": 2.0, "judge_graded": -0.5})
+    found = mix.weighted_sum(SCORES, {"judge": 2.0, "judge_shown": -0.5})
     np.testing.assert_allclose(found, [0.5, 2.0])
 
 
@@ -20,7 +20,7 @@ def test_gradient_flows_by_weight():
     gradient = jax.grad(lambda s: mix.weighted_sum(s, {"judge": 2.0}).sum())(SCORES)
     assert {name: x.tolist() for name, x in gradient.items()} == {
         "judge": [2, 2],
-        "judge_graded": [0, 0],
+        "judge_shown": [0, 0],
         "judge_whole": [0, 0],
     }
 
@@ -33,7 +33,7 @@ def test_known_rewards_pass():
     ("weights", "message"),
     [
         ({}, "rewards is empty; name at least one"),
-        ({"judge": 1.0, "beauty": 1.0}, "unknown reward 'beauty'; this judge gives: judge, judge_graded, judge_whole"),
+        ({"judge": 1.0, "beauty": 1.0}, "unknown reward 'beauty'; this judge gives: judge, judge_shown, judge_whole"),
     ],
 )
 def test_unknown_or_no_rewards_are_refused(weights, message):

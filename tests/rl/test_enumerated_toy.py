@@ -18,10 +18,11 @@ from maskrl_jax.rl import stride
 from maskrl_jax.rl.speed_reward import speed_reward
 from maskrl_jax.rl.step_likelihood import position_likelihood
 from maskrl_jax.sampling.clock import Clock, next_masked
+from maskrl_jax.sampling.draws import frontier_commit as commit_on_frontier
 from maskrl_jax.sampling.draws import threshold_commit as commit_by_threshold
 
 MASK, CALLS = 2, 3
-threshold_commit = jax.jit(commit_by_threshold)
+threshold_commit, frontier_commit = jax.jit(commit_by_threshold), jax.jit(commit_on_frontier)
 GRIDS = list(itertools.product((0, 1, MASK), repeat=3))
 CLOCK = Clock(num_tokens=3, ticks=6)
 DIVISORS = (3, 2, 1)
@@ -101,33 +102,38 @@ def stride_rollouts(logp_old, allowed, grid=(MASK,) * 3, tick=0, calls=()):
 
 
 @functools.cache
-def threshold_choice(logp, masked, action, call):
-    """Ask `threshold_commit` which positions an action commits, and for its log c*."""
-    committed, log_c = threshold_commit(
-        np.array([logp]),
+def threshold_choice(logp, masked, action, call, priority):
+    """Ask the library which positions an action commits, and for its log c*; by priority where one is given."""
+    rule = (
         np.array([[i in masked for i in range(3)]]),
         np.log([1 / (1 + np.exp(-action))]),
         CLOCK.constant_stride_counts(CALLS)[call : call + 1],
         np.array([call == CALLS - 1]),
     )
+    if priority is None:
+        committed, log_c = threshold_commit(np.array([logp]), *rule)
+    else:
+        committed, log_c = frontier_commit(np.array([logp]), np.array([priority]), *rule)
     return [i for i in range(3) if committed[0, i]], float(log_c[0])
 
 
-def threshold_rollouts(logp_old, grid=(MASK,) * 3, calls=()):
+def threshold_rollouts(logp_old, order, grid=(MASK,) * 3, calls=()):
     """Enumerate rollouts of the `threshold` action; between two confidences every action does the same."""
     masked = masked_positions(grid)
     if not masked:
         yield calls, grid
         return
     last = len(calls) == CALLS - 1
-    probabilities = np.exp(logp_old[GRIDS.index(grid), masked].ravel())
+    table = logp_old[GRIDS.index(grid)]
+    probabilities = np.exp(table[masked].ravel())
     edges = np.concatenate([[-40.0], np.sort(np.log(probabilities / (1 - probabilities))), [40.0]])
     intervals = [(-40.0, 40.0)] if last else list(itertools.pairwise(edges))
+    priority = tuple(-(np.exp(table) * table).sum(-1)) if order == "uncertain" else None
     for interval, draws in itertools.product(intervals, all_draws(grid)):
-        logp = tuple(float(logp_old[GRIDS.index(grid), i, draws.get(i, 0)]) for i in range(3))
-        chosen, log_c = threshold_choice(logp, tuple(masked), float(np.mean(interval)), len(calls))
+        logp = tuple(float(table[i, draws.get(i, 0)]) for i in range(3))
+        chosen, log_c = threshold_choice(logp, tuple(masked), float(np.mean(interval)), len(calls), priority)
         call = record(grid, draws, chosen, log_c, decides=not last, interval=interval)
-        yield from threshold_rollouts(logp_old, commit(grid, draws, chosen), (*calls, call))
+        yield from threshold_rollouts(logp_old, order, commit(grid, draws, chosen), (*calls, call))
 
 
 def tabulate(rollouts, reward):
@@ -248,9 +254,10 @@ def test_stride_gradients_are_exact_and_kept_is_biased():
     assert all(np.abs(exact[name]).max() > 1e-3 for name in ("tokens", "net", "eta"))
 
 
-def test_threshold_gradients_are_exact_and_kept_is_biased():
+@pytest.mark.parametrize("order", ["confident", "uncertain"])
+def test_threshold_gradients_are_exact_and_kept_is_biased(order):
     old = parameters()
-    table, reward = tabulate(threshold_rollouts(confidences(old)), mixed_reward)
+    table, reward = tabulate(threshold_rollouts(confidences(old), order), mixed_reward)
     exact = check_gradients(
         table,
         reward,

@@ -86,6 +86,15 @@ def test_thresholds_follow_the_law_that_scores_them(dial):
     np.testing.assert_allclose(entropy[0], np.log(std * np.sqrt(2 * np.pi * np.e)), rtol=1e-5)
 
 
+def test_thresholds_start_at_the_given_confidence():
+    policy = dataclasses.replace(POLICY, action="threshold", kappa=0.95, kappa_std=0.25)
+    head, params = head_and_params(policy)
+    (mean,), (std,) = Head(policy).module().apply(Head(policy).init(jax.random.key(0)), state().features[:1])
+    np.testing.assert_allclose([jax.nn.sigmoid(mean), std], [0.95, 0.25], rtol=1e-5)
+    assert policy.sampler(TOKENS).order == "confident"
+    assert dataclasses.replace(policy, order="uncertain").sampler(TOKENS).order == "uncertain"
+
+
 def test_the_dial_trades_calls_for_speed_in_one_program():
     head, params = head_and_params()
     keys, cond = jax.random.split(jax.random.key(0), 64), jnp.zeros(64, jnp.int32)

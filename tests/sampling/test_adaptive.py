@@ -182,6 +182,24 @@ def test_threshold_commits_the_sure_at_once_and_else_the_least(tilt, calls):
         assert (np.asarray(record.z_star)[:, 7] == -np.inf).all()  # the last call is forced
 
 
+def test_the_uncertain_order_asks_where_the_model_knows_least():
+    """Position i has 1 + i mod 4 equally likely codes, and nobody is ever sure enough: the widest go first."""
+    choices = 1 + np.arange(TOKENS) % 4
+
+    def model(ids, timestep, cond):
+        open_NK = np.arange(CODES)[None] < choices[:, None]
+        return jnp.broadcast_to(jnp.where(open_NK, 0.0, -90.0)[None], (*ids.shape, CODES))
+
+    def unsure(state):
+        return adaptive.Decision(jnp.zeros_like(state.previous), jnp.full(ROWS, 50.0), jnp.full(ROWS, 120))
+
+    still = dataclasses.replace(CONFIG, clock=Clock(TOKENS, noise_scale=0.0), action="threshold", order="uncertain")
+    steps = np.asarray(jax.jit(lambda: rollout(unsure, still, model=model))().commit_step)
+    assert (steps[:, choices == 1] == 0).all()  # certain: all at once
+    assert (steps[:, choices == 4].max(-1) <= steps[:, choices == 3].min(-1)).all()
+    assert (steps[:, choices == 3].max(-1) <= steps[:, choices == 2].min(-1)).all()
+
+
 def test_temperature_and_guidance_shape_what_is_drawn_from():
     """Conditional logits 2 and unconditional 1 on code 0: (1 + 3 (2 - 1)) / 2 = 2 at s = 3, temperature 2."""
 
@@ -204,6 +222,7 @@ def test_guidance_follows_its_schedule_over_the_clock():
     ("wrong", "message"),
     [
         ({"action": "skip"}, "'skip' is not one of stride, threshold"),
+        ({"order": "bold"}, "'bold' is not one of confident, uncertain"),
         ({"guidance_schedule": "cubic"}, "'cubic' is not one of constant, linear, cosine"),
         ({"max_calls": 7}, "num_steps 7 does not divide"),
         ({"max_calls": 32}, "exceeds the 16 image tokens"),

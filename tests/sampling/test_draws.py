@@ -135,3 +135,28 @@ def test_threshold_commits_the_confident_but_never_too_few(kappa, minimum, last,
     )
     np.testing.assert_array_equal(chosen, [np.array(committed, bool)])
     np.testing.assert_allclose(np.exp(log_c), [c_star], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kappa", "minimum", "last", "committed", "c_star"),
+    [
+        (0.95, 1, False, [0, 1, 0, 0], 0.95),
+        (0.55, 1, False, [1, 1, 1, 0], 0.55),
+        (0.85, 1, False, [1, 1, 0, 0], 0.85),
+        (0.95, 2, False, [0, 1, 1, 0], 0.95),
+        (0.95, 9, False, [1, 1, 1, 0], 0.95),
+        (0.95, 1, True, [1, 1, 1, 0], 0.0),
+    ],
+)
+def test_the_frontier_is_committed_whatever_was_drawn_there(kappa, minimum, last, committed, c_star):
+    """Confidences .9 .3 .6, priorities 1 3 2, and a known token of the highest priority."""
+    chosen, log_c = draws.frontier_commit(
+        jnp.log(jnp.array([[0.9, 0.3, 0.6, 0.99]])),
+        jnp.array([[1.0, 3.0, 2.0, 9.0]]),
+        jnp.array([[True, True, True, False]]),
+        jnp.log(jnp.array([kappa])),
+        jnp.array([minimum]),
+        jnp.array([last]),
+    )
+    np.testing.assert_array_equal(chosen, [np.array(committed, bool)])
+    np.testing.assert_allclose(np.exp(log_c), [c_star], rtol=1e-6)

@@ -44,7 +44,7 @@ def test_every_mode_makes_the_calls_and_commits_the_counts_of_its_plan(mode):
     assert (rollout.commit_step.dtype, rollout.ids.dtype) == (jnp.uint8, jnp.int32)
 
 
-@pytest.mark.parametrize("mode", ["threshold", "entropy"])
+@pytest.mark.parametrize("mode", ["threshold", "uncertain", "entropy"])
 def test_threshold_modes_stop_when_the_model_is_sure(mode):
     rollout = run(toy_model.confident(CODES), SamplerConfig(mode=mode))
     assert rollout.calls.tolist() == [1, 1, 1]
@@ -148,6 +148,23 @@ def test_guidance_pulls_away_from_the_null_condition():
     plain, guided = (run(logits, SamplerConfig(guidance=g, num_steps=1)).ids for g in (1.0, 20.0))
     assert (guided == 1).all()
     assert (plain == 0).any()
+
+
+def test_uncertain_goes_first_where_the_model_knows_least():
+    """Position i has 1 + i mod 4 equally likely codes; those with one are certain and come at once."""
+    choices = 1 + np.arange(TOKENS) % 4
+
+    def logits(ids, timestep, cond):
+        open_NK = np.arange(CODES)[None] < choices[:, None]
+        return jnp.broadcast_to(jnp.where(open_NK, 0.0, -90.0)[None], (*ids.shape, CODES))
+
+    config = SamplerConfig(mode="uncertain", num_steps=TOKENS, gumbel=0.0, threshold=0.9)
+    rollout = run(logits, config)
+    steps = np.asarray(rollout.commit_step)
+    assert (steps[:, choices == 1] == 0).all()
+    assert rollout.calls.tolist() == [12] * 3
+    open_order = np.argsort(steps[:, choices > 1], -1, kind="stable")
+    np.testing.assert_array_equal(choices[choices > 1][open_order], np.tile([4] * 4 + [3] * 4 + [2] * 4, (3, 1)))
 
 
 @pytest.mark.parametrize(("mode", "threshold"), [("confidence", 0.0), ("threshold", 2.0), ("entropy", -1.0)])
