@@ -36,6 +36,9 @@ LEARN = {
     "cond": jnp.array([0, 0, 1, 1]),
     "advantage": jnp.array([1.0, -0.7, 0.4, -1.3]),
     "keep": jnp.array([1.0, 1.0, 0.0, 1.0]),
+    # Decisions count in other rollouts, with other advantages.
+    "decision_advantage": jnp.array([0.6, -0.9, 0.8, -0.5]),
+    "decision_keep": jnp.array([1.0, 0.0, 1.0, 1.0]),
     "prompt": jnp.array([7, 7, 8, 8]),
     "round": jnp.full(ROWS, 3),
 }
@@ -130,7 +133,10 @@ def branches(speed, params, x, cond):
 
 
 def reinforce(params, speed, batch):
-    """Loss whose gradient is REINFORCE with A_j: -(sum_j omega_j A_j log p(rollout j)) / sum omega, 5.3's weights."""
+    """Loss whose gradient is REINFORCE with A_j: -(sum_j omega_j A_j log p(rollout j)) / sum omega, 5.3's weights.
+
+    Tokens and decisions have their own omega and A.
+    """
     threshold = speed.sampler.action == "threshold"
 
     def call(x):
@@ -149,12 +155,14 @@ def reinforce(params, speed, batch):
         parts = (x["features"], x["previous"], x["decision"], x["action"], made)
         free = x["active"] & (x["call"] < CALLS - 1) if threshold else x["active"]
         decision = jnp.where(free, speed.head.score(params["head"], *parts)[0], 0.0) / CALLS
-        return token + decision
+        return token, decision
 
-    per_rollout = jax.vmap(call)(calls_of(batch)).sum(0)
-    if speed.per_rollout_mean:
-        per_rollout *= CALLS / batch["calls"]
-    return -(batch["keep"] * batch["advantage"] * per_rollout).sum() / batch["keep"].sum()
+    total = 0.0
+    for kind, score in zip(("", "decision_"), jax.vmap(call)(calls_of(batch)), strict=True):
+        per_rollout = score.sum(0) * (CALLS / batch["calls"] if speed.per_rollout_mean else 1.0)
+        keep = batch[f"{kind}keep"]
+        total -= (keep * batch[f"{kind}advantage"] * per_rollout).sum() / keep.sum()
+    return total
 
 
 expected_gradient = jax.jit(jax.grad(reinforce), static_argnums=1)

@@ -62,8 +62,10 @@ class CreditState(flax.struct.PyTreeNode):
 class Credit(flax.struct.PyTreeNode):
     """Outcome for a batch of P groups of G rollouts."""
 
-    advantage: Array  # float32 [P,G]
+    advantage: Array  # float32 [P,G], of the rollouts whose tokens are updated
     keep: Array  # float32 [P,G], omega: 0 for rollouts dropped or left out, and for rejected groups
+    decision_advantage: Array  # float32 [P,G], among all that were not dropped: decisions cost no network calls
+    decision_keep: Array  # float32 [P,G], omega of the decisions
     reward: Array  # float32 [P,G], R
     speed: Array  # float32 [P,G], r_s
     gate: Array  # float32 [P,G]
@@ -120,11 +122,12 @@ def assign(
         threshold = advantages.history_threshold(state.history, config.percentile, config.history_min)
         rejected |= std < threshold
     rejected |= std == 0  # nothing to learn from, with or without a history
-    if config.down_sample:
-        keep = advantages.max_variance_subset(reward, keep, config.down_sample)
+    updated = advantages.max_variance_subset(reward, keep, config.down_sample) if config.down_sample else keep
     return Credit(
-        advantage=advantages.group_advantage(reward, keep),
-        keep=(keep & ~rejected[:, None]).astype(jnp.float32),
+        advantage=advantages.group_advantage(reward, updated),
+        keep=(updated & ~rejected[:, None]).astype(jnp.float32),
+        decision_advantage=advantages.group_advantage(reward, keep),
+        decision_keep=(keep & ~rejected[:, None]).astype(jnp.float32),
         reward=reward,
         speed=speed,
         gate=gate,

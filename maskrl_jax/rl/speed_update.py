@@ -22,8 +22,9 @@ RECORD = tuple(adaptive.Record.__dataclass_fields__)
 class SpeedUpdate:
     """Static parts of an update.
 
-    A batch holds the record's fields and, per rollout, cond, advantage [B], keep [B] (omega), prompt [B]
-    and round [B] int32 (the same for all: the update's number).
+    A batch holds the record's fields and, per rollout, cond, advantage [B], keep [B] (omega), the same two for
+    decisions (decision_advantage, decision_keep), prompt [B] and round [B] int32 (the same for all: the update's
+    number).
     """
 
     policy: Policy
@@ -57,45 +58,45 @@ class SpeedUpdate:
         valid, build = self._budget_calls(batch) if budget else self._policy_calls(record, batch)
         kept = batch["keep"]
         valid &= kept[:, None] > 0  # what is left out costs no network calls, and enters no mean
-        # The last call of the threshold action is forced, no decision.
-        last = self.policy.max_calls - (self.sampler.action == "threshold")
-        decisions = (jnp.minimum(record.calls, last) * (kept > 0)).sum().astype(jnp.float32)
-        counts = (kept.sum(), (kept > 0).sum().astype(jnp.float32), decisions)
-        totals = surrogate.Normalisers(*axis.all_reduce(counts))
+        free = self._free_decisions(record, batch)
+        counts = (kept.sum(), (kept > 0).sum(), batch["decision_keep"].sum(), free.sum())
+        totals = surrogate.Normalisers(*axis.all_reduce(tuple(count.astype(jnp.float32) for count in counts)))
+        zero = jnp.float32(0)
 
-        def loss(params, pair, real):
-            row, calls, floor = build(pair, real)
-            calls, floor = axis.split((calls, floor))
-            sums, error, drawn = token_terms(
-                self.tokens, self.model, params["model"], old and old["model"], reference, calls
-            )
-            decision, head_entropy = self._decision_terms(params["head"], old, record, batch, row, pair, real)
-            terms = surrogate.Terms(sums.token, decision, sums.penalty, head_entropy)
-            total = surrogate.policy_loss(
+        def assemble(terms):
+            return surrogate.policy_loss(
                 terms, totals, kl_coefficient=self.kl_coefficient, entropy_coefficient=entropy_coefficient
             )
+
+        def decision_loss(head):
+            decision, entropy = self._decision_terms(head, old, record, batch, free)
+            return assemble(surrogate.Terms(zero, decision, zero, entropy)), entropy
+
+        def token_loss(model, pair, real):
+            calls, floor = axis.split(build(pair, real))
+            sums, error, drawn = token_terms(self.tokens, self.model, model, old and old["model"], reference, calls)
             gap = jnp.abs(jnp.where(calls.committed, drawn, jnp.inf).min(-1) - floor)
             seen = (real & calls.committed.any(-1)).astype(jnp.float32)
             stats = {
                 "kl": sums.kl,
                 "clip": sums.clip,
                 "entropy": sums.entropy,
-                "head_entropy": head_entropy,
                 "gap": (jnp.where(seen > 0, gap, 0.0).sum(), seen.sum()),
             }
-            return total, (stats, error)
+            return assemble(surrogate.Terms(sums.token, zero, sums.penalty, zero)), (stats, error)
 
         def part(pair, real):
-            grads, (stats, error) = jax.grad(loss, has_aux=True)(params, pair, real)
+            grads, (stats, error) = jax.grad(token_loss, has_aux=True)(params["model"], pair, real)
             return (grads, stats), error
 
-        (grads, stats), error = accumulate(part, valid, self.micro_batch * axis.size)
-        grads, stats = axis.all_reduce((grads, stats))
+        (model, stats), error = accumulate(part, valid, self.micro_batch * axis.size)
+        head, head_entropy = jax.grad(decision_loss, has_aux=True)(params["head"])
+        grads, stats, head_entropy = axis.all_reduce(({"model": model, "head": head}, stats, head_entropy))
         metrics = {
             "rl/kl": (stats["kl"], totals.rollouts),
             "rl/clip_frac": stats["clip"],
             "rl/entropy": stats["entropy"],
-            "rl/head_entropy": (stats["head_entropy"], totals.decisions),
+            "rl/head_entropy": (head_entropy, totals.decisions),
             # The largest of a device, averaged over devices: the all-reduce has no maximum.
             "rl/ratio_max_err": axis.all_reduce((error, jnp.float32(1))),
         }
@@ -141,7 +142,7 @@ class SpeedUpdate:
                 kl_weight=kl_weight,
                 penalty_weight=kl_weight * jnp.where(first, self.first_call_kl, 1.0)[:, None],
             )
-            return row, calls, record.log_floor[row, call]
+            return calls, record.log_floor[row, call]
 
         return valid, build
 
@@ -182,38 +183,41 @@ class SpeedUpdate:
                 kl_weight=kl_weight,
                 penalty_weight=kl_weight,
             )
-            return row, calls, zero
+            return calls, zero
 
         return valid, build
 
-    def _decision_terms(self, head: Any, old: Any, record: adaptive.Record, batch: dict, row, pair, real):
-        """(clipped objective, entropy) of the decisions of a micro-batch, summed."""
+    def _free_decisions(self, record: adaptive.Record, batch: dict) -> Array:
+        """Which calls of which rollouts hold a decision that counts, bool [B,T]."""
+        call = jnp.arange(self.policy.max_calls)[None]
+        # The last call of the threshold action is forced: no decision, so no term.
+        last = self.policy.max_calls - (self.sampler.action == "threshold")
+        return (call < jnp.minimum(record.calls, last)[:, None]) & (batch["decision_keep"] > 0)[:, None]
+
+    def _decision_terms(self, head: Any, old: Any, record: adaptive.Record, batch: dict, free: Array):
+        """(clipped objective, entropy) of all decisions, summed."""
         if self.policy.kind != "adaptive":
             return jnp.float32(0), jnp.float32(0)
-        call = pair % self.policy.max_calls
-        # The last call of the threshold action is forced: no decision, so no term.
-        free = real & ((call < self.policy.max_calls - 1) | (self.sampler.action == "stride"))
-        seen = (
-            record.features[row, call],
-            record.decision[row, jnp.maximum(call - 1, 0)],
-            record.decision[row, call],
-            record.action[row, call],
-            call,
-        )
+        rows, length = free.shape
+        previous = jnp.pad(record.decision, ((0, 0), (1, 0)))[:, :-1]
+        call = jnp.broadcast_to(jnp.arange(length)[None], free.shape)
+        fields = (record.features, previous, record.decision, record.action, call)
+        seen = [x.reshape(rows * length, *x.shape[2:]) for x in fields]
         logp, entropy = self.head.score(head, *seen)
         before = logp if old is None else self.head.score(old["head"], *seen)[0]
         weights = surrogate.term_weights(
-            record.calls[row],
+            record.calls,
             num_tokens=self.num_tokens,
-            max_calls=self.policy.max_calls,
+            max_calls=length,
             per_rollout_mean=self.per_rollout_mean,
         )
+        weight = (batch["decision_keep"] * weights.decision)[:, None] * free
         total, _ = surrogate.clipped_surrogate(
             logp,
             before,
-            batch["advantage"][row],
-            batch["keep"][row] * free * weights.decision,
+            batch["decision_advantage"].repeat(length),
+            weight.reshape(-1),
             low=self.tokens.clip_low,
             high=self.tokens.clip_high,
         )
-        return total, jnp.where(free, entropy, 0.0).sum()
+        return total, jnp.where(free.reshape(-1), entropy, 0.0).sum()

@@ -97,23 +97,25 @@ class Normalisers(NamedTuple):
 
     survivors: jax.Array
     rollouts: jax.Array
+    deciders: jax.Array
     decisions: jax.Array
 
 
 def policy_loss(terms: Terms, totals: Normalisers, *, kl_coefficient, entropy_coefficient) -> jax.Array:
     """Assemble the loss of speed_rl spec 5.3 from sums, to be minimised.
 
-        L = -(token + decision) / sum_j omega_j + beta * kl / J - eta_H * entropy / (number of decisions)
+        L = -token / sum_j omega_j - decision / sum_j omega^d_j + beta * kl / J - eta_H * entropy / (number of decisions)
 
     The totals are those of the whole batch: the losses (and gradients) of micro-batches and devices add.
 
     Args:
       terms: sums over this part, each entry already times its omega_j and `term_weights` / `kl_weight`.
-      totals: survivors sum_j omega_j, rollouts J, decisions (real ones) of the whole batch.
+      totals: survivors sum_j omega_j, rollouts J, deciders sum_j omega^d_j (where all rollouts' tokens are
+        updated, omega^d = omega: the spec's loss), decisions (real ones) of the whole batch.
       kl_coefficient: beta.
       entropy_coefficient: eta_H.
     """
-    policy = (terms.token + terms.decision) / jnp.maximum(totals.survivors, 1.0)
+    policy = terms.token / jnp.maximum(totals.survivors, 1.0) + terms.decision / jnp.maximum(totals.deciders, 1.0)
     divergence = terms.kl / jnp.maximum(totals.rollouts, 1.0)
     entropy = terms.entropy / jnp.maximum(totals.decisions, 1.0)
     return kl_coefficient * divergence - policy - entropy_coefficient * entropy

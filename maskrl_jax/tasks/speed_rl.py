@@ -36,6 +36,7 @@ from maskrl_jax.tasks.rollouts import Rollouts
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
+CREDIT = ("advantage", "keep", "decision_advantage", "decision_keep")
 
 
 class Wiring:
@@ -237,7 +238,7 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     axis = Axis(1)
     made = jax.eval_shape(functools.partial(wiring.rollout, axis=axis), state.params, frozen, request)
     share = struct((rows,), jnp.float32)
-    learn = {name: made[name] for name in RECORD} | {"advantage": share, "keep": share}
+    learn = {name: made[name] for name in RECORD} | dict.fromkeys(CREDIT, share)
     learn |= {"cond": request["cond"], "prompt": whole, "round": whole}
     calls = config.policy.max_calls
     return [
@@ -289,7 +290,7 @@ def build(context: Context) -> Task:
         number = int(batch["index"][0]) // config.batch_size
         out, result, memory, filtered = rollouts.collect(state, batch, number)
         rows = parallel.rows(config.batch_size)
-        per_rollout = jax.device_get({"advantage": result.advantage, "keep": result.keep})
+        per_rollout = jax.device_get({name: getattr(result, name) for name in CREDIT})
         learn = {name: out[name] for name in RECORD} | {n: v.reshape(-1) for n, v in per_rollout.items()}
         learn |= {name: batch[name] for name in ("cond", "prompt")}
         learn |= {"round": np.full(config.batch_size, number, np.int32)}

@@ -95,7 +95,7 @@ def loss(params, key, weight, noise):
         kl=jnp.float32(0),
         entropy=jnp.float32(0),
     )
-    totals = surrogate.Normalisers(survivors=ROWS, rollouts=ROWS, decisions=decision_weight.sum())
+    totals = surrogate.Normalisers(ROWS, ROWS, deciders=ROWS, decisions=decision_weight.sum())
     return surrogate.policy_loss(terms, totals, kl_coefficient=0.0, entropy_coefficient=0.0), calls.mean()
 
 

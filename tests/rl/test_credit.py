@@ -173,6 +173,11 @@ def test_down_sampling_updates_the_extremes_with_advantages_of_their_own():
     found = assign(config, jnp.array([[1.0, 4.0, 2.0, 3.0]]))
     assert found.keep.tolist() == [[1, 1, 0, 0]] and not found.rejected.any()
     np.testing.assert_allclose(found.advantage, [[-np.sqrt(0.5), np.sqrt(0.5), 0, 0]], rtol=1e-3)
+    # Decisions cost no network calls: they learn from the whole group.
+    assert found.decision_keep.tolist() == [[1, 1, 1, 1]]
+    reward = np.asarray(found.reward[0])
+    whole = (reward - reward.mean()) / (reward.std(ddof=1) + 1e-4)
+    np.testing.assert_allclose(found.decision_advantage, [whole], rtol=1e-3)
     everyone = assign(dataclasses.replace(config, down_sample=0), jnp.array([[1.0, 4.0, 2.0, 3.0]]))
     np.testing.assert_array_equal(found.std, everyone.std)  # the filter of groups judges whole groups
     with pytest.raises(ValueError, match="down_sample 1 must be 0"):

@@ -60,7 +60,9 @@ def test_threshold_action_is_scored_exactly_and_its_forced_call_holds_no_decisio
     plain, _ = policy_gradient(speed, params, batch)
     close(plain, expected_gradient(params, speed, batch))
     found, metrics = gradients(speed, params, batch, None, params["model"], 1.0)
-    assert float(metrics["rl/head_entropy"][1]) == (np.minimum(batch["calls"], CALLS - 1) * LEARN["keep"]).sum()
+    assert (
+        float(metrics["rl/head_entropy"][1]) == (np.minimum(batch["calls"], CALLS - 1) * LEARN["decision_keep"]).sum()
+    )
     # The entropy of a normal law is ln sigma + c; ln sigma has gradient 1 on its bias at every decision.
     gain = np.asarray(plain["head"]["params"]["out"]["bias"] - found["head"]["params"]["out"]["bias"])
     np.testing.assert_allclose(gain, [0.0, 1.0], atol=1e-5)
@@ -75,14 +77,15 @@ def test_loss_of_the_first_update_counts_the_terms():
     def terms():
         valid, build = SPEED._policy_calls(record, batch)
         pair, real = jnp.arange(ROWS * CALLS), valid.ravel()
-        row, calls, _ = build(pair, real)
+        calls, _ = build(pair, real)
+        free = SPEED._free_decisions(record, batch)
         sums, *_ = token_terms(SPEED.tokens, MODEL, params["model"], None, REFERENCE, calls)
-        return sums.token, SPEED._decision_terms(params["head"], None, record, batch, row, pair, real)[0]
+        return sums.token, SPEED._decision_terms(params["head"], None, record, batch, free)[0]
 
     made, commit = np.asarray(batch["calls"]), np.asarray(batch["commit_step"])
     remasked = np.array([(commit[j, None] > np.arange(t)[:, None]).sum() for j, t in enumerate(made)])
-    gain = np.asarray(batch["keep"] * batch["advantage"])
-    expected = (gain * (1 + remasked / TOKENS)).sum(), (gain * made / CALLS).sum()
+    gain, decided = (np.asarray(batch[f"{kind}keep"] * batch[f"{kind}advantage"]) for kind in ("", "decision_"))
+    expected = (gain * (1 + remasked / TOKENS)).sum(), (decided * made / CALLS).sum()
     np.testing.assert_allclose(terms(), expected, rtol=1e-5)
 
 
@@ -104,9 +107,12 @@ def test_order_of_rollouts_changes_nothing():
 
 def test_dropped_rollouts_add_nothing():
     found = policy_gradient(changed(), params_of(), batch_of())[0]
-    wild = batch_of() | {"advantage": LEARN["advantage"].at[2].set(99.0)}
+    wild = batch_of() | {
+        "advantage": LEARN["advantage"].at[2].set(99.0),
+        "decision_advantage": LEARN["decision_advantage"].at[1].set(99.0),
+    }
     close(policy_gradient(changed(), params_of(), wild)[0], found, 0)
-    nobody = batch_of() | {"keep": jnp.zeros(ROWS)}
+    nobody = batch_of() | {"keep": jnp.zeros(ROWS), "decision_keep": jnp.zeros(ROWS)}
     np.testing.assert_allclose(largest(policy_gradient(changed(), params_of(), nobody)[0]), 0.0, atol=1e-7)
 
 
@@ -117,7 +123,8 @@ def test_kl_is_a_mean_over_calls_and_rollouts_and_entropy_one_over_decisions(fir
     The first call's KL counts `first` times in the loss, once in what is logged.
     """
     keep = jnp.array([1.0, 0.0, 1.0, 1.0])
-    batch, params = batch_of() | {"keep": keep, "advantage": jnp.zeros(ROWS)}, params_of()
+    nothing = {"advantage": jnp.zeros(ROWS), "decision_advantage": jnp.zeros(ROWS)}
+    batch, params = batch_of() | {"keep": keep, "decision_keep": keep} | nothing, params_of()
 
     def expected(params):
         def call(x):
@@ -177,9 +184,9 @@ def test_decisions_have_ratios_of_their_own():
 
     def expected(head):
         ratio = jnp.exp(jax.vmap(lambda x: score(head, x) - score(OLD["head"], x))(calls))
-        gain = batch["advantage"][None]
+        gain = batch["decision_advantage"][None]
         objective = jnp.minimum(ratio * gain, jnp.clip(ratio, 0.9, 1.2) * gain) * calls["active"]
-        return -(objective * batch["keep"][None]).sum() / CALLS / batch["keep"].sum()
+        return -(objective * batch["decision_keep"][None]).sum() / CALLS / batch["decision_keep"].sum()
 
     found = policy_gradient(changed(), params, batch, params | {"head": OLD["head"]})[0]
     close(found["head"], jax.jit(jax.grad(expected))(params["head"]))

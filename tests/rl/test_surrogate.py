@@ -94,7 +94,7 @@ def rollout_terms(rows):
     return sur.Terms(*sums, kl=jnp.float32(0.4) * rows.sum(), entropy=jnp.float32(2.0) * (rows * decisions).sum())
 
 
-TOTALS = sur.Normalisers(survivors=3.0, rollouts=4.0, decisions=8.0)
+TOTALS = sur.Normalisers(survivors=3.0, rollouts=4.0, deciders=3.0, decisions=8.0)
 
 
 def test_policy_loss_at_ratio_one_counts_the_terms():
@@ -109,6 +109,13 @@ def test_policy_loss_adds_kl_and_takes_away_entropy():
     terms = sur.Terms(*(jnp.float32(x) for x in (0.0, 0.0, 2.0, 8.0)))
     loss = sur.policy_loss(terms, TOTALS, kl_coefficient=0.1, entropy_coefficient=0.01)
     np.testing.assert_allclose(loss, 0.1 * 2 / 4 - 0.01 * 8 / 8, rtol=1e-6)
+
+
+def test_tokens_and_decisions_are_averaged_over_their_own_rollouts():
+    terms = sur.Terms(*(jnp.float32(x) for x in (6.0, 6.0, 0.0, 0.0)))
+    totals = sur.Normalisers(survivors=2.0, rollouts=2.0, deciders=3.0, decisions=8.0)
+    loss = sur.policy_loss(terms, totals, kl_coefficient=0.0, entropy_coefficient=0.0)
+    np.testing.assert_allclose(loss, -(6 / 2 + 6 / 3), rtol=1e-6)
 
 
 def test_losses_of_micro_batches_add_up():

@@ -218,7 +218,7 @@ def test_a_sample_is_the_same_in_any_batch(mode):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"mode": "beam"}, "'beam' is not one of confidence, halton, random, threshold, entropy"),
+        ({"mode": "beam"}, "'beam' is not one of confidence, halton, random, threshold, uncertain, entropy"),
         ({"num_steps": 17}, "num_steps 17 must lie in 1..max_steps"),
         ({"num_steps": 0}, "num_steps 0 must lie in"),
         ({"max_steps": 255}, "below 255"),

@@ -71,9 +71,10 @@ def test_a_run_reads_every_key_of_its_config(trained, stage):
 def test_every_field_of_the_settings_is_used(trained):
     # What `trained` leaves unused are the settings of the other policies, of guidance and of Muon.
     with field_uses(*SETTINGS) as unused:
-        for kind in ("fixed", "budget"):
+        for other in ({"kind": "fixed"}, {"kind": "budget"}, {"action": "threshold"}):
             config = tiny.get_config("speed_rl")
-            config.policy.kind, config.policy.guidance, config.optimizer.name = kind, 1.7, "muon"
+            config.policy.update(other)
+            config.policy.guidance, config.optimizer.name = 1.7, "muon"
             trace(config)
         trace(MODULES["maskgit"].get_config("smoke"))
     left = {cls.__name__: unused[cls] & trained.unused[cls] for cls in SETTINGS}

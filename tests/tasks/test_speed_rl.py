@@ -19,7 +19,11 @@ from maskrl_jax.writers import read_metrics
 BOTH, MODEL, HEAD = {"model", "head"}, {"model"}, {"head"}
 VARIANTS = {
     "fixed, hard": ({"policy.kind": "fixed", "loss.tokens.likelihood": "hard", "credit.speed": "off"}, MODEL),
-    "budget, two inner updates": ({"policy.kind": "budget", "inner_updates": 2}, MODEL),
+    # An untrained base shows nothing that was asked for; its rejection rule needs a spread of quality.
+    "budget, two inner updates": (
+        {"policy.kind": "budget", "inner_updates": 2, "rewards": {"judge": 0.0, "judge_whole": 1.0}},
+        MODEL,
+    ),
     "guided threshold, all": (
         {"policy.action": "threshold", "policy.guidance": 1.7, "loss.tokens.likelihood": "all"},
         BOTH,
@@ -37,7 +41,10 @@ def changed_config(changes):
     config.resample.rounds = 0  # one program less to compile
     config.credit.percentile = 0.0
     for path, value in changes.items():
-        config.update_from_flattened_dict({path: value})
+        if path == "rewards":
+            config.rewards = value
+        else:
+            config.update_from_flattened_dict({path: value})
     return config
 
 
