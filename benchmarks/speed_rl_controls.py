@@ -34,13 +34,14 @@ ONLY = flags.DEFINE_list("only", None, "train these variants only; the table hol
 
 VARIANTS = {
     "adaptive": [],
-    "fixed": ["--config.policy.kind=fixed"],
+    "fixed": ["--config.policy.kind=fixed", "--config.policy.noise=1.0"],
     "budget": [
         "--config.policy.kind=budget",
+        "--config.policy.noise=1.0",
         "--config.credit.gate=hard",
         "--config.loss.tokens.distribution=cond",
     ],
-    "head only": ["--config.optimizer.rates=(('^model', 0.0), ('^head', 3.0))"],
+    "head only": ["--config.optimizer.rates=(('^model', 0.0), ('^head', 40.0))"],
     "frozen head": ["--config.optimizer.rates=(('^head', 0.0),)"],
     "kept (negative control)": ["--config.loss.tokens.likelihood=kept"],
 }

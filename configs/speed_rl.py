@@ -1,8 +1,8 @@
 """Speed-RL-like tuning of the embedded base: fewer network calls at equal quality.
 
-python -m maskrl_jax.main --config=configs/speed_rl.py         # at most 15 minutes on two cores, parents included
+python -m maskrl_jax.main --config=configs/speed_rl.py         # meant for a quarter of an hour, parents included
 python -m maskrl_jax.main --config=configs/speed_rl.py:full    # carries the claims
-python -m maskrl_jax.main --config=configs/speed_rl.py:smoke   # 90 seconds: does everything run?
+python -m maskrl_jax.main --config=configs/speed_rl.py:smoke   # a few updates of everything: does it run?
 python -m maskrl_jax.main --config=configs/speed_rl.py:meissonic --dry_run=v5e:4x4   # published scale, compile only
 
 The numbers are our choice; the paper's are not public (specs: "not published").
@@ -53,7 +53,7 @@ def policy() -> dict:
     """How many calls, and when.
 
     A call commits the place that the model is least sure of, and with it whatever is surer than the head's kappa:
-    on this task that alone reaches the base's quality in a third of its calls (measured), and the rest is learned.
+    what that alone gives is the report's system `untrained`, and the rest is learned.
     """
     return {
         "kind": "adaptive",
@@ -64,7 +64,8 @@ def policy() -> dict:
         "ticks": 960,
         "max_calls": 24,
         "noise": 0.5,
-        # What follows up to `opening` is for --config.policy.action=stride.
+        # What follows up to `opening` is for --config.policy.action=stride; it, `fixed` and `budget`, which commit
+        # the surest first, want --config.policy.noise=1.
         "divisors": (24, 16, 12, 10, 8, 6, 5, 4, 3, 2, 1),
         "centre": 7.0,
         "width": 0.2,
@@ -123,8 +124,8 @@ def optimizer(steps: int) -> dict:
     """Muon for matrices, Adam for the rest."""
     return {
         "name": "muon",
-        # Small: of the tokens' gradient little but noise is left after a few hundred rollouts (two batches agree to
-        # a cosine of 0.01), and larger steps cost quality (measured). The head learns with most of the signal.
+        # Small: the tokens' gradient of one batch is mostly noise, and larger steps cost quality (measured). The
+        # head has few parameters and a clearer one.
         "learning_rate": 5e-5,
         "muon_learning_rate": 3e-4,
         "b1": 0.9,

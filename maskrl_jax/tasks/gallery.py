@@ -10,6 +10,7 @@ from maskrl_jax.evaluate.bench import Bench
 from maskrl_jax.evaluate.measure import Point, System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Engine, clocked_program, clocked_system, fixed_program, fixed_system
+from maskrl_jax.rewards import energy_distance
 from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import maskgit as maskgit_task
 from maskrl_jax.tasks.task import Context
@@ -68,7 +69,8 @@ class Gallery:
         """All that entered the reward, in words."""
         rewards = tuple(f"{name} x {weight:g}" for name, weight in self.wiring.rewards.items())
         weight = self.config.energy_distance
-        match = f"energy distance to pictures of the training set, 4 x 4 block means, x {weight:g} (against collapse)"
+        size = f"{energy_distance.SIDE} x {energy_distance.SIDE}"
+        match = f"energy distance to pictures of the training set, {size} block means, x {weight:g} (against collapse)"
         return (*rewards, match) if weight else rewards
 
     def report(self, params: Any) -> None:

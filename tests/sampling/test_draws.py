@@ -1,5 +1,7 @@
 """Parts of a step: token draws, commits, guidance."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,8 +116,21 @@ def test_entropy_in_nats():
     np.testing.assert_allclose(draws.entropy(logp), [expected], rtol=1e-6)
 
 
+def check_commit(rule, kappa, minimum, last, committed, c_star):
+    """Confidences .9 .3 .6, and a known token that must not be touched."""
+    chosen, log_c = rule(
+        jnp.log(jnp.array([[0.9, 0.3, 0.6, 0.99]])),
+        masked_BN=jnp.array([[True, True, True, False]]),
+        log_kappa_B=jnp.log(jnp.array([kappa])),
+        minimum_B=jnp.array([minimum]),
+        last_B=jnp.array([last]),
+    )
+    np.testing.assert_array_equal(chosen, [np.array(committed, bool)])
+    np.testing.assert_allclose(np.exp(log_c), [c_star], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
-    ("kappa", "minimum", "last", "committed", "c_star"),
+    "case",
     [
         (0.55, 1, False, [1, 0, 1, 0], 0.55),
         (0.95, 2, False, [1, 0, 1, 0], 0.6),
@@ -124,21 +139,12 @@ def test_entropy_in_nats():
         (0.95, 1, True, [1, 1, 1, 0], 0.0),
     ],
 )
-def test_threshold_commits_the_confident_but_never_too_few(kappa, minimum, last, committed, c_star):
-    """Confidences .9 .3 .6 and a known token that must not be touched."""
-    chosen, log_c = draws.threshold_commit(
-        jnp.log(jnp.array([[0.9, 0.3, 0.6, 0.99]])),
-        jnp.array([[True, True, True, False]]),
-        jnp.log(jnp.array([kappa])),
-        jnp.array([minimum]),
-        jnp.array([last]),
-    )
-    np.testing.assert_array_equal(chosen, [np.array(committed, bool)])
-    np.testing.assert_allclose(np.exp(log_c), [c_star], rtol=1e-6)
+def test_threshold_commits_the_confident_but_never_too_few(case):
+    check_commit(draws.threshold_commit, *case)
 
 
 @pytest.mark.parametrize(
-    ("kappa", "minimum", "last", "committed", "c_star"),
+    "case",
     [
         (0.95, 1, False, [0, 1, 0, 0], 0.95),
         (0.55, 1, False, [1, 1, 1, 0], 0.55),
@@ -148,15 +154,7 @@ def test_threshold_commits_the_confident_but_never_too_few(kappa, minimum, last,
         (0.95, 1, True, [1, 1, 1, 0], 0.0),
     ],
 )
-def test_the_frontier_is_committed_whatever_was_drawn_there(kappa, minimum, last, committed, c_star):
-    """Confidences .9 .3 .6, priorities 1 3 2, and a known token of the highest priority."""
-    chosen, log_c = draws.frontier_commit(
-        jnp.log(jnp.array([[0.9, 0.3, 0.6, 0.99]])),
-        jnp.array([[1.0, 3.0, 2.0, 9.0]]),
-        jnp.array([[True, True, True, False]]),
-        jnp.log(jnp.array([kappa])),
-        jnp.array([minimum]),
-        jnp.array([last]),
-    )
-    np.testing.assert_array_equal(chosen, [np.array(committed, bool)])
-    np.testing.assert_allclose(np.exp(log_c), [c_star], rtol=1e-6)
+def test_the_frontier_is_committed_whatever_was_drawn_there(case):
+    """Priorities 1 3 2; the known token has the highest."""
+    rule = functools.partial(draws.frontier_commit, priority_BN=jnp.array([[1.0, 3.0, 2.0, 9.0]]))
+    check_commit(rule, *case)
