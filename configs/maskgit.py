@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
         parents={"tokenizer": tokenizer.get_config(parent), "judge": judge.get_config(parent)},
         init={"tokenizer": "", "judge": ""},
         data={"name": sizes.data_set(arg), "text_length": 8},
-        model={"width": 128, "depth": 4, "heads": 4, "mlp_width": 512},
+        model=model(small=arg.endswith("smoke")),
         optimizer={
             "name": "muon",
             "learning_rate": 3e-3,
@@ -45,6 +45,20 @@ def get_config(arg: str = ""):
             "guidance_schedule": "constant",
         },
         evaluation=evaluation(arg.endswith("smoke")),
+    )
+
+
+def model(small: bool = False) -> dict:
+    """The transformer; the small one compiles quickly."""
+    return (
+        {"width": 64, "depth": 2, "heads": 2, "mlp_width": 256}
+        if small
+        else {
+            "width": 128,
+            "depth": 4,
+            "heads": 4,
+            "mlp_width": 512,
+        }
     )
 
 

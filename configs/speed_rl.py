@@ -146,7 +146,7 @@ def evaluation(arg: str) -> dict:
         **maskgit.evaluation(),
         "prompts": 192,  # about all that are held out
         "group": 4 if arg == "full" else 2,
-        "dials": (-2.0, -1.0, 0.0, 1.0, 2.0),
+        "dials": (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0),
         "glance_prompts": 32,
     }
 

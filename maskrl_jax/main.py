@@ -44,7 +44,8 @@ def main(_: list[str]) -> None:
 
         runner.compilation_cache(STORE.value)
         if DRY_RUN.value is not None:
-            return dry_run.run(CONFIG.value, runner.phases, DRY_RUN.value)
+            dry_run.run(CONFIG.value, runner.phases, DRY_RUN.value)
+            return
         runner.run(CONFIG.value, WORKDIR.value or _default_workdir(), STORE.value)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -132,7 +132,7 @@ def _context(config, trained, workdir, store):
     resolved = ConfigDict(stored.tuples(stored.plain(config)))
     for name, parent in trained.items():
         resolved.parents[name] = parent.config
-    return Context(resolved, trained, Parallel(config.parallel), os.path.join(store, "data"), workdir)
+    return Context(resolved, trained, Parallel(config.parallel), store, workdir)
 
 
 def task_module(config: ConfigDict) -> Any:

@@ -51,6 +51,14 @@ def test_a_mistake_is_one_line_and_exit_1(arguments, message):
     assert message in errors and errors.startswith("error: ") and errors.count("\n") == 1
 
 
+def test_a_dry_run_prints_its_table_trains_nothing_and_exits_0(tmp_path):
+    process = start(*toy(tmp_path, "dry", "--dry_run"))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "dry run: toy" in output and "peak memory" in output
+    assert not errors and not (tmp_path / "dry").exists()
+
+
 def test_importing_starts_no_device_and_no_tensorflow():
     code = (
         "import sys, maskrl_jax.main, maskrl_jax.runner, jax\n"

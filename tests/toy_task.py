@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from maskrl_jax import state as train_state
 from maskrl_jax.parallel import mean_gradients
+from maskrl_jax.phase import Phase
 from maskrl_jax.tasks.task import Task
 
 WIDTH = 256  # [256, 256] is just large enough to be split over devices
@@ -74,8 +75,9 @@ def make_batch(step, rows, batch_size, bad_from=-1):
 
 
 def phases(config, parallel):
-    """Name no program; the dry run has phases of its own to test with."""
-    return []
+    """A program for the command line's dry run; what a dry run says of programs has tests of its own."""
+    batch = {"x": jax.ShapeDtypeStruct((config.batch_size,), jnp.float32)}
+    return [Phase("rollout", lambda params, frozen, batch, axis: {"y": batch["x"] + 1}, ({}, {}, batch), kind="map")]
 
 
 def build(context):

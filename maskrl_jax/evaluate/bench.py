@@ -12,7 +12,7 @@ import numpy as np
 
 from maskrl_jax import writers
 from maskrl_jax.errors import UserError
-from maskrl_jax.evaluate import curve, illustrate, measure, report, timing
+from maskrl_jax.evaluate import curve, illustrate, measure, measured, report, timing
 from maskrl_jax.evaluate.grid import image_grid
 from maskrl_jax.evaluate.measure import Point, Protocol, Scorer, System
 from maskrl_jax.sampling.maskgit import SamplerConfig
@@ -68,6 +68,7 @@ class Bench:
     real_features: np.ndarray
     settings: Evaluation
     workdir: str
+    measured_dir: str  # where points of systems with an identity are kept
 
     @property
     def metric(self) -> str:
@@ -144,10 +145,25 @@ class Bench:
         )
 
     def measure(self, system: System, settings: Sequence[float]) -> list[Point]:
-        """The points of one system's curve."""
+        """The points of one system's curve; those of a system with an identity are measured once for all runs."""
         s = self.settings
         protocol = self.protocol(s.prompts, keep=s.keep)
-        return [measure.measure(system, setting, protocol, self.scorer) for setting in settings]
+
+        def point(setting):
+            return measure.measure(system, setting, protocol, self.scorer)
+
+        if not system.identity:
+            return [point(setting) for setting in settings]
+        # The judge is known by what it says of the real pictures.
+        held_equal = measured.identity(dataclasses.asdict(protocol), system.name, system.label, system.identity)
+        points = []
+        for setting in settings:
+            key = measured.identity(held_equal, setting)
+            packed = measured.once(
+                self.measured_dir, system.name, key, lambda setting=setting: measure.pack(point(setting))
+            )
+            points.append(measure.unpack(packed))
+        return points
 
     def criteria(self) -> curve.Criteria:
         """What counts as equal quality."""

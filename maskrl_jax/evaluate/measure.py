@@ -1,6 +1,7 @@
 """Measure one system at one setting: generate, score, summarise, keep every sample's numbers."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -31,6 +32,7 @@ class System:
     name: str  # key in tables and results.json
     label: str  # what figures call it
     generate: Callable[[float, np.ndarray, np.ndarray, int], Generated]
+    identity: str = ""  # of all that its samples depend on, where its measurements shall be kept; "" where not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +179,23 @@ def measure(system: System, setting: float, protocol: Protocol, scorer: Scorer) 
     )
 
 
+def pack(point: Point) -> dict[str, np.ndarray]:
+    """Return all of a point as arrays."""
+    arrays = {f"per_sample/{name}": value for name, value in point.per_sample.items()}
+    arrays |= {f"kept/{name}": value for name, value in point.kept.items()}
+    return arrays | {"plain": np.array(json.dumps(point.to_json()))}
+
+
+def unpack(arrays: dict[str, np.ndarray]) -> Point:
+    """Return the point that `pack` took apart."""
+    parts = {"per_sample": {}, "kept": {}}
+    for name, value in arrays.items():
+        part, _, own = name.partition("/")
+        if own:
+            parts[part][own] = value
+    return _point(json.loads(str(arrays["plain"])), **parts)
+
+
 def save_samples(folder: str | pathlib.Path, point: Point) -> pathlib.Path:
     """Write the per-sample arrays of a point as npz, for paired tests made later; returns the path."""
     path = pathlib.Path(folder) / f"{point.system}-{point.setting:g}-seed{point.seed}.npz"
@@ -187,11 +206,14 @@ def save_samples(folder: str | pathlib.Path, point: Point) -> pathlib.Path:
 
 def load_point(folder: str | pathlib.Path, plain: dict) -> Point:
     """Return the point that `to_json` and `save_samples` wrote, without its pictures."""
+    path = pathlib.Path(folder) / f"{plain['system']}-{plain['setting']:g}-seed{plain['seed']}.npz"
+    with np.load(path) as stored:
+        return _point(plain, per_sample=dict(stored), kept={})
+
+
+def _point(plain: dict, per_sample: dict[str, np.ndarray], kept: dict[str, np.ndarray]) -> Point:
     fields = dict(plain)
     fields["calls_histogram"] = {int(calls): count for calls, count in plain["calls_histogram"].items()}
     fields["metrics"] = {name: Interval(**value) for name, value in plain["metrics"].items()}
     fields["diversity"] = None if plain["diversity"] is None else Interval(**plain["diversity"])
-    path = pathlib.Path(folder) / f"{plain['system']}-{plain['setting']:g}-seed{plain['seed']}.npz"
-    with np.load(path) as stored:
-        numbers = dict(stored)
-    return Point(**fields, per_sample=numbers, kept={})
+    return Point(**fields, per_sample=per_sample, kept=kept)

@@ -1,11 +1,12 @@
 """What stage `speed_rl` measures and shows: the tuned policy beside the base at its best sampler."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 
-from maskrl_jax.evaluate import curve
+from maskrl_jax.evaluate import curve, measured
 from maskrl_jax.evaluate.bench import Bench
 from maskrl_jax.evaluate.measure import Point, System
 from maskrl_jax.evaluate.report import Findings
@@ -48,7 +49,12 @@ class Gallery:
         head = self.engine.parallel.replicate(self.wiring.head.init(jax.random.key(0)))
         params = {"model": self.base, "head": head}
         system = clocked_system(self.engine, self.clocked, params, "untrained", "untrained head on the base")
-        return self.bench.measure(system, self.settings()[::2])
+        return self.bench.measure(self._kept(system, params, self.wiring.policy), self.settings()[::2])
+
+    def _kept(self, system: System, params: Any, settings: Any) -> System:
+        """A system of parents alone, whose measurements every run above them shares."""
+        identity = measured.identity(params, self.engine.tokenizer, str(self.wiring.sizes), str(settings))
+        return dataclasses.replace(system, identity=identity)
 
     def settings(self) -> tuple[float, ...]:
         """Settings of the tuned curve."""
@@ -77,6 +83,7 @@ class Gallery:
         """Curves of base and tuned, T*, timing, figures, report.md."""
         bench, config, policy = self.bench, self.config, self.wiring.policy
         base = fixed_system(self.engine, self.fixed, self.base, self.sampler, "base", "base")
+        base = self._kept(base, self.base, self.sampler)
         tuned = self.tuned(self.engine.parallel.replicate(params))
         base_points = bench.measure(base, bench.settings.steps)
         tuned_points = bench.measure(tuned, self.settings())

@@ -241,6 +241,7 @@ def bench_of(context: Context) -> Bench:
         real_features=features_of(judge.read, judge.params, real),
         settings=settings,
         workdir=context.workdir,
+        measured_dir=context.measured_dir,
     )
 
 

@@ -3,15 +3,14 @@
 import dataclasses
 import functools
 import math
-import pathlib
 import time
-import zlib
 from typing import Any
 
 import jax
 import numpy as np
 
 from maskrl_jax.data.batches import batch_at
+from maskrl_jax.evaluate import measured
 from maskrl_jax.rewards import energy_distance
 from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.rl import credit
@@ -162,27 +161,22 @@ class Rollouts:
         return {name: float(value) for name, value in values.items()}
 
 
-def _digest(tree: Any) -> str:
-    """Checksum of the parents' parameters: another parent has another reference quality."""
-    total = 0
-    for leaf in jax.tree.leaves(jax.device_get(tree)):
-        total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
-    return f"{total:08x}"
-
-
 def reference_quality(context: Context, wiring: Any, train: Any, frozen: Any, sampler: SamplerConfig) -> np.ndarray:
-    """Mean quality of the base at T_ref on every distinct prompt, float32, kept in the workdir.
+    """Mean quality of the base at T_ref on every distinct prompt, float32; measured once for all runs above a base.
 
     It gates the speed reward and bounds low quality (specs/speed_rl.md 4.5).
     """
-    path = pathlib.Path(context.workdir, "reference.npz")
-    cond = train.pool(held_out=False)
-    repeats = context.config.reference_samples
-    stamp = f"{sampler} {repeats} {sorted(wiring.rewards.items())} {context.config.seed} {_digest(frozen)}"
-    if path.exists():
-        stored = np.load(path)
-        if str(stored["stamp"]) == stamp and len(stored["quality"]) == len(cond):
-            return stored["quality"]
+    cond, repeats = train.pool(held_out=False), context.config.reference_samples
+    key = measured.identity(str(sampler), repeats, sorted(wiring.rewards.items()), str(wiring.sizes), frozen, cond)
+
+    def make():
+        return {"quality": _measure_reference(context, wiring, train, frozen, sampler)}
+
+    return measured.once(context.measured_dir, "reference", key, make)["quality"]
+
+
+def _measure_reference(context, wiring, train, frozen, sampler):
+    cond, repeats = train.pool(held_out=False), context.config.reference_samples
     program = context.parallel.map(wiring.reference)
     plan = frozen | {"plan": make_plan(sampler, wiring.sizes.num_tokens)}
     size, total = context.config.evaluation.batch_size, len(cond) * repeats
@@ -195,14 +189,8 @@ def reference_quality(context: Context, wiring: Any, train: Any, frozen: Any, sa
             "cond": cond[pick],
             "target": target[pick],
             "index": place.astype(np.int32),
-            "round": np.full(size, context.config.seed, np.int32),
+            "round": np.zeros(size, np.int32),
         }
         mine = {name: value[rows] for name, value in batch.items()}
         quality.append(context.parallel.gather(program(frozen["reference"], plan, mine))["quality"])
-    means = np.concatenate(quality)[:total].reshape(repeats, len(cond)).mean(0)
-    if jax.process_index() == 0:
-        # By rename: a kill half-way must not leave half a file.
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            np.savez(file, quality=means, stamp=stamp)
-        path.with_suffix(".tmp").replace(path)
-    return means
+    return np.concatenate(quality)[:total].reshape(repeats, len(cond)).mean(0)

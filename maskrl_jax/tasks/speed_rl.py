@@ -128,7 +128,7 @@ class Wiring:
 
     def reference(self, params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
         """Quality of the base at its reference number of calls, per sample."""
-        keys_B = sample_keys(self.config.seed, EVALUATE, batch["round"][0], batch["index"])
+        keys_B = sample_keys(0, EVALUATE, batch["round"][0], batch["index"])  # the same for every seed of a policy
         given = jnp.full((len(keys_B), self.sizes.num_tokens), self.sizes.mask_id, jnp.int32)
         rollout = decode(
             self.generator.logits(params),

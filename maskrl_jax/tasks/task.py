@@ -1,6 +1,7 @@
 """The contract between a stage and the loop that trains it."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,18 @@ class Context:
     config: ConfigDict
     parents: dict[str, Parent]
     parallel: Parallel
-    data_dir: str
+    store: str  # trained parents, data sets, and what was measured of them
     workdir: str
+
+    @property
+    def data_dir(self) -> str:
+        """Where data sets are prepared."""
+        return os.path.join(self.store, "data")
+
+    @property
+    def measured_dir(self) -> str:
+        """Where measurements of parents are kept (evaluate/measured.py)."""
+        return os.path.join(self.store, "measured")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,7 +24,7 @@ def bench(protocol, scorer, tmp_path):
         verify=scorer.verify,
     )
     settings = Evaluation(batch_size=8, steps=(4, 16), tune_prompts=4, **GRIDS)
-    return Bench(dataset, scorer, protocol.real_features, settings, str(tmp_path))
+    return Bench(dataset, scorer, protocol.real_features, settings, str(tmp_path), str(tmp_path / "measured"))
 
 
 def best_at(systems, seen, **best):
@@ -62,6 +63,34 @@ def test_choices_at_an_edge_are_named(bench):
     assert bench.edges(dataclasses.replace(chosen, gumbel=2.0)) == ()
     assert "gumbel (1) is at the edge" in bench.edges(dataclasses.replace(chosen, gumbel=1.0))[0]
     assert "temperature (0.5)" in bench.edges(dataclasses.replace(chosen, gumbel=2.0, temperature=0.5))[0]
+
+
+def test_a_system_with_an_identity_is_measured_once_for_all_runs(bench, systems, protocol):
+    seen = []
+
+    def generate(setting, *rest):
+        seen.append(setting)
+        return systems[0].generate(setting, *rest)
+
+    settings = dataclasses.replace(bench.settings, prompts=4, group=2, keep=2)
+    bench = dataclasses.replace(bench, settings=settings)
+    known = System("base", "base", generate, identity="a")
+    first, calls = bench.measure(known, (4, 16)), len(seen)
+    again = dataclasses.replace(bench, workdir="elsewhere").measure(known, (4, 16))
+    assert calls > 0 and len(seen) == calls
+    for one, other in zip(first, again, strict=True):
+        assert one.to_json() == other.to_json()
+        jax.tree.map(np.testing.assert_array_equal, (one.per_sample, one.kept), (other.per_sample, other.kept))
+    changes = (
+        (bench, dataclasses.replace(known, identity="b")),  # other parameters
+        (bench, dataclasses.replace(known, identity="")),  # none to be known by
+        (dataclasses.replace(bench, settings=dataclasses.replace(settings, seed=3)), known),
+        (dataclasses.replace(bench, real_features=bench.real_features + 1), known),  # another judge
+    )
+    for changed, system in changes:
+        before = len(seen)
+        changed.measure(system, (4,))
+        assert len(seen) > before
 
 
 @pytest.mark.parametrize(

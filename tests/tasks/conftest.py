@@ -95,6 +95,6 @@ def build(trained, tmp_path_factory):
     def build(config, strategy="pmap", devices=1) -> Task:
         workdir = str(tmp_path_factory.mktemp(config.task))
         parallel = Parallel(strategy, jax.local_devices()[:devices])
-        return runner.build(Context(config, trained.parents, parallel, f"{trained.store}/data", workdir))
+        return runner.build(Context(config, trained.parents, parallel, trained.store, workdir))
 
     return build

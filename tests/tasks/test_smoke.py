@@ -17,10 +17,10 @@ CHAINS = {
 }
 
 
-def two_steps(config, parents, data_dir, workdir):
+def two_steps(config, parents, store, workdir):
     """Return the stage as a parent after two steps."""
     parallel = Parallel(config.parallel, jax.local_devices()[:1])
-    task = runner.build(Context(config, parents, parallel, data_dir, workdir))
+    task = runner.build(Context(config, parents, parallel, store, workdir))
     state = task.init(jax.random.key(config.seed))
     before = jax.device_get(state.params)
     for step in range(2):
@@ -38,4 +38,4 @@ def test_smoke_configs_run_two_steps(trained, tmp_path, chain):
     for name, module, argument in CHAINS[chain]:
         workdir = tmp_path / name
         workdir.mkdir()
-        parents[name] = two_steps(module.get_config(argument), parents, f"{trained.store}/data", str(workdir))
+        parents[name] = two_steps(module.get_config(argument), parents, trained.store, str(workdir))

@@ -119,7 +119,7 @@ def test_a_policy_without_a_head_is_measured_at_numbers_of_steps(build):
 def test_a_run_leaves_report_samples_and_every_tag(trained):
     workdir = pathlib.Path(trained.workdir)
     assert (workdir / "report.md").exists() and list((workdir / "figures").iterdir())
-    assert (workdir / "reference.npz").exists() and list((workdir / "samples").iterdir())
+    assert list((workdir / "samples").iterdir())
     assert json.loads((workdir / "config.json").read_text())["task"] == "speed_rl"
     lines = read_metrics(trained.workdir)
     tags = {tag for line in lines for tag in line}

@@ -1,0 +1,55 @@
+"""What was measured of a trained parent, kept in the store: every run above it needs the same numbers."""
+
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent
+
+
+def identity(*parts: Any) -> str:
+    """SHA-256 of everything that a measurement depends on: plain values, arrays, pytrees of arrays."""
+    digest = hashlib.sha256()
+    for part in parts:
+        leaves, structure = jax.tree.flatten(part)
+        digest.update(str(structure).encode())
+        for leaf in leaves:
+            value = np.asarray(jax.device_get(leaf))
+            digest.update(f"{value.dtype}{value.shape}".encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def code() -> str:
+    """SHA-256 of this package's source: another formula measures another number."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return hashlib.sha256(b"".join(str(f.relative_to(PACKAGE)).encode() + f.read_bytes() for f in files)).hexdigest()
+
+
+def once(
+    folder: str | pathlib.Path, name: str, key: str, make: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Return `make()`, or what it gave to an earlier run whose key and code were the same.
+
+    A process of several measures always: whether a file exists need not look the same to all of them.
+    """
+    path = pathlib.Path(folder, f"{name}-{identity(key, code())[:16]}.npz")
+    if jax.process_count() == 1 and path.exists():
+        with np.load(path) as stored:
+            return dict(stored)
+    made = make()
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # By rename: a kill half-way must not leave half a file; two runs may measure the same.
+        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        with open(aside, "wb") as file:
+            np.savez_compressed(file, **made)
+        aside.replace(path)
+    return made
