@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
         "configs/judge.py" + (f":{arg}" if arg else ""),
         num_steps=steps,
         batch_size=32,
-        eval_samples=512,
+        eval_samples=64 if arg.endswith("smoke") else 512,
         data={"name": name, "image_size": 32},
         model={
             "kind": "cells" if name == "shapes" else "class",

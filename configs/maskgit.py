@@ -51,7 +51,7 @@ def get_config(arg: str = ""):
 def model(small: bool = False) -> dict:
     """The transformer; the small one compiles quickly."""
     return (
-        {"width": 64, "depth": 2, "heads": 2, "mlp_width": 256}
+        {"width": 64, "depth": 1, "heads": 2, "mlp_width": 256}
         if small
         else {
             "width": 128,
@@ -69,13 +69,14 @@ def evaluation(smoke: bool = False) -> dict:
             "prompts": 8,
             "group": 2,
             "batch_size": 16,
-            "steps": (6, 24),
+            "steps": (2, 4),
             "glance_prompts": 8,
+            "glance_steps": 4,
             "tune_prompts": 8,
             "tune_gumbel": (4.0,),
             "tune_guidance": (1.0,),
             "tune_temperature": (1.0,),
-            "timing_repeats": 1,
+            "timing_repeats": 0,
             "keep": 4,
         }
     return {

@@ -154,8 +154,9 @@ class Bench:
 
         if not system.identity:
             return [point(setting) for setting in settings]
-        # The judge is known by what it says of the real pictures.
-        held_equal = measured.identity(dataclasses.asdict(protocol), system.name, system.label, system.identity)
+        held_equal = measured.identity(
+            dataclasses.asdict(protocol), self.scorer.identity, system.name, system.label, system.identity
+        )
         points = []
         for setting in settings:
             key = measured.identity(held_equal, setting)

@@ -45,6 +45,7 @@ class Scorer:
 
     judge: Callable[[np.ndarray, Sequence[str]], dict[str, np.ndarray]]
     verify: Callable[[np.ndarray, Sequence[str]], dict[str, np.ndarray]] | None = None
+    identity: str = ""  # of what its scores depend on
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         scores = dict(self.judge(images, prompts))
@@ -62,7 +63,7 @@ class Protocol:
     group: int  # G samples a prompt
     batch_size: int  # of every call of `generate`; the last batch is filled up, so nothing recompiles
     seed: int
-    real_features: np.ndarray  # [M, D] of held-out real images
+    real_features: np.ndarray | None = None  # [M, D] of held-out real images; None where no distance is asked for
     keep: int = 0  # first samples of the first `keep` prompts, whose pictures stay in the point
 
 
@@ -107,8 +108,11 @@ class Point:
         return plain
 
 
-def _collect(system: System, setting: float, protocol: Protocol, scorer: Scorer) -> tuple[dict, dict]:
-    """Generate and score all samples in batches of one size; returns ([n, ...] numbers, kept pictures)."""
+def collect(system: System, setting: float, protocol: Protocol, scorer: Scorer) -> tuple[dict, dict]:
+    """Generate and score all samples in batches of one size; returns ([n, ...] numbers, kept pictures).
+
+    Sample i belongs to prompt i // G.
+    """
     total = len(protocol.prompts) * protocol.group
     wanted = np.arange(protocol.keep) * protocol.group
     numbers, kept = [], []
@@ -145,7 +149,7 @@ def measure(system: System, setting: float, protocol: Protocol, scorer: Scorer) 
     num_prompts, group = len(protocol.prompts), protocol.group
     if num_prompts != len(protocol.cond) or not 0 <= protocol.keep <= num_prompts:
         raise ValueError(f"{num_prompts} prompts, {len(protocol.cond)} conditions, {protocol.keep} to keep")
-    numbers, kept = _collect(system, setting, protocol, scorer)
+    numbers, kept = collect(system, setting, protocol, scorer)
     scores = {name: value for name, value in numbers.items() if name not in ("features", "calls")}
     for name, value in scores.items():
         if value.shape != (num_prompts * group,) or not np.isfinite(value).all():

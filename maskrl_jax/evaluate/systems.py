@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax.evaluate.measure import Generated, Scorer, System
+from maskrl_jax.evaluate.measured import identity
 from maskrl_jax.keys import EVALUATE, sample_keys
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.rewards import judge as judge_reward
@@ -136,7 +137,7 @@ def judge_scorer(read: Callable, params: Any, kind: str, dataset: Any) -> Scorer
         target = judge_reward.targets(kind, dataset.encode(list(prompts)), prompts)
         return jax.device_get(scores(params, images, jnp.asarray(target)))
 
-    return Scorer(judge, dataset.verify)
+    return Scorer(judge, dataset.verify, identity(params, kind, dataset.name))
 
 
 def features_of(read: Callable, params: Any, images: np.ndarray, batch_size: int = 256) -> np.ndarray:

@@ -22,6 +22,7 @@ NOTES = {
     "fixed": (_UNKNOWN, "No speed reward: quality is trained at a fixed number of calls."),
     "budget": (_UNKNOWN, "The likelihood of `budget` is a surrogate (random re-masking), not the behaviour's."),
 }
+DRAWN_BY = ("maskgit", "tokenizer")  # parents that pictures depend on
 
 
 class Gallery:
@@ -29,8 +30,9 @@ class Gallery:
 
     def __init__(self, context: Context, wiring: Any, engine: Engine, sampler: SamplerConfig, base: Any):
         self.context, self.config, self.wiring, self.engine = context, context.config, wiring, engine
-        self.sampler, self.base = sampler, base
-        self.fixed = fixed_program(engine)
+        self.sampler, self.base_params = sampler, base
+        system = fixed_system(engine, fixed_program(engine), base, sampler, "base", "base")
+        self.base = self._kept(system, str(sampler))
         self.clocked = clocked_program(engine, wiring.sampler, wiring.decide)
 
     @functools.cached_property
@@ -46,15 +48,15 @@ class Gallery:
         """What the head's prior does for the base before any training: the part of a gain that is no learning."""
         if self.wiring.policy.kind != "adaptive":
             return []
-        head = self.engine.parallel.replicate(self.wiring.head.init(jax.random.key(0)))
-        params = {"model": self.base, "head": head}
+        head = self.wiring.head.init(jax.random.key(0))
+        params = {"model": self.base_params, "head": self.engine.parallel.replicate(head)}
         system = clocked_system(self.engine, self.clocked, params, "untrained", "untrained head on the base")
-        return self.bench.measure(self._kept(system, params, self.wiring.policy), self.settings()[::2])
+        return self.bench.measure(self._kept(system, head, str(self.wiring.policy)), self.settings()[::2])
 
-    def _kept(self, system: System, params: Any, settings: Any) -> System:
+    def _kept(self, system: System, *settings: Any) -> System:
         """A system of parents alone, whose measurements every run above them shares."""
-        identity = measured.identity(params, self.engine.tokenizer, str(self.wiring.sizes), str(settings))
-        return dataclasses.replace(system, identity=identity)
+        parents = [(self.context.parents[name].params, self.context.parents[name].extra) for name in DRAWN_BY]
+        return dataclasses.replace(system, identity=measured.identity(parents, str(self.wiring.sizes), *settings))
 
     def settings(self) -> tuple[float, ...]:
         """Settings of the tuned curve."""
@@ -82,17 +84,15 @@ class Gallery:
     def report(self, params: Any) -> None:
         """Curves of base and tuned, T*, timing, figures, report.md."""
         bench, config, policy = self.bench, self.config, self.wiring.policy
-        base = fixed_system(self.engine, self.fixed, self.base, self.sampler, "base", "base")
-        base = self._kept(base, self.base, self.sampler)
         tuned = self.tuned(self.engine.parallel.replicate(params))
-        base_points = bench.measure(base, bench.settings.steps)
+        base_points = bench.measure(self.base, bench.settings.steps)
         tuned_points = bench.measure(tuned, self.settings())
         found = curve.first_equal(tuned_points, base_points[-1:], bench.criteria())
         timings = []
         if bench.settings.timing_repeats:
             chosen = found.best or min(found.table, key=lambda row: abs(row.calls_mean - bench.settings.reference / 3))
             sizes = (self.engine.parallel.num_devices, bench.settings.batch_size)
-            timings = bench.time((base, bench.settings.reference), (tuned, chosen.setting), sizes)
+            timings = bench.time((self.base, bench.settings.reference), (tuned, chosen.setting), sizes)
         findings = Findings(
             title=f"Speed-RL-like tuning on {config.data.name}: {policy.kind}",
             config=config.name,

@@ -1,6 +1,7 @@
 """Stage `judge`: a classifier of image content; gives the training reward and the Frechet features."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +170,7 @@ def build(context: Context) -> Task:
     update = parallel.update(wiring.update)
     names = ("image", "index", "label") + (("tone",) if wiring.sizes.kind == "cells" else ())
     read = jax.jit(wiring.model.apply)
+    patchwork = jax.jit(functools.partial(stitch, patch=wiring.sizes.patch))
 
     def batch(step):
         example = batch_at(train, step, config.batch_size, rows, config.seed)
@@ -179,20 +181,19 @@ def build(context: Context) -> Task:
         return chosen
 
     def evaluate(state, step):
-        examples = [held_out.get(i) for i in range(min(config.eval_samples, len(held_out)))]
-        images = np.stack([e["image"] for e in examples]).astype(np.float32) / 255
-        label = np.stack([e["label"] for e in examples])
+        examples = held_out.take(np.arange(min(config.eval_samples, len(held_out))))
+        images, label = examples["image"].astype(np.float32) / 255, examples["label"]
         out = jax.device_get(read(state.ema, images))
         if wiring.sizes.kind == "class":
             return {"eval/accuracy": float((out["class"].argmax(-1) == label).mean())}, {}
         keys_B = sample_keys(config.seed, EVALUATE, 0, jnp.arange(len(images)))
-        pasted = stitch(keys_B, images, label, np.roll(images, 1, 0), np.roll(label, 1, 0), wiring.sizes.patch)
-        torn, cells, mixed = jax.device_get(pasted)
+        torn, cells, mixed = jax.device_get(
+            patchwork(keys_B, images, label, np.roll(images, 1, 0), np.roll(label, 1, 0))
+        )
         seen = jax.device_get(read(state.ema, torn))
-        tone = np.stack([e["tone"] for e in examples])
         return {
             "eval/exact": float((out["cells"].argmax(-1) == label).all((1, 2)).mean()),
-            "eval/tone": float(((out["tone"] > 0) == tone).mean()),
+            "eval/tone": float(((out["tone"] > 0) == examples["tone"]).mean()),
             "eval/exact_stitched": float((seen["cells"].argmax(-1) == cells).all((1, 2)).mean()),
             "eval/mixed_accuracy": float(((seen["mixed"] > 0) == mixed).mean()),
         }, {}

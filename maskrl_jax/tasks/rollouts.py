@@ -4,17 +4,19 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from maskrl_jax.data.batches import batch_at
-from maskrl_jax.evaluate import measured
-from maskrl_jax.rewards import energy_distance
+from maskrl_jax.data.dataset import Dataset
+from maskrl_jax.evaluate import measure, measured
+from maskrl_jax.evaluate.measure import Protocol, Scorer, System
+from maskrl_jax.rewards import energy_distance, mix
 from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.rl import credit
-from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
 from maskrl_jax.tasks.task import Context
 
 Array = jax.Array
@@ -22,15 +24,17 @@ REAL_PICTURES = 2048  # at least so many stand for the real ones, where the set 
 
 
 class Rollouts:
-    """Rollouts of a batch of prompts with their advantages; rejected groups are rolled out anew."""
+    """Rollouts of a batch of prompts with their advantages; rejected groups are rolled out anew.
 
-    def __init__(self, context: Context, wiring: Any, train: Any, frozen: Any, sampler: SamplerConfig):
+    `reference` [P] is the base's quality (`reference_quality`) on every prompt of the training pool.
+    """
+
+    def __init__(self, context: Context, wiring: Any, train: Dataset, frozen: Any, reference: np.ndarray):
         self.config, self.parallel, self.wiring = context.config, context.parallel, wiring
         self.train, self.frozen = train, frozen
-        # Prompts repeat: the reference quality is known per distinct condition.
-        quality = reference_quality(context, wiring, train, frozen, sampler)
         self.pool = train.pool(held_out=False)
-        self.reference_of = dict(zip((cond.tobytes() for cond in self.pool), quality, strict=True))
+        # Prompts repeat: the reference quality is known per distinct condition.
+        self.reference_of = dict(zip((cond.tobytes() for cond in self.pool), reference, strict=True))
         # Prompts come from the pool in equal shares, whatever their share of the pictures.
         self.prompts = dataclasses.replace(train, columns={"cond": self.pool, "label": self.pool})
         texts = train.describe(self.pool)
@@ -161,36 +165,25 @@ class Rollouts:
         return {name: float(value) for name, value in values.items()}
 
 
-def reference_quality(context: Context, wiring: Any, train: Any, frozen: Any, sampler: SamplerConfig) -> np.ndarray:
-    """Mean quality of the base at T_ref on every distinct prompt, float32; measured once for all runs above a base.
+def reference_quality(
+    context: Context, train: Dataset, base: System, steps: int, scorer: Scorer, rewards: Mapping[str, float]
+) -> np.ndarray:
+    """Mean quality of the base at T_ref on every prompt of the pool, float32; measured once for all runs above it.
 
     It gates the speed reward and bounds low quality (specs/speed_rl.md 4.5).
     """
-    cond, repeats = train.pool(held_out=False), context.config.reference_samples
-    key = measured.identity(str(sampler), repeats, sorted(wiring.rewards.items()), str(wiring.sizes), frozen, cond)
+    config, cond = context.config, train.pool(held_out=False)
+    protocol = Protocol(
+        prompts=tuple(train.describe(cond)),
+        cond=cond,
+        group=config.reference_samples,
+        batch_size=config.evaluation.batch_size,
+        seed=0,  # the same for every seed of a policy
+    )
 
     def make():
-        return {"quality": _measure_reference(context, wiring, train, frozen, sampler)}
+        numbers, _ = measure.collect(base, steps, protocol, scorer)
+        return {"quality": mix.weighted_sum(numbers, rewards).reshape(len(cond), -1).mean(1)}
 
+    key = measured.identity(dataclasses.asdict(protocol), sorted(rewards.items()), base.identity, scorer.identity)
     return measured.once(context.measured_dir, "reference", key, make)["quality"]
-
-
-def _measure_reference(context, wiring, train, frozen, sampler):
-    cond, repeats = train.pool(held_out=False), context.config.reference_samples
-    program = context.parallel.map(wiring.reference)
-    plan = frozen | {"plan": make_plan(sampler, wiring.sizes.num_tokens)}
-    size, total = context.config.evaluation.batch_size, len(cond) * repeats
-    target = judge_reward.targets(wiring.judge_sizes.kind, cond, train.describe(cond))
-    rows, quality = context.parallel.rows(size), []
-    for start in range(0, total, size):
-        place = np.arange(start, start + size)
-        pick = np.minimum(place, total - 1) % len(cond)
-        batch = {
-            "cond": cond[pick],
-            "target": target[pick],
-            "index": place.astype(np.int32),
-            "round": np.zeros(size, np.int32),
-        }
-        mine = {name: value[rows] for name, value in batch.items()}
-        quality.append(context.parallel.gather(program(frozen["reference"], plan, mine))["quality"])
-    return np.concatenate(quality)[:total].reshape(repeats, len(cond)).mean(0)

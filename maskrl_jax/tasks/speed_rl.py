@@ -17,7 +17,7 @@ from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Evaluation, read_sampler
 from maskrl_jax.evaluate.studio import Studio
 from maskrl_jax.evaluate.systems import clocked_program, clocked_system
-from maskrl_jax.keys import EVALUATE, ROLLOUT, sample_keys
+from maskrl_jax.keys import ROLLOUT, sample_keys
 from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.parallel import Axis
 from maskrl_jax.phase import Phase
@@ -28,11 +28,11 @@ from maskrl_jax.rl.policy import Head, Policy
 from maskrl_jax.rl.speed_update import RECORD, SpeedUpdate
 from maskrl_jax.rl.token_terms import Model, TokenLoss
 from maskrl_jax.sampling import adaptive
-from maskrl_jax.sampling.maskgit import SamplerConfig, decode
+from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import maskgit as maskgit_task
 from maskrl_jax.tasks import tokenizer as tokenizer_task
 from maskrl_jax.tasks.gallery import Gallery
-from maskrl_jax.tasks.rollouts import Rollouts
+from maskrl_jax.tasks.rollouts import Rollouts, reference_quality
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
@@ -125,23 +125,6 @@ class Wiring:
         calls = self.policy.levels if self.policy.kind == "budget" else self.policy.max_calls
         rows = self.config.batch_size // parallel.num_devices
         return -(-rows * calls // self.config.micro_batch)
-
-    def reference(self, params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
-        """Quality of the base at its reference number of calls, per sample."""
-        keys_B = sample_keys(0, EVALUATE, batch["round"][0], batch["index"])  # the same for every seed of a policy
-        given = jnp.full((len(keys_B), self.sizes.num_tokens), self.sizes.mask_id, jnp.int32)
-        rollout = decode(
-            self.generator.logits(params),
-            keys_B,
-            batch["cond"],
-            self.null,
-            frozen["plan"],
-            given,
-            self.sizes.mask_id,
-        )
-        images = self.codec.decode(frozen["tokenizer"], rollout.ids)
-        scores = judge_reward.score(self.judge_sizes.kind, self.judge.apply(frozen["judge"], images), batch["target"])
-        return {"quality": mix.weighted_sum(scores, self.rewards)}
 
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
         """`inner_updates` optimizer steps on recorded rollouts; the state's step counts batches of rollouts."""
@@ -282,9 +265,11 @@ def build(context: Context) -> Task:
         "judge": parallel.replicate(context.parents["judge"].params),
         "reference": parallel.replicate(base.params),
     }
-    rollouts = Rollouts(context, wiring, train, frozen, sampler)
-    update = parallel.update(wiring.update)
     gallery = Gallery(context, wiring, engine, sampler, frozen["reference"])
+    scorer = maskgit_task.scorer_of(context, train)
+    reference = reference_quality(context, train, gallery.base, sampler.num_steps, scorer, wiring.rewards)
+    rollouts = Rollouts(context, wiring, train, frozen, reference)
+    update = parallel.update(wiring.update)
 
     def step(state, batch):
         number = int(batch["index"][0]) // config.batch_size

@@ -8,10 +8,9 @@ import pytest
 import tiny
 
 from maskrl_jax.data.dataset import open_dataset
+from maskrl_jax.evaluate.measure import Generated, Scorer, System
 from maskrl_jax.rewards import energy_distance
 from maskrl_jax.rl import credit
-from maskrl_jax.sampling.maskgit import SamplerConfig
-from maskrl_jax.tasks import rollouts as rollouts_module
 from maskrl_jax.tasks import speed_rl
 from maskrl_jax.tasks.rollouts import Rollouts, reference_quality
 
@@ -52,9 +51,8 @@ def made_up(quality_of):
 
 
 @pytest.fixture
-def make(train, monkeypatch):
+def make(train):
     """Return make(rollout, change of the config, devices) -> Rollouts whose base has quality 0 everywhere."""
-    monkeypatch.setattr(rollouts_module, "reference_quality", lambda *args: np.zeros(len(train.pool(held_out=False))))
 
     def make(rollout=None, change=(), devices=1):
         config = tiny.get_config("speed_rl")
@@ -64,7 +62,7 @@ def make(train, monkeypatch):
         parallel = Alone()
         parallel.num_devices = devices
         context = types.SimpleNamespace(config=config, parallel=parallel, workdir="")
-        return Rollouts(context, wiring, train, {}, SamplerConfig())
+        return Rollouts(context, wiring, train, {}, np.zeros(len(train.pool(held_out=False))))
 
     return make
 
@@ -185,35 +183,39 @@ def test_what_is_generated_too_often_earns_less(make):
 def context(tmp_path):
     config = tiny.get_config("speed_rl")
     config.reference_samples = 2
-    return types.SimpleNamespace(config=config, parallel=Alone(), measured_dir=str(tmp_path))
+    return types.SimpleNamespace(config=config, measured_dir=str(tmp_path))
 
 
-@pytest.fixture
-def wiring():
-    """Quality is the number of the sample."""
-    return types.SimpleNamespace(
-        reference=lambda params, frozen, batch, axis: {"quality": batch["index"].astype(np.float32)},
-        rewards={"judge": 1.0},
-        sizes=types.SimpleNamespace(num_tokens=16),
-        judge_sizes=types.SimpleNamespace(kind="cells"),
-    )
+def base(value=1.0, identity="known"):
+    """A base whose pictures are the brighter the higher the number of the sample."""
+
+    def generate(setting, cond, ids, seed):
+        images = np.broadcast_to((value * ids)[:, None, None, None], (len(ids), 2, 2, 3))
+        return Generated(images, np.full(len(ids), setting), np.zeros((len(ids), 1)))
+
+    return System("base", "base", generate, identity)
 
 
-def measured(context, wiring, train, sampler=SamplerConfig(num_steps=4)):  # noqa: B008 (frozen)
-    return reference_quality(context, wiring, train, {"reference": {}}, sampler)
+SCORER = Scorer(lambda images, prompts: {"judge": images[:, 0, 0, 0], "other": -images[:, 0, 0, 0]}, identity="judge")
 
 
-def test_reference_quality_is_the_mean_over_the_samples_of_each_prompt(context, wiring, train):
+def reference(context, train, system, rewards=types.MappingProxyType({"judge": 1.0})):
+    return reference_quality(context, train, system, 4, SCORER, dict(rewards))
+
+
+def test_reference_quality_is_the_mean_over_the_samples_of_each_prompt(context, train):
     count = len(train.pool(held_out=False))
-    np.testing.assert_array_equal(measured(context, wiring, train), np.arange(count) + count / 2)
+    np.testing.assert_allclose(reference(context, train, base()), 2 * np.arange(count) + 0.5)
+    np.testing.assert_allclose(reference(context, train, base(), {"judge": 1.0, "other": 0.5}), np.arange(count) + 0.25)
 
 
-def test_reference_quality_is_read_again_unless_what_made_it_changed(context, wiring, train):
-    first = measured(context, wiring, train)
-    wiring.reference = None  # would fail
-    np.testing.assert_array_equal(measured(context, wiring, train), first)
-    wiring.reference = lambda params, frozen, batch, axis: {"quality": np.zeros(len(batch["index"]), np.float32)}
-    assert not measured(context, wiring, train, SamplerConfig(num_steps=8)).any()
+def test_reference_quality_is_measured_once_for_all_seeds_of_a_policy(context, train):
+    first = reference(context, train, base())
+    context.config.seed = 5
+    np.testing.assert_array_equal(reference(context, train, base(0.0)), first)  # read, so not zero
+    assert not reference(context, train, base(0.0, "another")).any()
+    context.config.reference_samples = 1
+    assert not reference(context, train, base(0.0)).any()
 
 
 def test_prompts_of_rollouts_are_never_held_out(make, train):
