@@ -1,15 +1,15 @@
 """The control table of Speed-RL (specs: required comparisons), in one resumable command.
 
 python benchmarks/speed_rl_controls.py                                      # the table: default size, three seeds
-python benchmarks/speed_rl_controls.py --size=full --only=adaptive --nobaselines --out=benchmarks/speed_rl_full
+python benchmarks/speed_rl_controls.py --size=full --only=adaptive --nobaselines --timing --out=benchmarks/speed_rl_full
 
 Trains every tuned variant with every seed, on one shared base; measures the base at the same numbers of calls
 with guidance, Gumbel scale and temperature tuned at each, and the training-free threshold samplers. What is
 finished is not done again. Writes <out>.json and <out>.md. Bounds: 95 % paired bootstrap over prompts and seeds.
+All variants have the settings of `adaptive` but for those named here: nothing was tuned for the controls.
 """
 
 import dataclasses
-import itertools
 import json
 import pathlib
 import subprocess
@@ -20,8 +20,10 @@ from absl import app, flags, logging
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from maskrl_jax import runner  # noqa: E402
+from maskrl_jax import runner, stored  # noqa: E402
 from maskrl_jax.evaluate import curve, measure, report  # noqa: E402
+from maskrl_jax.evaluate.bench import Evaluation  # noqa: E402
+from maskrl_jax.tasks import gallery  # noqa: E402
 from maskrl_jax.tasks import maskgit as maskgit_task  # noqa: E402
 
 SIZE = flags.DEFINE_enum("size", "default", ["full", "default", "smoke"], "size of configs/speed_rl.py")
@@ -30,10 +32,11 @@ RUNS = flags.DEFINE_string("runs", "runs/controls", "where the runs go")
 STORE = flags.DEFINE_string("store", "runs/stages", "where trained parents are")
 OUT = flags.DEFINE_string("out", "benchmarks/speed_rl_controls", "result files without their ending")
 BASELINES = flags.DEFINE_bool("baselines", True, "measure the base at fewer calls and the threshold samplers, too")
+TIMING = flags.DEFINE_bool("timing", False, "let every run measure the wall clock, too")
 ONLY = flags.DEFINE_list("only", None, "train these variants only; the table holds what is finished")
 
 VARIANTS = {
-    "adaptive": [],
+    "adaptive": [],  # `order=uncertain` with thresholds; `stride` below is the other action
     "fixed": ["--config.policy.kind=fixed", "--config.policy.noise=1.0"],
     "budget": [
         "--config.policy.kind=budget",
@@ -44,8 +47,8 @@ VARIANTS = {
     "head only": ["--config.optimizer.rates=(('^model', 0.0), ('^head', 40.0))"],
     "frozen head": ["--config.optimizer.rates=(('^head', 0.0),)"],
     "kept (negative control)": ["--config.loss.tokens.likelihood=kept"],
+    "stride": ["--config.policy.action=stride", "--config.policy.noise=1.0"],
 }
-TUNED_AT = ((1.0, 1.7), (1.0, 2.0, 4.0), (1.0, 0.7))  # guidance, Gumbel scale, temperature
 # Training-free samplers that stop early; `uncertain` with the policies' noise and temperature, whose order it shares.
 THRESHOLDS = {
     "threshold": ({}, (0.5, 0.7, 0.9, 0.97)),
@@ -62,14 +65,15 @@ def main(_: list[str]) -> None:
         for name, overrides in VARIANTS.items():
             if ONLY.value is None or name in ONLY.value:
                 _train(name, seed, overrides)
-    done = {name: [s for s in seeds if (_workdir(name, s) / "results.json").exists()] for name in VARIANTS}
+    done = {name: [s for s in seeds if (_workdir(name, s) / stored.DONE).exists()] for name in VARIANTS}
     first = next((_workdir(name, found[0]) for name, found in done.items() if found), None)
     if first is None:
         sys.exit("error: no variant is finished; run without --only")
     rows, reference = _tuned_rows(done)
     if BASELINES.value:
         rows += _base_rows(str(first), reference)
-    _write(rows, reference, seeds)
+    runs = [_workdir(name, seed) for name, found in done.items() for seed in found]
+    _write(rows, reference, seeds, {json.loads((run / "results.json").read_text())["facts"]["commit"] for run in runs})
 
 
 def _workdir(name: str, seed: int) -> pathlib.Path:
@@ -80,6 +84,7 @@ def _train(name: str, seed: int, overrides: list[str]) -> None:
     config = "configs/speed_rl.py" + ("" if SIZE.value == "default" else f":{SIZE.value}")
     command = [sys.executable, "-m", "maskrl_jax.main", f"--config={config}", f"--config.seed={seed}"]
     command += [f"--workdir={_workdir(name, seed)}", f"--store={STORE.value}", *overrides]
+    command += [] if TIMING.value else ["--config.evaluation.timing_repeats=0"]
     print(" ".join(command), flush=True)
     subprocess.run(command, cwd=ROOT, check=True)
 
@@ -110,39 +115,35 @@ def _tuned_rows(done: dict) -> tuple[list[dict], list[measure.Point]]:
 
 
 def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
-    """The base at fewer steps, tuned at each, and the threshold samplers; kept on disk point by point."""
+    """The base at fewer steps with its sampler tuned at each, and the training-free samplers that stop early."""
     context, _ = runner.open_workdir(workdir)
-    base_workdir = context.parents["maskgit"].workdir
-    folder = pathlib.Path(workdir).parent / "base"
-    bench = maskgit_task.bench_of(dataclasses.replace(context, workdir=base_workdir))
-    as_base = dataclasses.replace(context, config=context.config.parents.maskgit, workdir=base_workdir)
-    studio = maskgit_task.studio(as_base, context.parents["maskgit"].params)
+    base, folder = context.parents["maskgit"], pathlib.Path(workdir).parent / "base"
+    bench = maskgit_task.bench_of(dataclasses.replace(context, workdir=base.workdir))
+    as_base = dataclasses.replace(context, config=context.config.parents.maskgit, workdir=base.workdir)
+    studio = maskgit_task.studio(as_base, base.params)
     rows = []
     for steps in bench.settings.steps[:-1]:
-        tried = []
-        for guidance, gumbel, temperature in itertools.product(*TUNED_AT):
-            system = studio.fixed({"guidance": guidance, "gumbel": gumbel, "temperature": temperature})
-            name = f"base g{guidance:g} n{gumbel:g} t{temperature:g}"
-            tried.append(_measured(folder, name, bench, system, steps))
-        best = max(tried, key=lambda point: point.metrics[bench.metric].mean)
-        rows.append(_row("base, tuned at this T", steps, [best], reference))
-    for mode, (settings, levels) in THRESHOLDS.items():
+        (folder / f"{steps}").mkdir(parents=True, exist_ok=True)
+        # The same search as at T_ref, on the same prompts, starting from what was best there.
+        settings = dataclasses.replace(Evaluation(**base.config.evaluation), steps=(steps,))
+        tuner = dataclasses.replace(bench, workdir=str(folder / f"{steps}"), settings=settings)
+        best = tuner.tune(lambda sampler: studio.fixed(dataclasses.asdict(sampler)), studio.sampler)
+        rows += _measured(
+            bench, context.parents, studio, "base, tuned at this T", dataclasses.asdict(best), steps, reference
+        )
+    for mode, (changes, levels) in THRESHOLDS.items():
         for level in levels:
-            system = studio.fixed({"mode": mode, "threshold": level} | settings)
-            point = _measured(folder, f"{mode} {level:g}", bench, system, studio.sampler.num_steps)
-            rows.append(_row(f"{mode} sampler", level, [point], reference))
+            changes = changes | {"mode": mode, "threshold": level}
+            steps = studio.sampler.num_steps
+            rows += _measured(bench, context.parents, studio, f"{mode} sampler", changes, steps, reference, level)
     return rows
 
 
-def _measured(folder, name, bench, system, setting) -> measure.Point:
-    """Measure once; a point that is on disk is read."""
-    system = dataclasses.replace(system, name=name.replace(" ", "_"), label=name)
-    path = folder / f"{system.name}-{setting:g}-{bench.settings.prompts}x{bench.settings.group}.json"
-    if not path.exists():
-        point = bench.measure(system, (setting,))[0]
-        measure.save_samples(folder, point)
-        path.write_text(json.dumps(point.to_json()))
-    return measure.load_point(folder, json.loads(path.read_text()))
+def _measured(bench, parents, studio, name, changes, steps, reference, level=None) -> list[dict]:
+    """The row of one setting of the fixed sampler, measured once."""
+    system = gallery.kept(studio.fixed(changes), parents, str(dataclasses.replace(studio.sampler, **changes)))
+    points = bench.measure(dataclasses.replace(system, name="fixed", label=name), (steps,))
+    return [_row(name, steps if level is None else level, points, reference)]
 
 
 def _row(name: str, setting: float, points: list[measure.Point], reference: list[measure.Point]) -> dict:
@@ -164,8 +165,8 @@ def _row(name: str, setting: float, points: list[measure.Point], reference: list
     }
 
 
-def _write(rows: list[dict], reference: list[measure.Point], seeds: list[int]) -> None:
-    facts = {"size": SIZE.value, "seeds": seeds, "commit": report.commit_hash(ROOT), "machine": report.machine()}
+def _write(rows: list[dict], reference: list[measure.Point], seeds: list[int], commits: set[str]) -> None:
+    facts = {"size": SIZE.value, "seeds": seeds, "commits": ", ".join(sorted(commits)), "machine": report.machine()}
     facts |= {"samples": f"{reference[0].num_prompts} prompts x {reference[0].group}, every setting"}
     out = ROOT / OUT.value
     out.with_suffix(".json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")

@@ -50,16 +50,9 @@ def get_config(arg: str = ""):
 
 def model(small: bool = False) -> dict:
     """The transformer; the small one compiles quickly."""
-    return (
-        {"width": 64, "depth": 1, "heads": 2, "mlp_width": 256}
-        if small
-        else {
-            "width": 128,
-            "depth": 4,
-            "heads": 4,
-            "mlp_width": 512,
-        }
-    )
+    if small:
+        return {"width": 64, "depth": 1, "heads": 2, "mlp_width": 256}
+    return {"width": 128, "depth": 4, "heads": 4, "mlp_width": 512}
 
 
 def evaluation(smoke: bool = False) -> dict:
@@ -86,7 +79,7 @@ def evaluation(smoke: bool = False) -> dict:
         "steps": (4, 6, 8, 12, 16, 24),
         "glance_steps": 24,
         "tune_prompts": 48,
-        "tune_gumbel": (1.0, 2.0, 4.0),
-        "tune_guidance": (1.0, 1.3, 1.7),
-        "tune_temperature": (1.0, 0.7, 0.5),
+        "tune_gumbel": (0.5, 1.0, 2.0, 4.0),
+        "tune_guidance": (1.0, 1.3, 1.7, 2.2),
+        "tune_temperature": (1.0, 0.7, 0.5, 0.35),
     }

@@ -6,15 +6,16 @@ import numpy as np
 from absl import app, flags, logging
 
 from maskrl_jax.errors import UserError
+from maskrl_jax.sampling.maskgit import MODES
 
 WORKDIR = flags.DEFINE_string("workdir", None, "run of a maskgit or speed_rl stage", required=True)
 PROMPT = flags.DEFINE_multi_string("prompt", None, "caption, or class name or number; may be repeated")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "images of each prompt", lower_bound=1)
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "steps of the fixed sampler; a tuned policy decides by itself")
 DIAL = flags.DEFINE_float("dial", 0.0, "asks a tuned policy for fewer (positive) or more calls")
-MODE = flags.DEFINE_string("mode", None, "fixed sampler: confidence, halton, random, threshold or entropy")
+MODE = flags.DEFINE_string("mode", None, f"fixed sampler: {', '.join(MODES)}")
 SCHEDULE = flags.DEFINE_string("schedule", None, "fixed sampler: cosine, arccos, linear or square")
-GUMBEL = flags.DEFINE_float("gumbel", None, "fixed sampler: noise on the confidence")
+GUMBEL = flags.DEFINE_float("gumbel", None, "modes confidence, uncertain: noise on the order")
 GUIDANCE = flags.DEFINE_float("guidance", None, "fixed sampler: guidance scale, 1 is none")
 GUIDANCE_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "fixed sampler: constant, linear or cosine")
 THRESHOLD = flags.DEFINE_float("threshold", None, "modes threshold, uncertain (probability) and entropy (nats)")

@@ -1,7 +1,6 @@
 """What every generator stage measures: a glance while it trains, a curve and a report at its end."""
 
 import dataclasses
-import itertools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maskrl_jax import writers
+from maskrl_jax import stored, writers
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import curve, illustrate, measure, measured, report, timing
 from maskrl_jax.evaluate.grid import image_grid
@@ -58,6 +57,21 @@ class Evaluation:
         """T_ref."""
         return self.steps[-1]
 
+    def edges(self, chosen: SamplerConfig) -> tuple[str, ...]:
+        """A sentence for every tuned setting that lies at the edge of its grid: a better one may lie beyond.
+
+        Nothing is missed beyond a natural end.
+        """
+        grids = {name: getattr(self, f"tune_{name}") for name in TUNED}
+        return tuple(
+            f"The base's best {name} ({getattr(chosen, name):g}) is at the edge of what was tried ({min(grid):g} to "
+            f"{max(grid):g}): a better one may lie beyond."
+            for name, grid in grids.items()
+            if len(grid) > 1
+            and getattr(chosen, name) in (min(grid), max(grid))
+            and getattr(chosen, name) != NATURAL_ENDS.get(name)
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
@@ -100,49 +114,32 @@ class Bench:
         return scalars(point), image_grid(point.kept["images"] / 255, columns=8)
 
     def tune(self, system_of: Callable[[SamplerConfig], System], sampler: SamplerConfig) -> SamplerConfig:
-        """Pick the base's best Gumbel scale and guidance, then temperature, at T_ref on prompts not held out.
+        """Pick the base's best Gumbel scale, guidance and temperature, one after another, at T_ref.
 
-        Acceleration is measured against the base at its best, so the deciding measure picks here too. Stored as
-        JSON, once: stages above start from it, and a later measurement must not change what they did.
+        On prompts that are not held out. Acceleration is measured against the base at its best, so the deciding
+        measure picks here too. Stored as JSON, once: stages above start from it, and a later measurement must not
+        change what they did.
         """
         s = self.settings
         path = pathlib.Path(self.workdir, SAMPLER)
         if path.exists():
             return read_sampler(self.workdir, sampler)
         protocol = self.protocol(s.tune_prompts, group=2, seed=s.seed + 1, held_out=False)
-        rows = []
-
-        def best(**settings):
-            """The sampler with the setting that scores best, over all that were tried."""
-            for values in itertools.product(*settings.values()):
-                changed = dict(zip(settings, values, strict=True))
-                tried = dataclasses.replace(start, **changed)
+        rows, chosen = [], dataclasses.replace(sampler, num_steps=s.reference)
+        for name in TUNED:
+            for value in getattr(s, f"tune_{name}"):
+                tried = dataclasses.replace(chosen, **{name: value})
+                settings = {other: getattr(tried, other) for other in TUNED}
+                if any(settings.items() <= row.items() for row in rows):
+                    continue  # the best of the sweep before
                 point = measure.measure(system_of(tried), s.reference, protocol, self.scorer)
-                rows.append({name: getattr(tried, name) for name in TUNED} | scalars(point))
+                rows.append(settings | scalars(point))
             row = max(rows, key=lambda row: row[f"eval/{self.metric}@{s.reference}"])
-            return dataclasses.replace(start, **{name: row[name] for name in TUNED})
-
-        start = dataclasses.replace(sampler, num_steps=s.reference, temperature=s.tune_temperature[0])
-        start = best(guidance=s.tune_guidance, gumbel=s.tune_gumbel)
-        chosen = best(temperature=s.tune_temperature[1:]) if s.tune_temperature[1:] else start
+            chosen = dataclasses.replace(chosen, **{other: row[other] for other in TUNED})
         if jax.process_index() == 0:
-            path.write_text(json.dumps({"sampler": dataclasses.asdict(chosen), "tried": rows}, indent=1) + "\n")
+            found = {"sampler": dataclasses.asdict(chosen), "tried": rows}
+            stored.write(str(path), json.dumps(found, indent=1) + "\n")
         return chosen
-
-    def edges(self, chosen: SamplerConfig) -> tuple[str, ...]:
-        """A sentence for every tuned setting that lies at the edge of its grid: a better one may lie beyond.
-
-        Nothing is missed beyond a natural end.
-        """
-        grids = {name: getattr(self.settings, f"tune_{name}") for name in TUNED}
-        return tuple(
-            f"The best {name} ({getattr(chosen, name):g}) is at the edge of what was tried ({min(grid):g} to "
-            f"{max(grid):g}): a better one may lie beyond."
-            for name, grid in grids.items()
-            if len(grid) > 1
-            and getattr(chosen, name) in (min(grid), max(grid))
-            and getattr(chosen, name) != NATURAL_ENDS.get(name)
-        )
 
     def measure(self, system: System, settings: Sequence[float]) -> list[Point]:
         """The points of one system's curve; those of a system with an identity are measured once for all runs."""

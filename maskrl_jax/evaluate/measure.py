@@ -144,8 +144,11 @@ def measure(system: System, setting: float, protocol: Protocol, scorer: Scorer) 
     Sample i belongs to prompt i // G. Bounds are 95 % percentile bootstrap bounds over prompts.
 
     Raises:
-      ValueError: if prompts and conditions differ in number, or a score is not finite or not [n].
+      ValueError: if prompts and conditions differ in number, a score is not finite or not [n], or the protocol has
+        no real features.
     """
+    if protocol.real_features is None:
+        raise ValueError("a protocol without real features is for `collect`: no distance can be measured")
     num_prompts, group = len(protocol.prompts), protocol.group
     if num_prompts != len(protocol.cond) or not 0 <= protocol.keep <= num_prompts:
         raise ValueError(f"{num_prompts} prompts, {len(protocol.cond)} conditions, {protocol.keep} to keep")

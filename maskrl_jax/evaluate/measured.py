@@ -1,9 +1,9 @@
 """What was measured of a trained parent, kept in the store: every run above it needs the same numbers."""
 
-import functools
 import hashlib
 import os
 import pathlib
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -26,21 +26,23 @@ def identity(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-@functools.cache
-def code() -> str:
-    """SHA-256 of this package's source: another formula measures another number."""
+def _code() -> str:
     files = sorted(PACKAGE.rglob("*.py"))
     return hashlib.sha256(b"".join(str(f.relative_to(PACKAGE)).encode() + f.read_bytes() for f in files)).hexdigest()
+
+
+CODE = _code()  # of this package's source as it was imported: another formula measures another number
 
 
 def once(
     folder: str | pathlib.Path, name: str, key: str, make: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Return `make()`, or what it gave to an earlier run whose key and code were the same.
+    """Return `make()`, or what it gave to an earlier run whose key, code, JAX and kind of device were the same.
 
     A process of several measures always: whether a file exists need not look the same to all of them.
     """
-    path = pathlib.Path(folder, f"{name}-{identity(key, code())[:16]}.npz")
+    whole_key = identity(key, CODE, jax.__version__, jax.default_backend())
+    path = pathlib.Path(folder, f"{name}-{whole_key[:16]}.npz")
     if jax.process_count() == 1 and path.exists():
         with np.load(path) as stored:
             return dict(stored)
@@ -48,7 +50,7 @@ def once(
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         # By rename: a kill half-way must not leave half a file; two runs may measure the same.
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        aside = path.with_suffix(f".{platform.node()}-{os.getpid()}.tmp")
         with open(aside, "wb") as file:
             np.savez_compressed(file, **made)
         aside.replace(path)

@@ -104,9 +104,17 @@ def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
         untuned = "The untuned base passes the same test at no measured setting."
     else:
         untuned = f"The untuned base passes the same test from {base.best.calls_mean:.1f} calls on."
+    others = [
+        f"{equality.table[0].label} passes it "
+        + ("at no measured setting." if equality.best is None else f"from {equality.best.calls_mean:.1f} calls on.")
+        for system, equality in found.items()
+        if system not in (findings.reference[0].system, findings.tuned)
+    ]
     clock = [f"{timing.speedup.median:.2f}× at batch {timing.batch_size}" for timing in findings.timings]
-    measured = f"Measured on the clock: {', '.join(clock)}." if clock else "The clock was not measured."
-    return f"**{curve.verdict(own, findings.goal)}** {untuned} {measured} {runs}"
+    measured = "The clock was not measured."
+    if clock:
+        measured = f"Measured on the clock, where both branches of guidance count: {', '.join(clock)}."
+    return " ".join([f"**{curve.verdict(own, findings.goal)}**", untuned, *others, measured, runs])
 
 
 def _base_headline(findings: Findings) -> str:

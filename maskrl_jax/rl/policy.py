@@ -49,7 +49,7 @@ class Policy:
             raise ValueError(f"policy.kappa {self.kappa} must lie in (0, 1), kappa_std {self.kappa_std} above 0")
         if not 0 <= self.opening < self.max_calls:
             raise ValueError(f"policy.opening {self.opening} must lie in 0..{self.max_calls - 1} (max_calls - 1)")
-        if self.kind == "adaptive" and max(self.divisors) != self.max_calls:
+        if self.kind == "adaptive" and self.action == "stride" and max(self.divisors) != self.max_calls:
             raise ValueError(
                 f"the largest of policy.divisors ({max(self.divisors)}) must be max_calls ({self.max_calls}): "
                 "it is the smallest stride, and bounds the number of calls"
@@ -57,7 +57,8 @@ class Policy:
 
     def steps(self) -> tuple[int, ...]:
         """Step counts whose strides must fit the clock."""
-        return {"adaptive": self.divisors, "fixed": (self.target_calls,), "budget": self.step_set}[self.kind]
+        adaptive = self.divisors if self.action == "stride" else (self.max_calls,)
+        return {"adaptive": adaptive, "fixed": (self.target_calls,), "budget": self.step_set}[self.kind]
 
     def sampler(self, num_tokens: int, *, keep_predictions: bool = False) -> adaptive.AdaptiveConfig:
         """The clocked sampler of these settings; ValueError where a T does not fit clock or grid."""

@@ -25,9 +25,7 @@ class AdaptiveConfig:
     clock: Clock
     max_calls: int  # T_max
     action: str = "stride"
-    order: str = (
-        "confident"  # what the threshold action commits at least: the surest draws, or the most uncertain places
-    )
+    order: str = "confident"  # threshold: it commits at least the surest draws, or the most uncertain places
     temperature: float = 1.0
     guidance: float = 1.0
     guidance_schedule: str = "constant"

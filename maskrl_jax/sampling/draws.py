@@ -86,7 +86,8 @@ def frontier_commit(logp_BN, priority_BN, masked_BN, log_kappa_B, minimum_B, las
     Where the priority does not read what was drawn, the minimum is chosen as if by the environment, and `hard`
     with threshold log c* = log kappa is the exact likelihood: a position that is not committed was below it.
 
-    Args and returns are those of `threshold_commit`, with the priority float32 [B, N] beside the confidences.
+    Args and returns are those of `threshold_commit`, with the priority float32 [B, N] beside the confidences. The
+    fixed-plan modes commit by the same rule, with a level of +inf where there is no threshold.
     """
     forced = commit_top(priority_BN, masked_BN, minimum_B)
     log_c_B = jnp.where(last_B, -jnp.inf, log_kappa_B)

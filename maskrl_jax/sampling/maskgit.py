@@ -13,6 +13,7 @@ from maskrl_jax.sampling import draws, schedules
 
 Array = jax.Array
 MODES = ("confidence", "halton", "random", "threshold", "uncertain", "entropy")
+NOISY = ("confidence", "uncertain")
 GIVEN = 255  # commit step of tokens that were given, not sampled
 
 
@@ -24,7 +25,7 @@ class SamplerConfig:
     num_steps: int = 16
     max_steps: int = 16
     schedule: str = "cosine"
-    gumbel: float = 4.5  # noise scale on the confidence at the first step; falls linearly to 0
+    gumbel: float = 4.5  # modes confidence, uncertain: noise scale at the first step; falls linearly to 0
     temperature: float = 1.0  # divides the logits before the draw
     guidance: float = 1.0  # 1 = no guidance
     guidance_schedule: str = "constant"
@@ -74,7 +75,7 @@ def make_plan(config: SamplerConfig, num_tokens: int) -> Plan:
         return np.pad(np.asarray(table, dtype), (0, config.max_steps - steps))
 
     order = schedules.halton_order(side) if config.mode == "halton" else np.arange(num_tokens)
-    noise = config.gumbel * (1 - progress) if config.mode == "confidence" else np.zeros(steps)
+    noise = config.gumbel * (1 - progress) if config.mode in NOISY else np.zeros(steps)
     return Plan(
         num_steps=np.int32(steps),
         masked_after=pad(left, np.int32),
@@ -125,8 +126,9 @@ def decode(
         left_B = masked_BN.sum(-1)
         target_B = jnp.minimum(plan.masked_after[step] * start_B // num_tokens, jnp.maximum(left_B - 1, 0))
         priority_BN = _priority(plan, keys_B, step, confidence_BN, logp_BNK)
-        commit = draws.commit_top(priority_BN, masked_BN, left_B - target_B)
-        commit |= _certain(plan, confidence_BN, logp_BNK) & masked_BN
+        sure_BN, level_B = _sureness(plan, confidence_BN, logp_BNK)
+        never = jnp.zeros((batch,), bool)  # the plan's last count commits all
+        commit, _ = draws.frontier_commit(sure_BN, priority_BN, masked_BN, level_B, left_B - target_B, never)
         return (
             step + 1,
             jnp.where(commit, drawn_BN, ids_BN),
@@ -156,10 +158,11 @@ def _priority(plan: Plan, keys_B: Array, step: Array, confidence_BN: Array, logp
     return (draws.entropy(logp_BNK) if plan.mode == "uncertain" else confidence_BN) + noise
 
 
-def _certain(plan: Plan, confidence_BN: Array, logp_BNK: Array) -> Array:
-    """Positions that a threshold mode commits beyond the plan's count, [B,N] bool."""
+def _sureness(plan: Plan, confidence_BN: Array, logp_BNK: Array) -> tuple[Array, Array]:
+    """How sure every position is [B,N], and from which level [B] on it is committed beyond the plan's count."""
+    sure_BN, level = confidence_BN, jnp.inf  # most modes: never
     if plan.mode in ("threshold", "uncertain"):
-        return jnp.exp(confidence_BN) >= plan.threshold
+        level = jnp.log(plan.threshold)
     if plan.mode == "entropy":
-        return draws.entropy(logp_BNK) <= plan.threshold
-    return jnp.zeros(confidence_BN.shape, bool)
+        sure_BN, level = -draws.entropy(logp_BNK), -plan.threshold
+    return sure_BN, jnp.full(confidence_BN.shape[:1], level, jnp.float32)

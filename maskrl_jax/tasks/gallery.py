@@ -2,19 +2,21 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from maskrl_jax.evaluate import curve, measured
-from maskrl_jax.evaluate.bench import Bench
+from maskrl_jax.evaluate.bench import Bench, Evaluation
 from maskrl_jax.evaluate.measure import Point, System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Engine, clocked_program, clocked_system, fixed_program, fixed_system
 from maskrl_jax.rewards import energy_distance
+from maskrl_jax.rl.policy import Policy
 from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import maskgit as maskgit_task
-from maskrl_jax.tasks.task import Context
+from maskrl_jax.tasks.task import Context, Parent
 
 _UNKNOWN = "The paper's algorithm and numbers are not public; this is our algorithm, and no parity is claimed."
 NOTES = {
@@ -25,6 +27,12 @@ NOTES = {
 DRAWN_BY = ("maskgit", "tokenizer")  # parents that pictures depend on
 
 
+def kept(system: System, parents: Mapping[str, Parent], *settings: Any) -> System:
+    """A system of parents and settings alone, whose measurements every run above them shares."""
+    trained = [(parents[name].params, parents[name].extra, str(parents[name].config.model)) for name in DRAWN_BY]
+    return dataclasses.replace(system, identity=measured.identity(trained, *settings))
+
+
 class Gallery:
     """What the stage measures: the tuned policy beside the base at its best sampler."""
 
@@ -32,7 +40,7 @@ class Gallery:
         self.context, self.config, self.wiring, self.engine = context, context.config, wiring, engine
         self.sampler, self.base_params = sampler, base
         system = fixed_system(engine, fixed_program(engine), base, sampler, "base", "base")
-        self.base = self._kept(system, str(sampler))
+        self.base = kept(system, context.parents, str(sampler))
         self.clocked = clocked_program(engine, wiring.sampler, wiring.decide)
 
     @functools.cached_property
@@ -51,12 +59,8 @@ class Gallery:
         head = self.wiring.head.init(jax.random.key(0))
         params = {"model": self.base_params, "head": self.engine.parallel.replicate(head)}
         system = clocked_system(self.engine, self.clocked, params, "untrained", "untrained head on the base")
-        return self.bench.measure(self._kept(system, head, str(self.wiring.policy)), self.settings()[::2])
-
-    def _kept(self, system: System, *settings: Any) -> System:
-        """A system of parents alone, whose measurements every run above them shares."""
-        parents = [(self.context.parents[name].params, self.context.parents[name].extra) for name in DRAWN_BY]
-        return dataclasses.replace(system, identity=measured.identity(parents, str(self.wiring.sizes), *settings))
+        system = kept(system, self.context.parents, head, str(self.wiring.policy))
+        return self.bench.measure(system, self.settings())
 
     def settings(self) -> tuple[float, ...]:
         """Settings of the tuned curve."""
@@ -106,13 +110,13 @@ class Gallery:
                 "the exact verifier",
                 "the prompts (the policy never trains on them; the base has seen their pictures)",
             ),
-            notes=NOTES[policy.kind],
+            notes=NOTES[policy.kind] + Evaluation(**self.config.parents.maskgit.evaluation).edges(self.sampler),
             timings=timings,
         )
         facts = {
-            "base sampler": f"{_settings(self.sampler.gumbel, self.sampler)}, {self.sampler.schedule}, tuned on prompts "
-            "of its own",
-            "policy sampler": _settings(policy.noise, policy),
+            "base sampler": f"{self.sampler.mode}, {_settings(self.sampler.gumbel, self.sampler)}, "
+            f"{self.sampler.schedule}, tuned on prompts of its own",
+            "policy sampler": f"{_deciding(policy)}, {_settings(policy.noise, policy)}",
             "updates": f"{config.num_steps} of {config.batch_size} rollouts, seed {config.seed}",
         }
         bench.write(findings, config.num_steps, facts)
@@ -120,3 +124,12 @@ class Gallery:
 
 def _settings(noise: float, sampler: Any) -> str:
     return f"Gumbel {noise:g}, guidance {sampler.guidance:g}, temperature {sampler.temperature:g}"
+
+
+def _deciding(policy: Policy) -> str:
+    """Who decides what a call commits."""
+    if policy.kind != "adaptive":
+        return f"{policy.kind}, strides given"
+    if policy.action == "stride":
+        return "strides of the head"
+    return f"most {policy.order} first and whatever is surer than the head's kappa (starting at {policy.kappa:g})"

@@ -13,7 +13,7 @@ from maskrl_jax import state as train_state
 from maskrl_jax.data.batches import batch_at
 from maskrl_jax.data.dataset import Conditioning, Dataset, conditioning_of, open_dataset
 from maskrl_jax.evaluate.bench import Bench, Evaluation, read_sampler
-from maskrl_jax.evaluate.measure import Scorer, System
+from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.studio import Studio
 from maskrl_jax.evaluate.systems import Engine, features_of, fixed_program, fixed_system, judge_scorer
@@ -229,12 +229,6 @@ def _real_pictures(context: Context, held_out: Dataset) -> np.ndarray:
     return train.take(train.positions_of(prompts, each=10))["image"]
 
 
-def scorer_of(context: Context, dataset: Dataset) -> Scorer:
-    """The judge and, where the set has one, the exact verifier."""
-    judge = judge_task.load(context.parents["judge"])
-    return judge_scorer(judge.read, judge.params, judge.config.kind, dataset)
-
-
 def bench_of(context: Context) -> Bench:
     """The measuring bench of a generator stage: held-out split, judge, exact verifier."""
     held_out = dataset_of(context, "validation")
@@ -243,7 +237,7 @@ def bench_of(context: Context) -> Bench:
     real = _real_pictures(context, held_out)
     return Bench(
         dataset=held_out,
-        scorer=scorer_of(context, held_out),
+        scorer=judge_scorer(judge.read, judge.params, judge.config.kind, held_out),
         real_features=features_of(judge.read, judge.params, real),
         settings=settings,
         workdir=context.workdir,
@@ -289,7 +283,7 @@ def build(context: Context) -> Task:
             reference=points[-1:],
             criteria=bench().criteria(),
             held_out=("nothing of the prompts: the base has seen pictures of every caption",),
-            notes=bench().edges(best),
+            notes=bench().settings.edges(best),
         )
         facts = {
             "sampler": f"{best.mode}, Gumbel {best.gumbel:g}, guidance {best.guidance:g} ({best.guidance_schedule}), "

@@ -152,17 +152,24 @@ class Rollouts:
             "sampling/calls_sd": calls.std(),
             "sampling/calls_max": calls.max(),
             "rl/speed_weight": result.speed_weight,
-            "rl/adv_std": result.advantage.std(),
+            "rl/adv_std": _std(result.advantage, result.keep),
+            "rl/decision_adv_std": _std(result.decision_advantage, result.decision_keep),
             "rl/zero_std_ratio": (result.std == 0).mean(),
             "rl/rejected": filtered["rejected"],
             "rl/rejected_first": filtered["rejected_first"],
             "rl/dropped": result.dropped.mean(),
             "rl/updated": result.keep.mean(),
+            "rl/decided": result.decision_keep.mean(),
         }
         if self.train.verify is not None:
             verdict = self.train.verify(out["images"], self.train.describe(batch["cond"]))
             values |= {f"reward_heldout/{name}": verdict[name].mean() for name in ("graded", "strict", "coherence")}
         return {name: float(value) for name, value in values.items()}
+
+
+def _std(values: np.ndarray, kept: np.ndarray) -> float:
+    """Standard deviation of what is kept; 0 where nothing is."""
+    return float(values[kept > 0].std()) if (kept > 0).any() else 0.0
 
 
 def reference_quality(
@@ -185,5 +192,7 @@ def reference_quality(
         numbers, _ = measure.collect(base, steps, protocol, scorer)
         return {"quality": mix.weighted_sum(numbers, rewards).reshape(len(cond), -1).mean(1)}
 
-    key = measured.identity(dataclasses.asdict(protocol), sorted(rewards.items()), base.identity, scorer.identity)
+    key = measured.identity(
+        dataclasses.asdict(protocol), steps, sorted(rewards.items()), base.identity, scorer.identity
+    )
     return measured.once(context.measured_dir, "reference", key, make)["quality"]

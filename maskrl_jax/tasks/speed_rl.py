@@ -16,7 +16,7 @@ from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Evaluation, read_sampler
 from maskrl_jax.evaluate.studio import Studio
-from maskrl_jax.evaluate.systems import clocked_program, clocked_system
+from maskrl_jax.evaluate.systems import clocked_program, clocked_system, judge_scorer
 from maskrl_jax.keys import ROLLOUT, sample_keys
 from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.parallel import Axis
@@ -29,6 +29,7 @@ from maskrl_jax.rl.speed_update import RECORD, SpeedUpdate
 from maskrl_jax.rl.token_terms import Model, TokenLoss
 from maskrl_jax.sampling import adaptive
 from maskrl_jax.sampling.maskgit import SamplerConfig
+from maskrl_jax.tasks import judge as judge_task
 from maskrl_jax.tasks import maskgit as maskgit_task
 from maskrl_jax.tasks import tokenizer as tokenizer_task
 from maskrl_jax.tasks.gallery import Gallery
@@ -238,6 +239,10 @@ def studio(context: Context, params: Any) -> Studio:
     wiring = Wiring(context.config, base.dataset.conditioning)
     policy = wiring.policy
     sampler = SamplerConfig(**context.config.parents.maskgit.sampler)
+    if policy.kind == "adaptive" and policy.action == "threshold":
+        sampler = dataclasses.replace(
+            sampler, mode="uncertain" if policy.order == "uncertain" else "threshold", threshold=policy.kappa
+        )
     sampler = dataclasses.replace(
         sampler,
         gumbel=policy.noise,
@@ -266,7 +271,8 @@ def build(context: Context) -> Task:
         "reference": parallel.replicate(base.params),
     }
     gallery = Gallery(context, wiring, engine, sampler, frozen["reference"])
-    scorer = maskgit_task.scorer_of(context, train)
+    judge = judge_task.load(context.parents["judge"])
+    scorer = dataclasses.replace(judge_scorer(judge.read, judge.params, judge.config.kind, train), verify=None)
     reference = reference_quality(context, train, gallery.base, sampler.num_steps, scorer, wiring.rewards)
     rollouts = Rollouts(context, wiring, train, frozen, reference)
     update = parallel.update(wiring.update)

@@ -63,6 +63,18 @@ def test_a_run_that_fails_says_so_first(make_point, tmp_path):
     assert "no: graded bound -0.100 < -0.020" in text
 
 
+@pytest.mark.parametrize(
+    ("graded", "sentence"),
+    [(0.9, "untrained passes it from 7.0 calls on."), (0.8, "untrained passes it at no measured setting.")],
+)
+def test_the_headline_says_what_needs_no_training(make_point, tmp_path, graded, sentence):
+    base = [make_point("base", 16, 16, np.full(20, 0.9))]
+    other = [make_point("untrained", 0, 7, np.full(20, graded))]
+    points = [*base, make_point("adaptive", 5, 5, np.full(20, 0.9)), *other]
+    text = report.write(tmp_path, report.Findings("t", "c", points, base, CRITERIA, tuned="adaptive")).read_text()
+    assert sentence in text.split("\n\n")[1]
+
+
 def test_report_of_a_plain_base_model_claims_no_speed_up(systems, protocol, scorer, tmp_path):
     path = write_run(tmp_path, systems, protocol, scorer, tuned=False)
     text = path.read_text()

@@ -200,6 +200,25 @@ def test_the_uncertain_order_asks_where_the_model_knows_least():
     assert (steps[:, choices == 3].max(-1) <= steps[:, choices == 2].min(-1)).all()
 
 
+@pytest.mark.parametrize(("order", "mode"), [("confident", "threshold"), ("uncertain", "uncertain")])
+def test_a_constant_kappa_is_the_fixed_threshold_sampler(order, mode):
+    """Same noise, same keys, same tokens: what a control measures is what the policy starts from."""
+    noise = 0.0 if order == "confident" else 0.7  # the surest draws are ordered without noise
+    clock = Clock(TOKENS, noise_scale=noise)
+    config = dataclasses.replace(CONFIG, clock=clock, action="threshold", order=order, temperature=0.6)
+    record = jax.jit(lambda: rollout(sure_enough, config))()
+    sampler = SamplerConfig(mode=mode, num_steps=8, gumbel=noise, temperature=0.6, threshold=0.5)
+    given = jnp.full((ROWS, TOKENS), MASK)
+    decoded = jax.jit(lambda plan: decode(toy_model.contextual(CODES), keys(), COND, NULL, plan, given, MASK))
+    fixed = decoded(make_plan(sampler, TOKENS))
+    np.testing.assert_array_equal(record.ids, fixed.ids)
+    np.testing.assert_array_equal(record.commit_step, fixed.commit_step)
+    assert len(np.unique(record.commit_step)) > 2
+    if order == "uncertain":
+        other = decoded(make_plan(dataclasses.replace(sampler, gumbel=0.0), TOKENS))
+        assert (other.commit_step != fixed.commit_step).any()
+
+
 def test_temperature_and_guidance_shape_what_is_drawn_from():
     """Conditional logits 2 and unconditional 1 on code 0: (1 + 3 (2 - 1)) / 2 = 2 at s = 3, temperature 2."""
 

@@ -199,8 +199,8 @@ def base(value=1.0, identity="known"):
 SCORER = Scorer(lambda images, prompts: {"judge": images[:, 0, 0, 0], "other": -images[:, 0, 0, 0]}, identity="judge")
 
 
-def reference(context, train, system, rewards=types.MappingProxyType({"judge": 1.0})):
-    return reference_quality(context, train, system, 4, SCORER, dict(rewards))
+def reference(context, train, system, rewards=types.MappingProxyType({"judge": 1.0}), steps=4):
+    return reference_quality(context, train, system, steps, SCORER, dict(rewards))
 
 
 def test_reference_quality_is_the_mean_over_the_samples_of_each_prompt(context, train):
@@ -214,6 +214,7 @@ def test_reference_quality_is_measured_once_for_all_seeds_of_a_policy(context, t
     context.config.seed = 5
     np.testing.assert_array_equal(reference(context, train, base(0.0)), first)  # read, so not zero
     assert not reference(context, train, base(0.0, "another")).any()
+    assert not reference(context, train, base(0.0), steps=5).any()
     context.config.reference_samples = 1
     assert not reference(context, train, base(0.0)).any()
 

@@ -28,6 +28,10 @@ VARIANTS = {
         {"policy.action": "threshold", "policy.guidance": 1.7, "loss.tokens.likelihood": "all"},
         BOTH,
     ),
+    "uncertain threshold, the shipped default": (
+        {"policy.action": "threshold", "policy.order": "uncertain", "policy.kappa": 0.2},
+        BOTH,
+    ),
     "head only, dual lambda": ({"optimizer.rates": (("^model", 0.0),), "credit.speed": "dual"}, HEAD),
     "frozen head, kept, two inner updates": (
         {"optimizer.rates": (("^head", 0.0),), "loss.tokens.likelihood": "kept", "inner_updates": 2},
