@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from maskrl_jax import checkpoint, dry_run, loop, stored
 from maskrl_jax.errors import UserError, unknown
+from maskrl_jax.evaluate import measured
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.phase import Phase
 from maskrl_jax.state import OptimizerConfig, optimizer_of
@@ -34,6 +35,7 @@ def run(config: ConfigDict, workdir: str, store: str) -> None:
 
     Prints the time of every stage. Raises UserError for a config that cannot run or does not fit the workdir.
     """
+    measured.code()  # now: files may change while the parents train
     check(config)
     seconds = {}
     try:
@@ -177,6 +179,7 @@ def open_workdir(workdir: str) -> tuple[Context, Any]:
 
     Raises UserError where there is no run, or it or a parent has no checkpoint.
     """
+    measured.code()
     config = stored.read_config(workdir)
     if config is None:
         raise UserError(f"{workdir} has no {stored.CONFIG}; give the --workdir of a run")

@@ -1,5 +1,6 @@
 """What was measured of a trained parent, kept in the store: every run above it needs the same numbers."""
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -26,12 +27,11 @@ def identity(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def _code() -> str:
+@functools.cache
+def code() -> str:
+    """SHA-256 of this package's source, as it was when a run first asked: another formula measures another number."""
     files = sorted(PACKAGE.rglob("*.py"))
     return hashlib.sha256(b"".join(str(f.relative_to(PACKAGE)).encode() + f.read_bytes() for f in files)).hexdigest()
-
-
-CODE = _code()  # of this package's source as it was imported: another formula measures another number
 
 
 def once(
@@ -41,7 +41,7 @@ def once(
 
     A process of several measures always: whether a file exists need not look the same to all of them.
     """
-    whole_key = identity(key, CODE, jax.__version__, jax.default_backend())
+    whole_key = identity(key, code(), jax.__version__, jax.default_backend())
     path = pathlib.Path(folder, f"{name}-{whole_key[:16]}.npz")
     if jax.process_count() == 1 and path.exists():
         with np.load(path) as stored:

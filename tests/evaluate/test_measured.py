@@ -27,7 +27,7 @@ def test_another_key_name_or_code_measures_anew(tmp_path, monkeypatch):
     measured.once(tmp_path, "reference", "key", made(1, calls))
     measured.once(tmp_path, "reference", "other", made(2, calls))
     measured.once(tmp_path, "base", "key", made(3, calls))
-    monkeypatch.setattr(measured, "CODE", "changed")
+    monkeypatch.setattr(measured, "code", lambda: "changed")
     assert measured.once(tmp_path, "reference", "key", made(4, calls))["value"] == 4
     assert calls == [1, 2, 3, 4]
 
