@@ -105,7 +105,7 @@ def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
     else:
         untuned = f"The untuned base passes the same test from {base.best.calls_mean:.1f} calls on."
     others = [
-        f"{equality.table[0].label} passes it "
+        f"The {equality.table[0].label} passes it "
         + ("at no measured setting." if equality.best is None else f"from {equality.best.calls_mean:.1f} calls on.")
         for system, equality in found.items()
         if system not in (findings.reference[0].system, findings.tuned)

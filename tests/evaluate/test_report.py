@@ -65,7 +65,7 @@ def test_a_run_that_fails_says_so_first(make_point, tmp_path):
 
 @pytest.mark.parametrize(
     ("graded", "sentence"),
-    [(0.9, "untrained passes it from 7.0 calls on."), (0.8, "untrained passes it at no measured setting.")],
+    [(0.9, "The untrained passes it from 7.0 calls on."), (0.8, "The untrained passes it at no measured setting.")],
 )
 def test_the_headline_says_what_needs_no_training(make_point, tmp_path, graded, sentence):
     base = [make_point("base", 16, 16, np.full(20, 0.9))]
