@@ -82,4 +82,5 @@ def evaluation(smoke: bool = False) -> dict:
         "tune_gumbel": (0.5, 1.0, 2.0, 4.0),
         "tune_guidance": (1.0, 1.3, 1.7, 2.2),
         "tune_temperature": (1.0, 0.7, 0.5, 0.35),
+        "timing_repeats": 5,
     }

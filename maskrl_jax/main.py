@@ -31,6 +31,7 @@ def parse(argv: list[str]) -> list[str]:
         # The text of args, since str of an error about a key is a quoted string; of a config that refuses its
         # argument, the flag gives the traceback.
         text = str(error.args[0] if error.args else error).rpartition("\nValueError: ")[2]
+        text = f"the config has no key {text}" if text.startswith("'") else text
         sys.exit(f"error: {' '.join(text.split())}")
 
 

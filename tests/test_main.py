@@ -40,6 +40,7 @@ def toy(tmp_path, name, *arguments, argument=""):
         ([], "expected --config=<file>"),
         (["--config=configs/nothing.py"], "No such file"),
         (["--config={toy}", "--config.model.widht=8"], 'Did you mean "width"'),
+        (["--config={toy}", "--config.model.depth=8"], "the config has no key 'depth'"),
         (["--config={toy}", "--config.task=tokeniser"], "did you mean 'tokenizer'"),
         (["--config={toy}", "--config.seed=x"], "seed"),
     ],
