@@ -28,10 +28,12 @@ def parse(argv: list[str]) -> list[str]:
         _ = "task" in CONFIG.value  # a file that could not be loaded says so only when it is used
         return rest
     except (flags.Error, UserError, AttributeError, OSError, TypeError, ValueError) as error:
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
         # The text of args, since str of an error about a key is a quoted string; of a config that refuses its
         # argument, the flag gives the traceback.
         text = str(error.args[0] if error.args else error).rpartition("\nValueError: ")[2]
-        text = f"the config has no key {text}" if text.startswith("'") else text
+        text = f"the config has no key {text}" if isinstance(error, KeyError) else text
         sys.exit(f"error: {' '.join(text.split())}")
 
 
