@@ -8,6 +8,7 @@ for bit (exit code 1 if they are not). Parents are trained once, by the undistur
 
 import argparse
 import os
+import pathlib
 import random
 import subprocess
 import sys
@@ -17,7 +18,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from maskrl_jax.checkpoint import load_arrays
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from maskrl_jax.checkpoint import load_arrays  # noqa: E402
 
 FIELDS = ("step", "params", "opt_state", "ema", "extra", "bad_steps", "bad_total")
 
