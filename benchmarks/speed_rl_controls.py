@@ -49,11 +49,11 @@ VARIANTS = {
     "kept (negative control)": ["--config.loss.tokens.likelihood=kept"],
     "stride": ["--config.policy.action=stride", "--config.policy.noise=1.0"],
 }
-# Training-free samplers that stop early; `uncertain` with the policies' noise and temperature, whose order it shares.
+# Training-free samplers that stop early.
 THRESHOLDS = {
-    "threshold": ({}, (0.5, 0.7, 0.9, 0.97)),
-    "entropy": ({}, (1.5, 0.8, 0.3, 0.1)),
-    "uncertain": ({"gumbel": 0.5, "temperature": 0.7, "guidance": 1.0}, (0.9, 0.95, 0.97, 0.985)),
+    "threshold": (0.5, 0.7, 0.9, 0.97),
+    "entropy": (1.5, 0.8, 0.3, 0.1),
+    "uncertain": (0.9, 0.95, 0.97, 0.985),
 }
 
 
@@ -91,8 +91,8 @@ def _train(name: str, seed: int, overrides: list[str]) -> None:
 
 def _points(workdir: pathlib.Path, seed: int) -> list[measure.Point]:
     """The measured points of a run, numbered by its training seed: that is what varies here."""
-    stored = json.loads((workdir / "results.json").read_text())
-    return [dataclasses.replace(measure.load_point(workdir / "points", plain), seed=seed) for plain in stored["points"]]
+    results = json.loads((workdir / "results.json").read_text())
+    return [dataclasses.replace(measure.load_point(workdir / "points", p), seed=seed) for p in results["points"]]
 
 
 def _tuned_rows(done: dict) -> tuple[list[dict], list[measure.Point]]:
@@ -131,9 +131,12 @@ def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
         rows += _measured(
             bench, context.parents, studio, "base, tuned at this T", dataclasses.asdict(best), steps, reference
         )
-    for mode, (changes, levels) in THRESHOLDS.items():
+    # `uncertain` shares the order of the policy, so its noise and temperature, too.
+    policy = context.config.policy
+    shared = {"gumbel": policy.noise, "temperature": policy.temperature, "guidance": policy.guidance}
+    for mode, levels in THRESHOLDS.items():
         for level in levels:
-            changes = changes | {"mode": mode, "threshold": level}
+            changes = {"mode": mode, "threshold": level} | (shared if mode == "uncertain" else {})
             steps = studio.sampler.num_steps
             rows += _measured(bench, context.parents, studio, f"{mode} sampler", changes, steps, reference, level)
     return rows

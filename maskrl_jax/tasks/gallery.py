@@ -36,10 +36,10 @@ def kept(system: System, parents: Mapping[str, Parent], *settings: Any) -> Syste
 class Gallery:
     """What the stage measures: the tuned policy beside the base at its best sampler."""
 
-    def __init__(self, context: Context, wiring: Any, engine: Engine, sampler: SamplerConfig, base: Any):
+    def __init__(self, context: Context, wiring: Any, engine: Engine, sampler: SamplerConfig, base_params: Any):
         self.context, self.config, self.wiring, self.engine = context, context.config, wiring, engine
-        self.sampler, self.base_params = sampler, base
-        system = fixed_system(engine, fixed_program(engine), base, sampler, "base", "base")
+        self.sampler, self.base_params = sampler, base_params
+        system = fixed_system(engine, fixed_program(engine), base_params, sampler, "base", "base")
         self.base = kept(system, context.parents, str(sampler))
         self.clocked = clocked_program(engine, wiring.sampler, wiring.decide)
 
