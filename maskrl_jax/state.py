@@ -53,6 +53,7 @@ class OptimizerConfig:
     decay: str = "constant"
     decay_steps: int = 0
     muon_learning_rate: float = 0.02
+    muon_steps: int = 5  # Newton-Schulz iterations
     muon_skip: str = "embedding|position|head|table|maps|pool_out"  # matrices that are tables or outputs, not maps
     ema_decay: float = 0.999
     rates: tuple[tuple[str, float], ...] = ()
@@ -67,6 +68,8 @@ class OptimizerConfig:
                 f"optimizer.decay_steps={self.decay_steps} does not exceed warmup_steps={self.warmup_steps}; "
                 "set it to the step at which the rate shall reach 0"
             )
+        if self.muon_steps < 1:
+            raise UserError(f"optimizer.muon_steps={self.muon_steps} must be at least 1")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"optimizer.ema_decay={self.ema_decay} is not in [0, 1); use 0 for no average")
 
@@ -148,7 +151,7 @@ def _muon(cfg):
         return jax.tree.map(lambda _: matrix, params)
 
     return optax.chain(
-        optax.contrib.scale_by_muon(weight_dimension_numbers=dimensions),
+        optax.contrib.scale_by_muon(ns_steps=cfg.muon_steps, weight_dimension_numbers=dimensions),
         optax.stateless_with_tree_map(lambda u, _: u * max(1.0, u.shape[1] / u.shape[0]) ** 0.5),
         _decay(cfg),
         optax.scale_by_learning_rate(rate),

@@ -96,6 +96,9 @@ def test_muon_moves_matrices_by_an_orthogonal_step():
     step = (PARAMS["head"]["w"] - state.params["head"]["w"]) / 0.1
     # Newton-Schulz brings both singular values near 1, in a band that its coefficients allow.
     assert np.all((np.diag(step) > 0.6) & (np.diag(step) < 1.3))
+    state, _ = updated(grads, name="muon", muon_learning_rate=0.1, muon_skip="table", muon_steps=1)
+    short = (PARAMS["head"]["w"] - state.params["head"]["w"]) / 0.1
+    assert short[1, 1] < 0.5  # one iteration is not enough for the small one
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,7 @@ def test_muon_moves_matrices_by_an_orthogonal_step():
         ({"decay": "cosin"}, "did you mean 'cosine'"),
         ({"decay": "linear"}, "decay_steps=0"),
         ({"ema_decay": 1.0}, "ema_decay=1.0"),
+        ({"muon_steps": 0}, "muon_steps=0"),
     ],
 )
 def test_impossible_settings_are_named(settings, message):
