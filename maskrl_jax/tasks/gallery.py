@@ -1,13 +1,11 @@
 """What stage `speed_rl` measures and shows: the tuned policy beside the base at its best sampler."""
 
-import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from maskrl_jax.evaluate import curve, measured
+from maskrl_jax.evaluate import curve
 from maskrl_jax.evaluate.bench import Bench, Evaluation
 from maskrl_jax.evaluate.measure import Point, System
 from maskrl_jax.evaluate.report import Findings
@@ -16,7 +14,7 @@ from maskrl_jax.rewards import energy_distance
 from maskrl_jax.rl.policy import Policy
 from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import maskgit as maskgit_task
-from maskrl_jax.tasks.task import Context, Parent
+from maskrl_jax.tasks.task import Context
 
 _UNKNOWN = "The paper's algorithm and numbers are not public; this is our algorithm, and no parity is claimed."
 NOTES = {
@@ -24,13 +22,6 @@ NOTES = {
     "fixed": (_UNKNOWN, "No speed reward: quality is trained at a fixed number of calls."),
     "budget": (_UNKNOWN, "The likelihood of `budget` is a surrogate (random re-masking), not the behaviour's."),
 }
-DRAWN_BY = ("maskgit", "tokenizer")  # parents that pictures depend on
-
-
-def kept(system: System, parents: Mapping[str, Parent], *settings: Any) -> System:
-    """A system of parents and settings alone, whose measurements every run above them shares."""
-    trained = [(parents[name].params, parents[name].extra, str(parents[name].config.model)) for name in DRAWN_BY]
-    return dataclasses.replace(system, identity=measured.identity(trained, *settings))
 
 
 class Gallery:
@@ -40,7 +31,7 @@ class Gallery:
         self.context, self.config, self.wiring, self.engine = context, context.config, wiring, engine
         self.sampler, self.base_params = sampler, base_params
         system = fixed_system(engine, fixed_program(engine), base_params, sampler, "base", "base")
-        self.base = kept(system, context.parents, str(sampler))
+        self.base = maskgit_task.kept(system, context.parents, str(sampler))
         self.clocked = clocked_program(engine, wiring.sampler, wiring.decide)
 
     @functools.cached_property
@@ -59,7 +50,7 @@ class Gallery:
         head = self.wiring.head.init(jax.random.key(0))
         params = {"model": self.base_params, "head": self.engine.parallel.replicate(head)}
         system = clocked_system(self.engine, self.clocked, params, "untrained", "untrained head on the base")
-        system = kept(system, self.context.parents, head, str(self.wiring.policy))
+        system = maskgit_task.kept(system, self.context.parents, head, str(self.wiring.policy))
         return self.bench.measure(system, self.settings())
 
     def settings(self) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from maskrl_jax import state as train_state
 from maskrl_jax.data.batches import batch_at
 from maskrl_jax.data.dataset import Conditioning, Dataset, conditioning_of, open_dataset
+from maskrl_jax.evaluate import measured
 from maskrl_jax.evaluate.bench import Bench, Evaluation, read_sampler
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
@@ -28,6 +29,7 @@ from maskrl_jax.tasks import tokenizer as tokenizer_task
 from maskrl_jax.tasks.task import Context, Parent, Task
 
 Array = jax.Array
+DRAWN_BY = ("maskgit", "tokenizer")  # stages that pictures depend on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +219,12 @@ def studio(context: Context, params: Any) -> Studio:
     )
 
 
+def kept(system: System, stages: Mapping[str, Parent], *settings: Any) -> System:
+    """A system of trained stages and settings alone, whose measurements all runs with the same stages share."""
+    trained = [(stages[name].params, stages[name].extra, str(stages[name].config.model)) for name in DRAWN_BY]
+    return dataclasses.replace(system, identity=measured.identity(trained, *settings))
+
+
 def _real_pictures(context: Context, held_out: Dataset) -> np.ndarray:
     """Real pictures uint8 [M,H,W,3] that distances are measured against.
 
@@ -273,9 +281,10 @@ def build(context: Context) -> Task:
         return {"eval/loss": float(loss / weight), **scores}, {"samples/grid": picture}
 
     def report(params):
+        stages = context.parents | {"maskgit": Parent(config, params, {}, context.workdir)}
         params = parallel.replicate(params)
         best = bench().tune(functools.partial(system, params), sampler)
-        points = bench().measure(system(params, best), bench().settings.steps)
+        points = bench().measure(kept(system(params, best), stages, str(best)), bench().settings.steps)
         findings = Findings(
             title=f"{config.task} on {config.data.name}",
             config=config.name,

@@ -136,6 +136,11 @@ def test_a_run_leaves_report_samples_and_every_tag(trained):
     }
 
 
+def test_the_curve_of_the_base_is_measured_once_for_both_reports(trained):
+    steps = tiny.get_config("speed_rl").evaluation.steps
+    assert len(list(pathlib.Path(trained.store, "measured").glob("base-*.npz"))) == len(steps) == 2
+
+
 def test_a_run_trains_model_and_head(trained):
     found, base = load_arrays(trained.workdir, ("params",))["params"], trained.parents["maskgit"].params
     start = speed_rl.Wiring(tiny.get_config("speed_rl"), conditioning_of("shapes")).head.init(jax.random.key(0))
