@@ -29,6 +29,7 @@ def get_config(arg: str = ""):
             "name": "muon",
             "learning_rate": 3e-3,
             "muon_learning_rate": 0.02,
+            "muon_steps": 5,
             "warmup_steps": min(50, steps // 4),
             "decay": "linear",
             "decay_steps": 0,  # over the whole run
