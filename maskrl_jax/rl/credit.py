@@ -50,6 +50,11 @@ class CreditConfig:
                 f"lambda_full_at {self.lambda_full_at} is before lambda_zero_until {self.lambda_zero_until}"
             )
 
+    @property
+    def reads_reference(self) -> bool:
+        """Whether anything depends on the base's quality: the gate, F2 or the dual rule."""
+        return self.speed == "dual" or self.gate != "off" or self.low_quality != "off"
+
 
 class CreditState(flax.struct.PyTreeNode):
     """What the filters and the reward remember between updates."""

@@ -26,7 +26,8 @@ REAL_PICTURES = 2048  # at least so many stand for the real ones, where the set 
 class Rollouts:
     """Rollouts of a batch of prompts with their advantages; rejected groups are rolled out anew.
 
-    `reference` [P] is the base's quality (`reference_quality`) on every prompt of the training pool.
+    `reference` [P] is the base's quality (`reference_quality`) on every prompt of the training pool, zeros where
+    the credit does not read it.
     """
 
     def __init__(self, context: Context, wiring: Any, train: Dataset, frozen: Any, reference: np.ndarray):
@@ -145,7 +146,6 @@ class Rollouts:
             "reward/speed": result.speed.mean(),
             "reward/total": result.reward.mean(),
             "reward/gate": result.gate.mean(),
-            "reward/surplus": np.nanmean(quality - batch["reference"]),
             "reward/sigma": memory.sigma,
             "sampling/images_per_sec": self.images_per_sec,
             "sampling/calls": calls.mean(),
@@ -161,6 +161,8 @@ class Rollouts:
             "rl/updated": result.keep.mean(),
             "rl/decided": result.decision_keep.mean(),
         }
+        if self.wiring.credit.reads_reference:
+            values["reward/surplus"] = np.nanmean(quality - batch["reference"])
         if self.train.verify is not None:
             verdict = self.train.verify(out["images"], self.train.describe(batch["cond"]))
             values |= {f"reward_heldout/{name}": verdict[name].mean() for name in ("graded", "strict", "coherence")}
@@ -177,7 +179,7 @@ def reference_quality(
 ) -> np.ndarray:
     """Mean quality of the base at T_ref on every prompt of the pool, float32; measured once for all runs above it.
 
-    It gates the speed reward and bounds low quality (specs/speed_rl.md 4.5).
+    It gates the speed reward and bounds low quality (specs/speed_rl.md 4.5); its units are those of the rewards.
     """
     config, cond = context.config, train.pool(held_out=False)
     protocol = Protocol(

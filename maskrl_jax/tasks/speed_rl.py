@@ -273,7 +273,10 @@ def build(context: Context) -> Task:
     gallery = Gallery(context, wiring, engine, sampler, frozen["reference"])
     judge = judge_task.load(context.parents["judge"])
     scorer = dataclasses.replace(judge_scorer(judge.read, judge.params, judge.config.kind, train), verify=None)
-    reference = reference_quality(context, train, gallery.base, sampler.num_steps, scorer, wiring.rewards)
+    if wiring.credit.reads_reference:
+        reference = reference_quality(context, train, gallery.base, sampler.num_steps, scorer, wiring.rewards)
+    else:
+        reference = np.zeros(len(train.pool(held_out=False)), np.float32)
     rollouts = Rollouts(context, wiring, train, frozen, reference)
     update = parallel.update(wiring.update)
 

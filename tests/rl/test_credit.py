@@ -24,6 +24,27 @@ def assign(config=CONFIG, quality=QUALITY, calls=CALLS, reference=REFERENCE, sta
     return credit.assign(config, state or memory(config), jnp.int32(step), quality, calls, reference)
 
 
+@pytest.mark.parametrize(
+    ("settings", "reads"),
+    [
+        ({"gate": "off", "low_quality": "off"}, False),
+        ({"gate": "hard", "low_quality": "off"}, True),
+        ({"gate": "off", "low_quality": "drop"}, True),
+        ({"gate": "off", "low_quality": "off", "speed": "dual"}, True),
+    ],
+)
+def test_the_reference_counts_exactly_where_it_is_said_to_be_read(settings, reads):
+    config = dataclasses.replace(CONFIG, **settings)
+    assert config.reads_reference == reads
+    weights, rewards = [], []
+    for reference in (1.0, 5.0):
+        found = assign(config, reference=jnp.array([[reference]]))
+        kept = credit.remember(config, memory(config), found, QUALITY, jnp.array([[reference]]), jnp.int32(9))
+        weights.append(float(kept.weight))
+        rewards.append(np.where(found.dropped, np.nan, found.reward))
+    assert (weights[0] != weights[1] or not np.array_equal(*rewards, equal_nan=True)) == reads
+
+
 def test_reward_gate_and_advantage_by_hand():
     """sigma 0.2: qualities 5, 6, 4, 5; speed 1, 1/2, 0, 1/2; the third is below 1 - 0.1 and gets no speed."""
     found = assign()

@@ -29,7 +29,10 @@ VARIANTS = {
         BOTH,
     ),
     "uncertain threshold, the shipped default": (
-        {"policy.action": "threshold", "policy.order": "uncertain", "policy.kappa": 0.2},
+        {
+            **{"policy.action": "threshold", "policy.order": "uncertain", "policy.kappa": 0.2},
+            **{"credit.gate": "off", "credit.low_quality": "off"},
+        },
         BOTH,
     ),
     "head only, dual lambda": ({"optimizer.rates": (("^model", 0.0),), "credit.speed": "dual"}, HEAD),
@@ -96,6 +99,7 @@ def test_two_updates_change_what_the_variant_trains_and_only_that(build, collect
     # What the update recomputes is what the sampler drew from.
     assert values.get("rl/sampler_gap", 0.0) < 1e-4 or config.inner_updates == 2
     check_calls(config, [out["calls"] for out, *_ in collected])
+    assert ("reward/surplus" in values) == (config.credit.gate != "off")
     if config.credit.speed == "dual":
         assert float(state.extra["credit"].weight) != config.credit.lambda_value
 
