@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT))
 from maskrl_jax import runner, stored  # noqa: E402
 from maskrl_jax.evaluate import curve, measure, report  # noqa: E402
 from maskrl_jax.evaluate.bench import Evaluation  # noqa: E402
-from maskrl_jax.tasks import gallery  # noqa: E402
 from maskrl_jax.tasks import maskgit as maskgit_task  # noqa: E402
 
 SIZE = flags.DEFINE_enum("size", "default", ["full", "default", "smoke"], "size of configs/speed_rl.py")
@@ -37,23 +36,23 @@ ONLY = flags.DEFINE_list("only", None, "train these variants only; the table hol
 
 VARIANTS = {
     "adaptive": [],  # `order=uncertain` with thresholds; `stride` below is the other action
-    "fixed": ["--config.policy.kind=fixed", "--config.policy.noise=1.0"],
+    "fixed": ["--config.policy.kind=fixed", "--config.policy.noise=0.5"],
     "budget": [
         "--config.policy.kind=budget",
-        "--config.policy.noise=1.0",
+        "--config.policy.noise=0.5",
         "--config.credit.gate=hard",
         "--config.loss.tokens.distribution=cond",
     ],
     "head only": ["--config.optimizer.rates=(('^model', 0.0), ('^head', 40.0))"],
     "frozen head": ["--config.optimizer.rates=(('^head', 0.0),)"],
     "kept (negative control)": ["--config.loss.tokens.likelihood=kept"],
-    "stride": ["--config.policy.action=stride", "--config.policy.noise=1.0"],
+    "stride": ["--config.policy.action=stride", "--config.policy.noise=0.5"],
 }
 # Training-free samplers that stop early.
 THRESHOLDS = {
     "threshold": (0.5, 0.7, 0.9, 0.97),
     "entropy": (1.5, 0.8, 0.3, 0.1),
-    "uncertain": (0.9, 0.95, 0.97, 0.985),
+    "uncertain": (0.99, 0.999, 0.9999, 0.99999),
 }
 
 
@@ -144,7 +143,7 @@ def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
 
 def _measured(bench, parents, studio, name, changes, steps, reference, level=None) -> list[dict]:
     """The row of one setting of the fixed sampler, measured once."""
-    system = gallery.kept(studio.fixed(changes), parents, str(dataclasses.replace(studio.sampler, **changes)))
+    system = maskgit_task.kept(studio.fixed(changes), parents, str(dataclasses.replace(studio.sampler, **changes)))
     points = bench.measure(dataclasses.replace(system, name="fixed", label=name), (steps,))
     return [_row(name, steps if level is None else level, points, reference)]
 

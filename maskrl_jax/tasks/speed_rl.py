@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax import state as train_state
+from maskrl_jax import stored
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Evaluation, read_sampler
@@ -183,6 +184,7 @@ def _groups(config: Any) -> int:
 
 def _check_tokenizer(ours: Any, theirs: Any) -> None:
     """Raise UserError where the base was trained on the codes of another tokenizer: its images would be noise."""
+    ours, theirs = stored.plain(ours), stored.plain(theirs)  # configs differ by being locked, too
     for key in ("seed", "num_steps", "batch_size", "data", "model", "optimizer"):
         if ours[key] != theirs[key]:
             raise UserError(

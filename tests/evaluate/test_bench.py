@@ -51,6 +51,21 @@ def test_the_best_sampler_is_found_and_kept(bench, systems, tmp_path):
     assert read_sampler(str(tmp_path), SamplerConfig()) == chosen
 
 
+def test_among_equals_the_least_distance_decides(bench, systems, monkeypatch):
+    """Graded within half a margin of the best: the Frechet distance chooses; beyond, the grade alone."""
+    graded = {1.0: 0.95, 2.0: 0.945, 4.0: 0.93}
+    distance = {1.0: 90.0, 2.0: 50.0, 4.0: 10.0}
+
+    def measure(system, *_):
+        gumbel = system.generate
+        return {"eval/graded@16": graded[gumbel], "eval/fd_judge@16": distance[gumbel]}
+
+    monkeypatch.setattr("maskrl_jax.evaluate.bench.measure.measure", measure)
+    monkeypatch.setattr("maskrl_jax.evaluate.bench.scalars", lambda point: point)
+    chosen = bench.tune(lambda sampler: System("base", "base", sampler.gumbel), SamplerConfig(temperature=1.0))
+    assert chosen.gumbel == 2.0
+
+
 def test_a_worse_temperature_is_tried_and_left(bench, systems):
     chosen = bench.tune(best_at(systems, [], gumbel=1.0, guidance=1.0, temperature=1.0), SamplerConfig())
     assert (chosen.gumbel, chosen.guidance, chosen.temperature) == (1.0, 1.0, 1.0)

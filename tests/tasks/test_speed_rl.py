@@ -189,6 +189,13 @@ def test_settings_that_cannot_be_are_named(changes, message):
         speed_rl.Wiring(config, conditioning_of("shapes"))
 
 
+def test_a_tokenizer_is_known_by_its_settings_not_by_whether_its_config_is_locked():
+    config = tiny.get_config("speed_rl")
+    config.parents.tokenizer = tiny.get_config("tokenizer").lock()
+    config.parents.maskgit.parents.tokenizer = tiny.get_config("tokenizer").unlock()
+    speed_rl.Wiring(config, conditioning_of("shapes"))
+
+
 @pytest.fixture(scope="module")
 def rollout(trained):
     """Return (program, placed arguments) of a rollout under a strategy."""
