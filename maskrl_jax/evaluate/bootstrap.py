@@ -8,6 +8,7 @@ reports print the value of each seed beside the bounds.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -38,9 +39,11 @@ def _as_seeds_by_prompts(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _draw_weights(generator: np.random.Generator, count: int, resamples: int) -> np.ndarray:
-    """Return [resamples, count] rows of how often each item is drawn, divided by count."""
-    return generator.multinomial(count, np.full(count, 1.0 / count), size=resamples) / count
+@functools.lru_cache(maxsize=8)  # a report asks for hundreds of intervals with the same draws
+def _draws(seed: int, counts: tuple[int, ...], resamples: int) -> tuple[np.ndarray, ...]:
+    """Return for each count [resamples, count] rows of how often each item is drawn, divided by count."""
+    generator = np.random.default_rng(seed)
+    return tuple(generator.multinomial(n, np.full(n, 1.0 / n), size=resamples) / n for n in counts)
 
 
 def replicate_means(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
@@ -51,9 +54,7 @@ def replicate_means(values: np.ndarray, *, seed: int = 0, resamples: int = RESAM
       seed: of the numpy generator; the same seed and P give the same draws, so replicates of two arrays pair.
     """
     values_SP = _as_seeds_by_prompts(values)
-    generator = np.random.default_rng(seed)
-    prompts_RP = _draw_weights(generator, values_SP.shape[1], resamples)
-    seeds_RS = _draw_weights(generator, values_SP.shape[0], resamples)
+    prompts_RP, seeds_RS = _draws(seed, values_SP.shape[::-1], resamples)
     return ((prompts_RP @ values_SP.T) * seeds_RS).sum(axis=1)
 
 
