@@ -43,7 +43,7 @@ VARIANTS = {
         "--config.credit.gate=hard",
         "--config.loss.tokens.distribution=cond",
     ],
-    "head only": ["--config.optimizer.rates=(('^model', 0.0), ('^head', 40.0))"],
+    "head only": ["--config.optimizer.rates=(('^model', 0.0), ('^head', 20.0))"],
     "frozen head": ["--config.optimizer.rates=(('^head', 0.0),)"],
     "kept (negative control)": ["--config.loss.tokens.likelihood=kept"],
     "stride": ["--config.policy.action=stride", "--config.policy.noise=0.5"],
