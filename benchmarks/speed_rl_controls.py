@@ -11,6 +11,7 @@ All variants have the settings of `adaptive` but for those named here: nothing w
 
 import dataclasses
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -20,20 +21,19 @@ from absl import app, flags, logging
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from configs import speed_rl as speed_rl_config  # noqa: E402
 from maskrl_jax import runner, stored  # noqa: E402
 from maskrl_jax.evaluate import curve, measure, report  # noqa: E402
 from maskrl_jax.evaluate.bench import Evaluation  # noqa: E402
 from maskrl_jax.tasks import maskgit as maskgit_task  # noqa: E402
 
 SIZE = flags.DEFINE_enum("size", "default", ["full", "default", "smoke"], "size of configs/speed_rl.py")
-SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of the policies; the base is shared")
+SEEDS = flags.DEFINE_multi_integer("seeds", [0, 1, 2], "seed of a policy, once for each; the base is shared")
 RUNS = flags.DEFINE_string("runs", "runs/controls", "where the runs go")
 STORE = flags.DEFINE_string("store", "runs/stages", "where trained parents are")
 OUT = flags.DEFINE_string("out", "benchmarks/speed_rl_controls", "result files without their ending")
 BASELINES = flags.DEFINE_bool("baselines", True, "measure the base at fewer calls and the threshold samplers, too")
 TIMING = flags.DEFINE_bool("timing", False, "let every run measure the wall clock, too")
-ONLY = flags.DEFINE_list("only", None, "train these variants only; the table holds what is finished")
-
 VARIANTS = {
     "adaptive": [],  # `order=uncertain` with thresholds; `stride` below is the other action
     "fixed": ["--config.policy.kind=fixed", "--config.policy.noise=0.5"],
@@ -43,23 +43,21 @@ VARIANTS = {
         "--config.credit.gate=hard",
         "--config.loss.tokens.distribution=cond",
     ],
-    "head only": ["--config.optimizer.rates=(('^model', 0.0), ('^head', 20.0))"],
+    "head only": ["--config.optimizer.rates=(('^model', 0.0), ('^head', HEAD_RATE))"],
     "frozen head": ["--config.optimizer.rates=(('^head', 0.0),)"],
     "kept (negative control)": ["--config.loss.tokens.likelihood=kept"],
     "stride": ["--config.policy.action=stride", "--config.policy.noise=0.5"],
 }
-# Training-free samplers that stop early.
-THRESHOLDS = {
-    "threshold": (0.5, 0.7, 0.9, 0.97),
-    "entropy": (1.5, 0.8, 0.3, 0.1),
-    "uncertain": (0.99, 0.999, 0.9999, 0.99999),
-}
+# Training-free samplers that stop early; of `uncertain`, kappa about the logit that the policy starts with.
+THRESHOLDS = {"threshold": (0.5, 0.7, 0.9, 0.97), "entropy": (1.5, 0.8, 0.3, 0.1)}
+UNCERTAIN = (-2.0, -1.0, 0.0, 1.0)
+ONLY = flags.DEFINE_multi_enum("only", None, list(VARIANTS), "train this variant; the table holds what is finished")
 
 
 def main(_: list[str]) -> None:
     """Train what is missing, measure, write."""
     logging.set_verbosity(logging.WARNING)
-    seeds = [int(seed) for seed in SEEDS.value]
+    seeds = SEEDS.value
     for seed in seeds:
         for name, overrides in VARIANTS.items():
             if ONLY.value is None or name in ONLY.value:
@@ -79,9 +77,15 @@ def _workdir(name: str, seed: int) -> pathlib.Path:
     return ROOT / RUNS.value / SIZE.value / f"{name.split(' (')[0].replace(' ', '_')}-seed{seed}"
 
 
+def _argument() -> str:
+    return "" if SIZE.value == "default" else SIZE.value
+
+
 def _train(name: str, seed: int, overrides: list[str]) -> None:
-    config = "configs/speed_rl.py" + ("" if SIZE.value == "default" else f":{SIZE.value}")
+    config = "configs/speed_rl.py" + (f":{_argument()}" if _argument() else "")
     command = [sys.executable, "-m", "maskrl_jax.main", f"--config={config}", f"--config.seed={seed}"]
+    rate = dict(speed_rl_config.get_config(_argument()).optimizer.rates)["^head"]
+    overrides = [override.replace("HEAD_RATE", str(rate)) for override in overrides]
     command += [f"--workdir={_workdir(name, seed)}", f"--store={STORE.value}", *overrides]
     command += [] if TIMING.value else ["--config.evaluation.timing_repeats=0"]
     print(" ".join(command), flush=True)
@@ -116,7 +120,8 @@ def _tuned_rows(done: dict) -> tuple[list[dict], list[measure.Point]]:
 def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
     """The base at fewer steps with its sampler tuned at each, and the training-free samplers that stop early."""
     context, _ = runner.open_workdir(workdir)
-    base, folder = context.parents["maskgit"], pathlib.Path(workdir).parent / "base"
+    base, folder = context.parents["maskgit"], pathlib.Path(workdir).parent
+    folder /= pathlib.Path(base.workdir).name  # another base is tuned anew
     bench = maskgit_task.bench_of(dataclasses.replace(context, workdir=base.workdir))
     as_base = dataclasses.replace(context, config=context.config.parents.maskgit, workdir=base.workdir)
     studio = maskgit_task.studio(as_base, base.params)
@@ -133,7 +138,9 @@ def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
     # `uncertain` shares the order of the policy, so its noise and temperature, too.
     policy = context.config.policy
     shared = {"gumbel": policy.noise, "temperature": policy.temperature, "guidance": policy.guidance}
-    for mode, levels in THRESHOLDS.items():
+    odds = policy.kappa / (1 - policy.kappa)
+    kappas = tuple(1 / (1 + math.exp(-shift) / odds) for shift in UNCERTAIN)
+    for mode, levels in {**THRESHOLDS, "uncertain": kappas}.items():
         for level in levels:
             changes = {"mode": mode, "threshold": level} | (shared if mode == "uncertain" else {})
             steps = studio.sampler.num_steps

@@ -47,7 +47,7 @@ def train(task: Any, config: ConfigDict, workdir: str, parallel: Parallel) -> An
         evaluated = any(line["step"] == start and EVAL_TIME in line for line in read_metrics(workdir))
         state = _run(task, config, checkpoints, writer, stop, state, start, start if evaluated else None)
     if task.report is not None:
-        task.report(state.ema)
+        task.report(parallel.whole(state.ema))
     return state
 
 

@@ -223,6 +223,10 @@ class Parallel:
             return rows
         return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), rows)
 
+    def whole(self, tree: Any) -> Any:
+        """Return a state's arrays as numpy, whole on every process."""
+        return jax.tree.map(_whole, tree)
+
     # Checkpoints: pmap keeps arrays per process, a checkpoint is of global arrays
 
     def to_global(self, state: Any) -> Any:
@@ -275,8 +279,14 @@ def _place(x, sharding):
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     # Over several processes only numpy can be cut into what each of them holds.
-    x = np.asarray(jax.device_get(x))
+    x = _whole(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def _whole(x):
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(jax.device_get(x))
 
 
 def _rewrap(x, sharding):

@@ -1,6 +1,7 @@
 """One interface to every image set: pictures, their conditions, and how prompts become conditions."""
 
 import functools
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,6 +75,10 @@ class Dataset:
         pool = self.pool(held_out=held_out)
         order = np.random.default_rng(seed).permutation(len(pool))
         return self.describe(pool[np.resize(order, n)])
+
+    def distinct(self, held_out: bool) -> int:
+        """How many prompts of a pool are worth a measurement: every caption once, a class as often as one likes."""
+        return len(self.pool(held_out=held_out)) if self.conditioning.kind == "caption" else sys.maxsize
 
     def positions_of(self, prompts: list[str], each: int) -> np.ndarray:
         """Positions of the first `each` samples of every distinct prompt: real pictures in equal shares."""

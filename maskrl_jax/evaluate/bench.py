@@ -18,6 +18,7 @@ from maskrl_jax.sampling.maskgit import SamplerConfig
 
 SAMPLER = "sampler.json"
 TUNED = ("gumbel", "guidance", "temperature")
+TIMED_SAMPLES = 32  # at least so many of each system
 NATURAL_ENDS = {"guidance": 1.0, "temperature": 1.0}  # none at all; the model's own law
 
 
@@ -43,34 +44,26 @@ class Evaluation:
     keep: int = 8  # prompts whose pictures a report shows
 
     def __post_init__(self):
-        for name in ("steps", "dials", "tune_gumbel", "tune_guidance", "tune_temperature"):
+        for name in ("steps", "dials", *(f"tune_{name}" for name in TUNED)):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.steps or list(self.steps) != sorted(set(self.steps)):
+            if not getattr(self, name):
+                raise UserError(f"evaluation.{name} is empty; it needs at least one entry")
+        if list(self.steps) != sorted(set(self.steps)):
             raise UserError(f"evaluation.steps {self.steps} must rise; its last entry is the reference T")
         for name in ("prompts", "group", "batch_size", "glance_prompts", "tune_prompts"):
             if getattr(self, name) < 1:
                 raise UserError(f"evaluation.{name} {getattr(self, name)} must be at least 1")
+        if self.timing_repeats < 0:
+            raise UserError(f"evaluation.timing_repeats {self.timing_repeats} is below 0; use 0 for no timing")
+        for name in TUNED:
+            for value in getattr(self, f"tune_{name}"):
+                SamplerConfig(**{name: value})  # ValueError for what no sampler can do
         object.__setattr__(self, "keep", min(self.keep, self.prompts))
 
     @property
     def reference(self) -> int:
         """T_ref."""
         return self.steps[-1]
-
-    def edges(self, chosen: SamplerConfig) -> tuple[str, ...]:
-        """A sentence for every tuned setting that lies at the edge of its grid: a better one may lie beyond.
-
-        Nothing is missed beyond a natural end.
-        """
-        grids = {name: getattr(self, f"tune_{name}") for name in TUNED}
-        return tuple(
-            f"The base's best {name} ({getattr(chosen, name):g}) is at the edge of what was tried ({min(grid):g} to "
-            f"{max(grid):g}): a better one may lie beyond."
-            for name, grid in grids.items()
-            if len(grid) > 1
-            and getattr(chosen, name) in (min(grid), max(grid))
-            and getattr(chosen, name) != NATURAL_ENDS.get(name)
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +72,7 @@ class Bench:
 
     dataset: Any  # held-out split
     scorer: Scorer
-    real_features: np.ndarray
+    real_features: Callable[[bool], np.ndarray]  # held out? -> features of real pictures of those prompts
     settings: Evaluation
     workdir: str
     measured_dir: str  # where points of systems with an identity are kept
@@ -92,17 +85,20 @@ class Bench:
     def protocol(
         self, prompts: int, *, group: int | None = None, keep: int = 0, seed: int | None = None, held_out: bool = True
     ) -> Protocol:
-        """Prompts and noise of one measurement; held-out prompts unless told otherwise."""
+        """Prompts and noise of one measurement; held-out prompts unless told otherwise.
+
+        At most as many captions as there are: repeated ones are no more evidence.
+        """
         s = self.settings
         seed = s.seed if seed is None else seed
-        texts = tuple(self.dataset.prompts(prompts, seed, held_out=held_out))
+        texts = tuple(self.dataset.prompts(min(prompts, self.dataset.distinct(held_out)), seed, held_out=held_out))
         return Protocol(
             prompts=texts,
             cond=self.dataset.encode(list(texts)),
             group=s.group if group is None else group,
             batch_size=s.batch_size,
             seed=seed,
-            real_features=self.real_features,
+            real_features=self.real_features(held_out),
             keep=keep,
         )
 
@@ -123,7 +119,8 @@ class Bench:
         """
         s = self.settings
         path = pathlib.Path(self.workdir, SAMPLER)
-        if path.exists():
+        # A process of several tunes again, to the same end: whether a file exists need not look the same to all.
+        if path.exists() and jax.process_count() == 1:
             return read_sampler(self.workdir, sampler)
         protocol = self.protocol(s.tune_prompts, group=2, seed=s.seed + 1, held_out=False)
         rows, chosen = [], dataclasses.replace(sampler, num_steps=s.reference)
@@ -141,7 +138,7 @@ class Bench:
             row = min(near, key=lambda row: row[f"eval/fd_judge@{s.reference}"])
             chosen = dataclasses.replace(chosen, **{other: row[other] for other in TUNED})
         if jax.process_index() == 0:
-            found = {"sampler": dataclasses.asdict(chosen), "tried": rows}
+            found = {"reference": s.reference, "sampler": dataclasses.asdict(chosen), "tried": rows}
             stored.write(str(path), json.dumps(found, indent=1) + "\n")
         return chosen
 
@@ -187,8 +184,10 @@ class Bench:
 
             return run
 
+        # Single samples differ in calls and cost little, so more of them are timed.
+        repeats = {size: max(s.timing_repeats, -(-TIMED_SAMPLES // size)) for size in batch_sizes}
         return [
-            timing.compare(runner(*base, size), runner(*tuned, size), batch_size=size, repeats=s.timing_repeats)
+            timing.compare(runner(*base, size), runner(*tuned, size), batch_size=size, repeats=repeats[size])
             for size in batch_sizes
         ]
 
@@ -200,7 +199,13 @@ class Bench:
         equality = report.equalities(findings).get(findings.tuned)
         prompts = self.protocol(self.settings.prompts).prompts
         drawn = illustrate.illustrate(
-            self.workdir, findings.points, reference, prompts, tuned=findings.tuned, equality=equality
+            self.workdir,
+            findings.points,
+            reference,
+            prompts,
+            tuned=findings.tuned,
+            equality=equality,
+            goal=findings.goal,
         )
         path = report.write(self.workdir, dataclasses.replace(findings, illustrations=drawn), facts)
         for point in findings.points:
@@ -230,3 +235,27 @@ def read_sampler(workdir: str, fallback: SamplerConfig) -> SamplerConfig:
     if not path.exists():
         return fallback
     return SamplerConfig(**json.loads(path.read_text())["sampler"])
+
+
+def tuning_notes(workdir: str, reference: int) -> tuple[str, ...]:
+    """What a report must say of the base's sampler: another T_ref, or a setting at the edge of what was tried.
+
+    Nothing is missed beyond a natural end.
+    """
+    path = pathlib.Path(workdir, SAMPLER)
+    if not path.exists():
+        return ("The base's sampler was not tuned: it is the one of its config.",)
+    found = json.loads(path.read_text())
+    notes = []
+    if found["reference"] != reference:
+        notes.append(
+            f"The base's sampler was tuned at {found['reference']} calls and is the reference at {reference} here."
+        )
+    for name in TUNED:
+        chosen, grid = found["sampler"][name], {row[name] for row in found["tried"]}
+        if len(grid) > 1 and chosen in (min(grid), max(grid)) and chosen != NATURAL_ENDS.get(name):
+            notes.append(
+                f"The base's best {name} ({chosen:g}) is at the edge of what was tried ({min(grid):g} to "
+                f"{max(grid):g}): a better one may lie beyond."
+            )
+    return tuple(notes)

@@ -67,8 +67,7 @@ class Equality:
         return None if self.best is None else self.reference_calls / self.best.calls_mean
 
     def to_json(self) -> dict:
-        plain = dataclasses.asdict(self)
-        return {**plain, "speedup": self.speedup, "verdict": verdict(self)}
+        return {**dataclasses.asdict(self), "speedup": self.speedup}
 
 
 def by_setting(points: Sequence[Point]) -> dict[float, list[Point]]:
@@ -204,7 +203,7 @@ def _evidence(row: Comparison, deciding: Mapping[str, float]) -> str:
     return ", ".join(shown)
 
 
-def verdict(equality: Equality, goal: float = 3.0) -> str:
+def verdict(equality: Equality, goal: float) -> str:
     """Say what was found: T*, the evidence, and whether `goal` times fewer calls was reached."""
     reference = f"{equality.reference_label} at {equality.reference_calls:.1f} calls"
     target = f"equal quality in {goal:g}× fewer calls"

@@ -45,6 +45,11 @@ class Policy:
             raise ValueError(f"policy.kind {self.kind!r} is not one of {', '.join(POLICIES)}")
         object.__setattr__(self, "divisors", tuple(self.divisors))
         object.__setattr__(self, "step_set", tuple(self.step_set))
+        if self.temperature <= 0 or self.noise < 0 or self.levels < 1:
+            raise ValueError(
+                f"policy.temperature {self.temperature} must be above 0, noise {self.noise} at least 0, "
+                f"levels {self.levels} at least 1"
+            )
         if not 0 < self.kappa < 1 or self.kappa_std <= 0:
             raise ValueError(f"policy.kappa {self.kappa} must lie in (0, 1), kappa_std {self.kappa_std} above 0")
         if not 0 <= self.opening < self.max_calls:

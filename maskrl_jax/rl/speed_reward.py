@@ -48,7 +48,7 @@ def lambda_schedule(step, *, zero_until: int, full_at: int, value: float) -> jax
     if not 0 <= zero_until <= full_at:
         raise ValueError(f"need 0 <= zero_until <= full_at, got {zero_until} and {full_at}")
     ramp = (jnp.asarray(step, jnp.float32) - zero_until) / max(full_at - zero_until, 1)
-    return value * jnp.clip(ramp, 0.0, 1.0)
+    return value * jnp.where(step >= full_at, 1.0, jnp.clip(ramp, 0.0, 1.0))
 
 
 def dual_lambda(weight, quality, reference, sigma, *, rate=0.02, low=0.05, high=5.0) -> jax.Array:

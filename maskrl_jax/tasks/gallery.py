@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from maskrl_jax.evaluate import curve
-from maskrl_jax.evaluate.bench import Bench, Evaluation
+from maskrl_jax.evaluate.bench import Bench, tuning_notes
 from maskrl_jax.evaluate.measure import Point, System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Engine, clocked_program, clocked_system, fixed_program, fixed_system
@@ -58,7 +58,9 @@ class Gallery:
         s, policy = self.bench.settings, self.wiring.policy
         if policy.kind == "adaptive":
             return s.dials
-        return tuple(t for t in s.steps if policy.ticks % t == 0 and t <= policy.max_calls)
+        trained = (policy.target_calls,) if policy.kind == "fixed" else policy.step_set
+        fitting = {t for t in s.steps if policy.ticks % t == 0 and t <= policy.max_calls}
+        return tuple(sorted(fitting | set(trained)))
 
     def evaluate(self, state: Any, step: int) -> tuple[dict, dict]:
         """A glance at the average and at the raw parameters."""
@@ -85,7 +87,8 @@ class Gallery:
         found = curve.first_equal(tuned_points, base_points[-1:], bench.criteria())
         timings = []
         if bench.settings.timing_repeats:
-            chosen = found.best or min(found.table, key=lambda row: abs(row.calls_mean - bench.settings.reference / 3))
+            aim = bench.settings.reference / bench.settings.goal
+            chosen = found.best or min(found.table, key=lambda row: abs(row.calls_mean - aim))
             sizes = (self.engine.parallel.num_devices, bench.settings.batch_size)
             timings = bench.time((self.base, bench.settings.reference), (tuned, chosen.setting), sizes)
         findings = Findings(
@@ -101,12 +104,13 @@ class Gallery:
                 "the exact verifier",
                 "the prompts (the policy never trains on them; the base has seen their pictures)",
             ),
-            notes=NOTES[policy.kind] + Evaluation(**self.config.parents.maskgit.evaluation).edges(self.sampler),
+            notes=NOTES[policy.kind] + tuning_notes(self.context.parents["maskgit"].workdir, bench.settings.reference),
             timings=timings,
         )
         facts = {
             "base sampler": f"{self.sampler.mode}, {_settings(self.sampler.gumbel, self.sampler)}, "
-            f"{self.sampler.schedule}, tuned on prompts of its own",
+            f"{self.sampler.schedule}",
+            "how it was chosen": maskgit_task.TUNING,
             "policy sampler": f"{_deciding(policy)}, {_settings(policy.noise, policy)}",
             "updates": f"{config.num_steps} of {config.batch_size} rollouts, seed {config.seed}",
         }

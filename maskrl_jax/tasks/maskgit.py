@@ -13,7 +13,7 @@ from maskrl_jax import state as train_state
 from maskrl_jax.data.batches import batch_at
 from maskrl_jax.data.dataset import Conditioning, Dataset, conditioning_of, open_dataset
 from maskrl_jax.evaluate import measured
-from maskrl_jax.evaluate.bench import Bench, Evaluation, read_sampler
+from maskrl_jax.evaluate.bench import Bench, Evaluation, read_sampler, tuning_notes
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.studio import Studio
@@ -29,6 +29,11 @@ from maskrl_jax.tasks import tokenizer as tokenizer_task
 from maskrl_jax.tasks.task import Context, Parent, Task
 
 Array = jax.Array
+TUNING = (
+    "one setting after another, on training captions: the best by the deciding measure, and among those within half "
+    "the margin of it the one of the least Fréchet distance"
+)
+REAL_PICTURES = 2048  # about so many stand for the real ones
 DRAWN_BY = ("maskgit", "tokenizer")  # stages that pictures depend on
 
 
@@ -225,16 +230,16 @@ def kept(system: System, stages: Mapping[str, Parent], *settings: Any) -> System
     return dataclasses.replace(system, identity=measured.identity(trained, *settings))
 
 
-def _real_pictures(context: Context, held_out: Dataset) -> np.ndarray:
+def _real_pictures(context: Context, validation: Dataset, held_out: bool) -> np.ndarray:
     """Real pictures uint8 [M,H,W,3] that distances are measured against.
 
-    Of a caption set, pictures of the held-out captions in equal shares, as they are prompted; the validation
-    split has too few of each, so they come from the training split (as is usual for Frechet distances).
+    Of a caption set, pictures of the held-out captions, or of the others, in equal shares, as they are prompted; the
+    validation split has too few of each, so they come from the training split (as is usual for Frechet distances).
     """
-    if held_out.conditioning.kind == "class":
-        return held_out.take(np.arange(min(2048, len(held_out))))["image"]
-    train, prompts = dataset_of(context, "train"), held_out.describe(held_out.pool(held_out=True))
-    return train.take(train.positions_of(prompts, each=10))["image"]
+    if validation.conditioning.kind == "class":
+        return validation.take(np.arange(min(REAL_PICTURES, len(validation))))["image"]
+    train, prompts = dataset_of(context, "train"), validation.describe(validation.pool(held_out=held_out))
+    return train.take(train.positions_of(prompts, each=max(REAL_PICTURES // len(prompts), 1)))["image"]
 
 
 def bench_of(context: Context) -> Bench:
@@ -242,11 +247,16 @@ def bench_of(context: Context) -> Bench:
     held_out = dataset_of(context, "validation")
     judge = judge_task.load(context.parents["judge"])
     settings = Evaluation(**context.config.evaluation)
-    real = _real_pictures(context, held_out)
+
+    @functools.cache
+    def real_features(prompts_held_out: bool) -> np.ndarray:
+        pictures = _real_pictures(context, held_out, prompts_held_out)
+        return features_of(judge.read, judge.params, pictures)
+
     return Bench(
         dataset=held_out,
         scorer=judge_scorer(judge.read, judge.params, judge.config.kind, held_out),
-        real_features=features_of(judge.read, judge.params, real),
+        real_features=real_features,
         settings=settings,
         workdir=context.workdir,
         measured_dir=context.measured_dir,
@@ -292,11 +302,12 @@ def build(context: Context) -> Task:
             reference=points[-1:],
             criteria=bench().criteria(),
             held_out=("nothing of the prompts: the base has seen pictures of every caption",),
-            notes=bench().settings.edges(best),
+            notes=tuning_notes(context.workdir, bench().settings.reference),
         )
         facts = {
             "sampler": f"{best.mode}, Gumbel {best.gumbel:g}, guidance {best.guidance:g} ({best.guidance_schedule}), "
-            f"temperature {best.temperature:g}"
+            f"temperature {best.temperature:g}",
+            "how it was chosen": TUNING,
         }
         bench().write(findings, config.num_steps, facts)
 

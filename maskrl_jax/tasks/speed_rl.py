@@ -60,7 +60,10 @@ class Wiring:
             policy=self.policy,
             head=self.head,
             tokens=TokenLoss(
-                **config.loss.tokens, temperature=self.policy.temperature, guided=self.policy.guidance != 1.0
+                **config.loss.tokens,
+                # `budget` scores the conditional branch as it is (specs/speed_rl.md 4.3).
+                temperature=1.0 if self.policy.kind == "budget" else self.policy.temperature,
+                guided=self.policy.guidance != 1.0,
             ),
             model=Model(self.generator.features, self.generator.head, self.null),
             num_tokens=self.sizes.num_tokens,
@@ -157,6 +160,11 @@ def _check(config: Any, policy: Policy, settings: credit.CreditConfig, tokens: T
         )
     if policy.kind == "budget" and tokens.kl == "k3":
         raise UserError("kl k3 needs tokens that the policy drew, budget scores others; set loss.tokens.kl=forward")
+    if tokens.kl == "k3" and (policy.temperature != 1 or policy.guidance != 1):
+        raise UserError(
+            "kl k3 is unbiased only for tokens drawn from the model's own law; set loss.tokens.kl=forward, or "
+            "policy.temperature=1 and policy.guidance=1"
+        )
     if policy.kind == "budget" and config.group % len(policy.step_set):
         raise UserError(
             f"group {config.group} is not divisible by the {len(policy.step_set)} step counts of "
