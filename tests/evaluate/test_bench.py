@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from maskrl_jax.errors import UserError
-from maskrl_jax.evaluate.bench import Bench, Evaluation, read_sampler
+from maskrl_jax.evaluate.bench import Bench, Evaluation, read_sampler, tuning_notes
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.sampling.maskgit import SamplerConfig
 
@@ -22,9 +22,11 @@ def bench(protocol, scorer, tmp_path):
         prompts=lambda n, seed, held_out: list(protocol.prompts[:n]),
         encode=lambda texts: np.arange(len(texts)),
         verify=scorer.verify,
+        distinct=lambda held_out: 12,
     )
     settings = Evaluation(batch_size=8, steps=(4, 16), tune_prompts=4, **GRIDS)
-    return Bench(dataset, scorer, protocol.real_features, settings, str(tmp_path), str(tmp_path / "measured"))
+    real = {True: protocol.real_features, False: protocol.real_features + 0.1}
+    return Bench(dataset, scorer, real.get, settings, str(tmp_path), str(tmp_path / "measured"))
 
 
 def best_at(systems, seen, **best):
@@ -56,7 +58,9 @@ def test_among_equals_the_least_distance_decides(bench, systems, monkeypatch):
     graded = {1.0: 0.95, 2.0: 0.945, 4.0: 0.93}
     distance = {1.0: 90.0, 2.0: 50.0, 4.0: 10.0}
 
-    def measure(system, *_):
+    def measure(system, _, protocol, *rest):
+        # Distances of training captions are to pictures of training captions.
+        np.testing.assert_array_equal(protocol.real_features, bench.real_features(False))
         gumbel = system.generate
         return {"eval/graded@16": graded[gumbel], "eval/fd_judge@16": distance[gumbel]}
 
@@ -71,13 +75,46 @@ def test_a_worse_temperature_is_tried_and_left(bench, systems):
     assert (chosen.gumbel, chosen.guidance, chosen.temperature) == (1.0, 1.0, 1.0)
 
 
-def test_choices_at_an_edge_are_named(bench):
-    chosen = SamplerConfig(gumbel=4.0, guidance=1.0, temperature=1.0)
-    (sentence,) = bench.settings.edges(chosen)
-    assert "gumbel (4) is at the edge of what was tried (1 to 4)" in sentence
-    assert bench.settings.edges(dataclasses.replace(chosen, gumbel=2.0)) == ()
-    assert "gumbel (1) is at the edge" in bench.settings.edges(dataclasses.replace(chosen, gumbel=1.0))[0]
-    assert "temperature (0.5)" in bench.settings.edges(dataclasses.replace(chosen, gumbel=2.0, temperature=0.5))[0]
+@pytest.mark.parametrize(
+    ("best", "sentence"),
+    [
+        ({"gumbel": 4.0}, "gumbel (4) is at the edge of what was tried (1 to 4)"),
+        ({"gumbel": 2.0}, None),
+        ({"gumbel": 1.0}, "gumbel (1) is at the edge"),
+        ({"gumbel": 2.0, "temperature": 0.5}, "temperature (0.5) is at the edge"),
+    ],
+)
+def test_choices_at_an_edge_are_named(bench, systems, best, sentence):
+    best = {"gumbel": 2.0, "guidance": 1.0, "temperature": 1.0} | best
+    bench.tune(best_at(systems, [], **best), SamplerConfig())
+    found = tuning_notes(bench.workdir, 16)
+    assert len(found) == (sentence is not None) and (sentence is None or sentence in found[0])
+
+
+def test_a_reference_that_the_base_was_not_tuned_for_is_named(bench, systems, tmp_path):
+    bench.tune(best_at(systems, [], gumbel=2.0, guidance=1.0, temperature=1.0), SamplerConfig())
+    assert tuning_notes(bench.workdir, 12) == (
+        "The base's sampler was tuned at 16 calls and is the reference at 12 here.",
+    )
+    assert "was not tuned" in tuning_notes(str(tmp_path / "elsewhere"), 12)[0]
+
+
+def test_no_caption_is_measured_twice_however_many_are_asked_for(bench):
+    assert len(bench.protocol(500).prompts) == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dials": ()}, "evaluation.dials is empty"),
+        ({"tune_gumbel": ()}, "evaluation.tune_gumbel is empty"),
+        ({"timing_repeats": -1}, "timing_repeats -1 is below 0"),
+        ({"tune_temperature": (1.0, 0.0)}, "temperature 0.0 must be positive"),
+    ],
+)
+def test_settings_that_would_fail_after_training_are_refused(settings, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        Evaluation(**settings)
 
 
 def test_a_system_with_an_identity_is_measured_once_for_all_runs(bench, systems, protocol):
@@ -100,7 +137,10 @@ def test_a_system_with_an_identity_is_measured_once_for_all_runs(bench, systems,
         (bench, dataclasses.replace(known, identity="b")),  # other parameters
         (bench, dataclasses.replace(known, identity="")),  # none to be known by
         (dataclasses.replace(bench, settings=dataclasses.replace(settings, seed=3)), known),
-        (dataclasses.replace(bench, real_features=bench.real_features + 1), known),  # another judge
+        (
+            dataclasses.replace(bench, real_features=lambda held_out: bench.real_features(held_out) + 1),
+            known,
+        ),  # a judge
     )
     for changed, system in changes:
         before = len(seen)

@@ -20,7 +20,7 @@ def test_first_equal_is_the_fewest_calls_within_the_margin(make_point):
     assert (found.best.calls_mean, found.speedup) == (4.0, 4.0)
     assert [row.equal for row in found.table] == [False, True, True]
     assert found.table[0].differences["graded"].low == pytest.approx(-0.3)
-    text = curve.verdict(found)
+    text = curve.verdict(found, 3.0)
     assert text.startswith("Reached: ") and "With 4.0 mean calls tuned equals base at 16.0 calls" in text
     # By less than the margin, but surely.
     assert text.endswith("Measurably lower nevertheless: graded.")
@@ -30,14 +30,14 @@ def test_first_equal_is_the_fewest_calls_within_the_margin(make_point):
 def test_goal_that_is_missed_is_said_to_be_missed(make_point):
     found = curve.first_equal(tuned_curve(make_point, [-0.3, -0.3, 0.0]), [make_point("base", 16, 16, BASE)], CRITERIA)
     assert found.speedup == 2.0
-    assert curve.verdict(found).startswith("Not reached: ")
-    assert curve.verdict(found, goal=2.0).startswith("Reached: equal quality in 2× fewer calls")
+    assert curve.verdict(found, 3.0).startswith("Not reached: ")
+    assert curve.verdict(found, 2.0).startswith("Reached: equal quality in 2× fewer calls")
 
 
 def test_none_qualifies(make_point):
     found = curve.first_equal(tuned_curve(make_point, [-0.3, -0.1]), [make_point("base", 16, 16, BASE)], CRITERIA)
     assert found.best is None and found.speedup is None
-    text = curve.verdict(found)
+    text = curve.verdict(found, 3.0)
     assert text.startswith("Not reached: ") and "No measured setting of tuned" in text and "at 4.0 mean calls" in text
 
 

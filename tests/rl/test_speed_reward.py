@@ -32,6 +32,12 @@ def test_lambda_ramp(step, value):
     np.testing.assert_allclose(sp.lambda_schedule(jnp.int32(step), zero_until=50, full_at=250, value=1.0), value)
 
 
+@pytest.mark.parametrize(("step", "value"), [(4, 0.0), (5, 0.4), (6, 0.4)])
+def test_lambda_without_a_ramp_is_whole_from_its_first_update_on(step, value):
+    np.testing.assert_allclose(sp.lambda_schedule(jnp.int32(step), zero_until=5, full_at=5, value=0.4), value)
+    np.testing.assert_allclose(sp.lambda_schedule(jnp.int32(0), zero_until=0, full_at=0, value=0.4), 0.4)
+
+
 def test_lambda_ramp_must_not_run_backwards():
     with pytest.raises(ValueError, match="zero_until"):
         sp.lambda_schedule(0, zero_until=5, full_at=4, value=1.0)

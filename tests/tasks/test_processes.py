@@ -56,7 +56,7 @@ def test_sigterm_saves_and_exits_143_and_the_same_command_ends_in_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["pmap"])
+@pytest.mark.parametrize("strategy", ["pmap", "sharded"])
 def test_two_processes_equal_one(trained, tmp_path, strategy):
     with socket.socket() as free:
         free.bind(("localhost", 0))

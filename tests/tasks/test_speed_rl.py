@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -11,8 +12,11 @@ import tiny
 from maskrl_jax.checkpoint import load_arrays
 from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.errors import UserError
+from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.parallel import Parallel
+from maskrl_jax.rl.policy import Policy
 from maskrl_jax.tasks import speed_rl
+from maskrl_jax.tasks.gallery import Gallery
 from maskrl_jax.tasks.rollouts import Rollouts
 from maskrl_jax.writers import read_metrics
 
@@ -35,7 +39,10 @@ VARIANTS = {
         },
         BOTH,
     ),
-    "head only, dual lambda": ({"optimizer.rates": (("^model", 0.0),), "credit.speed": "dual"}, HEAD),
+    "head only, dual lambda, low quality dropped": (
+        {"optimizer.rates": (("^model", 0.0),), "credit.speed": "dual", "credit.low_quality": "drop"},
+        HEAD,
+    ),
     "frozen head, kept, two inner updates": (
         {"optimizer.rates": (("^head", 0.0),), "loss.tokens.likelihood": "kept", "inner_updates": 2},
         MODEL,
@@ -124,6 +131,23 @@ def test_a_policy_without_a_head_is_measured_at_numbers_of_steps(build):
     assert pictures["samples/grid"].dtype == np.uint8
 
 
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ({"kind": "fixed", "target_calls": 5}, (5, 8, 16)),
+        ({"kind": "budget", "step_set": (6, 16)}, (6, 8, 16)),
+        ({"kind": "adaptive", "action": "threshold"}, (-1.0, 0.0)),
+    ],
+)
+def test_the_tuned_curve_holds_the_calls_that_were_trained(policy, expected):
+    settings = Evaluation(steps=(7, 8, 16, 32), dials=(-1.0, 0.0))  # 7 does not divide the clock, 32 exceeds it
+    policy = Policy(**policy, ticks=960, max_calls=16)
+    owner = types.SimpleNamespace(
+        bench=types.SimpleNamespace(settings=settings), wiring=types.SimpleNamespace(policy=policy)
+    )
+    assert Gallery.settings(owner) == expected
+
+
 def test_a_run_leaves_report_samples_and_every_tag(trained):
     workdir = pathlib.Path(trained.workdir)
     assert (workdir / "report.md").exists() and list((workdir / "figures").iterdir())
@@ -143,6 +167,8 @@ def test_a_run_leaves_report_samples_and_every_tag(trained):
 def test_the_curve_of_the_base_is_measured_once_for_both_reports(trained):
     steps = tiny.get_config("speed_rl").evaluation.steps
     assert len(list(pathlib.Path(trained.store, "measured").glob("base-*.npz"))) == len(steps) == 2
+    # The gate of the tiny run reads the base's quality.
+    assert len(list(pathlib.Path(trained.store, "measured").glob("reference-*.npz"))) == 1
 
 
 def test_a_run_trains_model_and_head(trained):
