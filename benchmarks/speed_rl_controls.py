@@ -66,11 +66,17 @@ def main(_: list[str]) -> None:
     first = next((_workdir(name, found[0]) for name, found in done.items() if found), None)
     if first is None:
         sys.exit("error: no variant is finished; run without --only")
-    rows, reference = _tuned_rows(done)
+    rows, fewest, reference = _tuned_rows(done)
     if BASELINES.value:
         rows += _base_rows(str(first), reference)
     runs = [_workdir(name, seed) for name, found in done.items() for seed in found]
-    _write(rows, reference, seeds, {json.loads((run / "results.json").read_text())["facts"]["commit"] for run in runs})
+    _write(
+        rows,
+        fewest,
+        reference,
+        seeds,
+        {json.loads((run / "results.json").read_text())["facts"]["commit"] for run in runs},
+    )
 
 
 def _workdir(name: str, seed: int) -> pathlib.Path:
@@ -98,23 +104,45 @@ def _points(workdir: pathlib.Path, seed: int) -> list[measure.Point]:
     return [dataclasses.replace(measure.load_point(workdir / "points", p), seed=seed) for p in results["points"]]
 
 
-def _tuned_rows(done: dict) -> tuple[list[dict], list[measure.Point]]:
-    """A row for every setting of every variant, seeds pooled, against the base at T_ref."""
-    rows, reference = [], []
+def _tuned_rows(done: dict) -> tuple[list[dict], dict[str, dict], list[measure.Point]]:
+    """(A row for every setting of every variant, seeds pooled, against the base at T_ref; T* of each; the base)."""
+    rows, fewest, reference = [], {}, []
     for name, seeds in done.items():
         points = [point for seed in seeds for point in _points(_workdir(name, seed), seed)]
         base = [point for point in points if point.system == "base"]
         last = max((point.setting for point in base), default=0)
         own_reference = [point for point in base if point.setting == last]
-        reference = reference or own_reference[:1]
+        if not reference and own_reference:
+            reference = own_reference[:1]
+            rows.append(_row("base, tuned at T_ref", last, reference, reference))
         # The same in every seed, so one is enough: the prior of the head on the base.
         untrained = [point for point in points if point.system == "untrained" and point.seed == seeds[0]]
         tuned = [point for point in points if point.system == "tuned"]
         for setting, group in curve.by_setting(tuned).items():
             rows.append(_row(name, setting, group, own_reference))
-        for setting, group in curve.by_setting(untrained).items() if name == "adaptive" else ():
-            rows.append(_row("adaptive, untrained", setting, group, reference))
-    return rows, reference
+        alone = {
+            f"seed {seed}": _fewest(
+                [point for point in tuned if point.seed == seed], [one for one in own_reference if one.seed == seed]
+            )
+            for seed in seeds
+        }
+        if tuned:
+            fewest[name] = {"pooled": _fewest(tuned, own_reference), **alone}
+        if name == "adaptive" and untrained:
+            fewest["adaptive, untrained"] = {"pooled": _fewest(untrained, reference)}
+            for setting, group in curve.by_setting(untrained).items():
+                rows.append(_row("adaptive, untrained", setting, group, reference))
+    return rows, fewest, reference
+
+
+def _criteria(point: measure.Point) -> curve.Criteria:
+    return curve.Criteria(margins={"graded" if "graded" in point.metrics else "judge": 0.02})
+
+
+def _fewest(points: list[measure.Point], references: list[measure.Point]) -> float | None:
+    """T*: the fewest mean calls at equal quality, None where no setting has it."""
+    best = curve.first_equal(points, references, _criteria(points[0])).best
+    return None if best is None else best.calls_mean
 
 
 def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
@@ -158,8 +186,7 @@ def _measured(bench, parents, studio, name, changes, steps, reference, level=Non
 def _row(name: str, setting: float, points: list[measure.Point], reference: list[measure.Point]) -> dict:
     single = len({point.seed for point in points}) == 1 and len(reference) == 1
     against = [dataclasses.replace(reference[0], seed=points[0].seed)] if single else reference
-    margins = {"graded": 0.02} if "graded" in points[0].metrics else {"judge": 0.02}
-    compared = curve.compare(points, against, curve.Criteria(margins=margins))
+    compared = curve.compare(points, against, _criteria(points[0]))
     return {
         "system": name,
         "setting": setting,
@@ -174,11 +201,15 @@ def _row(name: str, setting: float, points: list[measure.Point], reference: list
     }
 
 
-def _write(rows: list[dict], reference: list[measure.Point], seeds: list[int], commits: set[str]) -> None:
+def _write(
+    rows: list[dict], fewest: dict[str, dict], reference: list[measure.Point], seeds: list[int], commits: set[str]
+) -> None:
     facts = {"size": SIZE.value, "seeds": seeds, "commits": ", ".join(sorted(commits)), "machine": report.machine()}
     facts |= {"samples": f"{reference[0].num_prompts} prompts x {reference[0].group}, every setting"}
     out = ROOT / OUT.value
-    out.with_suffix(".json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+    out.with_suffix(".json").write_text(
+        json.dumps({"facts": facts, "rows": rows, "fewest_calls": fewest}, indent=1) + "\n"
+    )
     lines = [
         f"# Speed-RL controls, size {SIZE.value}",
         f"Reference: base at {reference[0].calls_mean:.0f} calls. " + "; ".join(f"{k}: {v}" for k, v in facts.items()),
@@ -196,6 +227,12 @@ def _write(rows: list[dict], reference: list[measure.Point], seeds: list[int], c
             f"[{diff['low']:+.3f}, {diff['high']:+.3f}] | {row['frechet_ratio']:.2f} | {diversity} | "
             f"{'yes' if row['equal'] else 'no'} |"
         )
+    lines += ["", "## Fewest mean calls at equal quality", ""]
+    columns = ["pooled", *(f"seed {seed}" for seed in seeds)]
+    lines += [f"| system | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for name, found in fewest.items():
+        cells = ("" if c not in found else "none" if found[c] is None else f"{found[c]:.2f}" for c in columns)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print(f"wrote {out}.json and {out}.md", flush=True)
 

@@ -75,7 +75,7 @@ def evaluation(arg: str = "") -> dict:
         }
     return {
         "prompts": 192,  # of shapes about all that are held out
-        "group": 2,
+        "group": 4 if arg == "full" else 2,
         "batch_size": 64,
         "steps": (4, 6, 8, 12, 16, 24) if arg == "full" else (6, 8, 12, 24),
         "glance_steps": 24,

@@ -1,12 +1,11 @@
 """Train the stage that a config describes: `python -m maskrl_jax.main --config=configs/speed_rl.py`."""
 
-import os
 import sys
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from maskrl_jax import parallel
 from maskrl_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, or file:argument", lock_config=True)
@@ -42,32 +41,17 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         if DISTRIBUTED.value:
-            _join()
-        from maskrl_jax import dry_run, runner  # late: a mistyped flag need not wait for them
+            parallel.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        from maskrl_jax import dry_run, runner, stored  # late: a mistyped flag need not wait, a cluster is joined first
 
         runner.compilation_cache(STORE.value)
         if DRY_RUN.value is not None:
             dry_run.run(CONFIG.value, runner.phases, DRY_RUN.value)
             return
-        runner.run(CONFIG.value, WORKDIR.value or _default_workdir(), STORE.value)
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        runner.run(CONFIG.value, WORKDIR.value or stored.default_workdir(file), STORE.value)
     except UserError as error:
         sys.exit(f"error: {error}")
-
-
-def _join():
-    try:
-        jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"--distributed found no cluster to join ({reason}); give --coordinator, --num_processes and --process_id"
-        ) from error
-
-
-def _default_workdir():
-    path, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    name = os.path.splitext(os.path.basename(path))[0]
-    return os.path.join("runs", f"{name}-{argument}" if argument else name)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,17 @@ class Axis:
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, P(AXIS)))
 
 
+def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Join the other processes of a cluster; what is None, the cluster tells. UserError where there is none."""
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--distributed found no cluster to join ({reason}); give --coordinator, --num_processes and --process_id"
+        ) from error
+
+
 def mean_gradients(grads_sum: Any, weight: jax.Array, axis: Axis) -> Any:
     """Turn the gradient of a weighted sum into the gradient of the mean over all devices.
 
@@ -280,7 +291,8 @@ def _place(x, sharding):
         return jax.device_put(x, sharding)
     # Over several processes only numpy can be cut into what each of them holds.
     x = _whole(x)
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    with jax.transfer_guard_host_to_device("allow"):  # asked for, unlike what a guard looks for
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def _whole(x):

@@ -43,6 +43,13 @@ def fingerprint(config: ConfigDict) -> str:
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
+def default_workdir(file: str) -> str:
+    """Where a run of a config file goes: configs/speed_rl.py:full -> runs/speed_rl-full."""
+    path, _, argument = file.partition(":")
+    name = os.path.splitext(os.path.basename(path))[0]
+    return os.path.join("runs", f"{name}-{argument}" if argument else name)
+
+
 def plain(config: ConfigDict) -> dict[str, Any]:
     """Return a config as JSON would give it back: dicts, lists, strings, numbers."""
     return json.loads(json.dumps(config.to_dict()))

@@ -168,7 +168,7 @@ def test_the_curve_of_the_base_is_measured_once_for_both_reports(trained):
     steps = tiny.get_config("speed_rl").evaluation.steps
     assert len(list(pathlib.Path(trained.store, "measured").glob("base-*.npz"))) == len(steps) == 2
     # The gate of the tiny run reads the base's quality.
-    assert len(list(pathlib.Path(trained.store, "measured").glob("reference-*.npz"))) == 1
+    assert any(pathlib.Path(trained.store, "measured").glob("reference-*.npz"))
 
 
 def test_a_run_trains_model_and_head(trained):
