@@ -36,6 +36,7 @@ def run(task: str, name: str, **keys) -> ConfigDict:
             "eval_every": 0,  # 0: only at the end
             "save_every": 500,
             "keep": 1,
+            "profile_at": 0,  # first of the three steps that <workdir>/profile traces; 0: none
             "parallel": "pmap",
             "max_bad_steps": 20,
             "parents": {},

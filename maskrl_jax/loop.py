@@ -6,6 +6,7 @@ Order of one step: evaluate the state as it is, save it, take the next batch, up
 
 import contextlib
 import functools
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +23,7 @@ from maskrl_jax.parallel import Parallel
 from maskrl_jax.writers import Progress, Writer, read_metrics
 
 EVAL_TIME = "perf/eval_time"
+PROFILE, PROFILED_STEPS = "profile", 3
 
 
 def train(task: Any, config: ConfigDict, workdir: str, parallel: Parallel) -> Any:
@@ -45,18 +47,19 @@ def train(task: Any, config: ConfigDict, workdir: str, parallel: Parallel) -> An
         writer = stack.enter_context(contextlib.closing(Writer(workdir, start)))
         # An interrupted run may have evaluated this step just before it saved it.
         evaluated = any(line["step"] == start and EVAL_TIME in line for line in read_metrics(workdir))
-        state = _run(task, config, checkpoints, writer, stop, state, start, start if evaluated else None)
+        state = _run(task, config, workdir, checkpoints, writer, stop, state, start, start if evaluated else None)
     if task.report is not None:
         task.report(parallel.whole(state.ema))
     return state
 
 
-def _run(task, config, checkpoints, writer, stop, state, start, evaluated):
+def _run(task, config, workdir, checkpoints, writer, stop, state, start, evaluated):
     """Advance from step `start` to `config.num_steps`; `evaluated` is a step that needs no evaluation."""
     log = Log(writer, config.log_every, config.max_bad_steps, task.peak_seconds)
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(contextlib.closing(Progress(config.task, start, config.num_steps)))
         batches = stack.enter_context(contextlib.closing(Prefetch(task.batch, start, config.num_steps)))
+        profile = stack.enter_context(contextlib.closing(Profile(workdir, config.profile_at)))
         for step in range(start, config.num_steps + 1):
             if _due(step, config.eval_every, config.num_steps) and step != evaluated:
                 stop.attempt(functools.partial(_evaluate, task, writer, state, step))
@@ -69,6 +72,7 @@ def _run(task, config, checkpoints, writer, stop, state, start, evaluated):
                 raise SystemExit(128 + stopped)
             if step == config.num_steps:
                 return state
+            profile.reach(step, state)
             began = time.monotonic()
             batch = batches.next()
             # The first step compiles, and compiling moves constants; no later one may move data unasked.
@@ -112,6 +116,28 @@ class Prefetch:
     def close(self) -> None:
         """Drop what is not begun."""
         self._pool.shutdown(cancel_futures=True)
+
+
+class Profile:
+    """Trace a few steps, from step `at` on, into `<workdir>/profile`, for TensorBoard's profiler; 0: none."""
+
+    def __init__(self, workdir: str, at: int):
+        self._folder, self._at, self._running = os.path.join(workdir, PROFILE), at, False
+
+    def reach(self, step: int, state: Any) -> None:
+        """Begin or end the trace if this step asks for it; waits for `state` at both ends."""
+        if self._at and step in (self._at, self._at + PROFILED_STEPS):
+            jax.block_until_ready(state)
+            self.close()
+            if step == self._at:
+                jax.profiler.start_trace(self._folder)
+                self._running = True
+
+    def close(self) -> None:
+        """End the trace if it is running."""
+        if self._running:
+            jax.profiler.stop_trace()
+        self._running = False
 
 
 class Log:

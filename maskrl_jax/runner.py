@@ -212,6 +212,8 @@ def check(config: ConfigDict) -> None:
     for key in ("num_steps", "batch_size", "log_every", "keep"):
         if config[key] < 1:
             raise UserError(f"{key}={config[key]} of task {config.task!r} must be at least 1")
+    if config.profile_at < 0:
+        raise UserError(f"profile_at={config.profile_at} is below 0; use 0 for no trace")
     for name in config.init:
         if name not in config.parents:
             raise unknown("parent in init", name, config.parents.keys())

@@ -18,7 +18,7 @@ CONFIG = "config.json"
 PARENTS = "parents.json"
 DONE = "done"
 # Keys that do not change what a stage computes, only how it is run and watched.
-RUNNING = ("name", "log_every", "eval_every", "save_every", "keep", "parallel", "init")
+RUNNING = ("name", "log_every", "eval_every", "save_every", "keep", "profile_at", "parallel", "init")
 NEUTRAL = (*RUNNING, "evaluation")
 # Keys whose change makes a stored checkpoint another model.
 ARCHITECTURE = ("task", "model", "data", "parents", "init")

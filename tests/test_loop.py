@@ -66,6 +66,14 @@ def test_resume_equals_a_straight_run_bit_for_bit(tmp_path, stop_at):
     assert steps[0] == steps[1] == [2, 4, 6, 6]
 
 
+@pytest.mark.parametrize(("at", "traces"), [(0, 0), (2, 1), (5, 1)])
+def test_three_steps_are_traced_where_that_is_asked_for(tmp_path, at, traces):
+    """From step 5 on only one step is left: the trace ends with the run."""
+    run(tmp_path, profile_at=at)
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == traces
+    assert int(arrays(tmp_path)["step"]) == 6
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits(tmp_path, number, code):
     earlier = signal.getsignal(number)

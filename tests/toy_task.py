@@ -27,6 +27,7 @@ def get_config(argument=""):
     config.eval_every = 0
     config.save_every = 2
     config.keep = 2
+    config.profile_at = 0
     config.parallel = "pmap"
     config.max_bad_steps = 3
     # A large eps: Adam turns the rounding of a gradient near zero into a full step, on any two machines.
