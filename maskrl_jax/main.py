@@ -26,7 +26,7 @@ def parse(argv: list[str]) -> list[str]:
             raise UserError(f"expected --config=<file> and flags only, got {rest[1:]}; see --help")
         _ = "task" in CONFIG.value  # a file that could not be loaded says so only when it is used
         return rest
-    except (flags.Error, UserError, AttributeError, OSError, TypeError, ValueError) as error:
+    except (flags.Error, UserError, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         while error.args and isinstance(error.args[0], Exception):
             error = error.args[0]
         # The text of args, since str of an error about a key is a quoted string; of a config that refuses its

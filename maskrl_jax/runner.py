@@ -26,7 +26,7 @@ TASKS = {
     "maskgit": "maskrl_jax.tasks.maskgit",
     "speed_rl": "maskrl_jax.tasks.speed_rl",
 }
-REQUIRED = ("seed", "num_steps", "batch_size", "max_bad_steps", "optimizer", *stored.RUNNING, *stored.ARCHITECTURE)
+REQUIRED = ("num_steps", "batch_size", "max_bad_steps", "optimizer", *stored.RUNNING, *stored.ARCHITECTURE)
 OPTIMIZER_KEYS = tuple(field.name for field in dataclasses.fields(OptimizerConfig))
 
 
@@ -212,8 +212,8 @@ def check(config: ConfigDict) -> None:
     for key in ("num_steps", "batch_size", "log_every", "keep"):
         if config[key] < 1:
             raise UserError(f"{key}={config[key]} of task {config.task!r} must be at least 1")
-    if config.profile_at < 0:
-        raise UserError(f"profile_at={config.profile_at} is below 0; use 0 for no trace")
+    if not 0 <= config.profile_at < config.num_steps:
+        raise UserError(f"profile_at={config.profile_at} is not a step of {config.num_steps}; use 0 for no trace")
     for name in config.init:
         if name not in config.parents:
             raise unknown("parent in init", name, config.parents.keys())

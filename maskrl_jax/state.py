@@ -108,6 +108,11 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
         return next((factor for pattern, factor in patterns if pattern.search(name_of(path))), 1.0)
 
     def labels(params):
+        names = [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        for pattern, _ in patterns:
+            if not any(pattern.search(name) for name in names):
+                raise UserError(f"optimizer.rates: no parameter matches {pattern.pattern!r}; there are {_some(names)}")
+
         def label(path, leaf):
             factor = factor_of(path)
             if factor == 0.0:
@@ -132,6 +137,11 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
         lambda params: jax.tree.map(lambda name: "frozen" if name == "frozen" else "trained", labels(params)),
     )
     return optax.chain(frozen_out, optax.clip_by_global_norm(cfg.clip_norm), rules)
+
+
+def _some(names):
+    """Name the first two levels of some parameters."""
+    return ", ".join(sorted({"/".join(name.split("/")[:2]) for name in names})[:8])
 
 
 def _rule(cfg):

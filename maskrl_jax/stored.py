@@ -20,8 +20,8 @@ DONE = "done"
 # Keys that do not change what a stage computes, only how it is run and watched.
 RUNNING = ("name", "log_every", "eval_every", "save_every", "keep", "profile_at", "parallel", "init")
 NEUTRAL = (*RUNNING, "evaluation")
-# Keys whose change makes a stored checkpoint another model.
-ARCHITECTURE = ("task", "model", "data", "parents", "init")
+# Keys whose change makes a stored checkpoint another model, or another run.
+ARCHITECTURE = ("task", "seed", "model", "data", "parents", "init")
 
 
 def stage_workdir(config: ConfigDict, store: str) -> str:
@@ -145,7 +145,10 @@ def write(path: str, text: str) -> None:
 @contextlib.contextmanager
 def lock(workdir: str) -> Iterator[None]:
     """Keep other runs out of a workdir, waiting for the one that is in; a kill frees the lock."""
-    os.makedirs(workdir, exist_ok=True)
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{workdir} is or lies below a file; name another --workdir") from error
     with open(os.path.join(workdir, ".lock"), "w") as file:
         if jax.process_index() == 0:
             try:

@@ -81,6 +81,8 @@ def changed(config, changes):
         ({"policy.kind": "budget"}, "set credit.gate=hard"),
         ({"credit.down_sample": 5}, "credit.down_sample 5 exceeds the 4 rollouts of a group"),
         ({"loss.tokens.kl": "k3"}, "kl k3 is unbiased only for tokens drawn from the model's own law"),
+        ({"optimizer.rates": (("^modle", 0.0),)}, "no parameter matches '^modle'; there are head/"),
+        ({"profile_at": 3}, "profile_at=3 is not a step of 3"),
         ({"policy.temperature": 0.0}, "policy.temperature 0.0 must be above 0"),
         ({"policy.noise": -1.0}, "noise -1.0 at least 0"),
         ({"loss.tokens.kl": "both"}, "'both' is not one of forward, reverse, k3"),
@@ -105,6 +107,7 @@ def test_an_impossible_setting_is_refused_before_any_training(nothing_trains, tm
     [
         (["speed_rl.py:smok"], "unknown config argument 'smok'; choose one of: (none), full, smoke, meissonic"),
         (["speed_rl.py:smoke", "--config.policy.max_cals=8"], 'Did you mean "max_calls"'),
+        (["speed_rl.py:smoke", "--config.polcy.kind=fixed"], 'Did you mean "policy"'),
         (["speed_rl.py:smoke", "--config.policy.kind=adaptiv"], "'adaptiv' is not one of adaptive, fixed, budget"),
     ],
 )

@@ -114,8 +114,8 @@ def test_an_init_without_checkpoint_is_named(tmp_path):
     assert "no checkpoint under" in refused(config, tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"model": {"width": 8}}, {"parents": {"base": {"seed": 3}}}])
-def test_another_architecture_in_the_workdir_is_refused(tmp_path, trained, change):
+@pytest.mark.parametrize("change", [{"model": {"width": 8}}, {"parents": {"base": {"seed": 3}}}, {"seed": 1}])
+def test_another_architecture_or_seed_in_the_workdir_is_refused(tmp_path, trained, change):
     runner.run(toy_task.get_config("child"), str(tmp_path / "a"), str(tmp_path / "store"))
     config = toy_task.get_config("child")
     config.update(change)
@@ -125,11 +125,11 @@ def test_another_architecture_in_the_workdir_is_refused(tmp_path, trained, chang
 def test_a_finished_workdir_refuses_other_settings_but_goes_on_with_more_steps(tmp_path, trained, capsys):
     config = toy_task.get_config()
     runner.run(config, str(tmp_path / "a"), str(tmp_path / "store"))
-    config.seed = 1
-    assert "finished with another config: seed: 0 -> 1" in refused(config, tmp_path)
+    config.batch_size = 32
+    assert "finished with another config: batch_size: 16 -> 32" in refused(config, tmp_path)
     config.num_steps = 8
     runner.run(config, str(tmp_path / "a"), str(tmp_path / "store"))
-    assert "config changed since the last run: seed: 0 -> 1" in capsys.readouterr().out
+    assert "config changed since the last run: batch_size: 16 -> 32" in capsys.readouterr().out
     assert len(trained) == 2
     config.num_steps = 6
     assert "is at step 8, num_steps is 6" in refused(config, tmp_path)

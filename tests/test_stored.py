@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 import toy_task
 
 from maskrl_jax import stored
+from maskrl_jax.errors import UserError
 
 
 def test_fingerprint_follows_what_changes_the_result_and_nothing_else(tmp_path):
@@ -40,3 +42,10 @@ def test_fingerprint_of_a_replaced_parent_is_that_of_what_lies_there(tmp_path):
 def test_a_stored_config_comes_back_hashable(tmp_path):
     (tmp_path / "config.json").write_text('{"model": {"stages": [1, [2, 3]]}}')
     assert stored.read_config(str(tmp_path)).model.stages == (1, (2, 3))
+
+
+def test_a_workdir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "notes.md").write_text("")
+    for workdir in (tmp_path / "notes.md", tmp_path / "notes.md" / "run"):
+        with pytest.raises(UserError, match="is or lies below a file"), stored.lock(str(workdir)):
+            pass

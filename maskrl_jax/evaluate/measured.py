@@ -1,10 +1,12 @@
 """What was measured of a trained parent, kept in the store: every run above it needs the same numbers."""
 
+import contextlib
 import functools
 import hashlib
 import os
 import pathlib
 import platform
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -44,8 +46,8 @@ def once(
     whole_key = identity(key, code(), jax.__version__, jax.default_backend())
     path = pathlib.Path(folder, f"{name}-{whole_key[:16]}.npz")
     if jax.process_count() == 1 and path.exists():
-        with np.load(path) as stored:
-            return dict(stored)
+        with contextlib.suppress(EOFError, OSError, ValueError, zipfile.BadZipFile), np.load(path) as stored:
+            return dict(stored)  # a damaged file is measured anew
     made = make()
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)

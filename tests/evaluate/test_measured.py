@@ -14,6 +14,16 @@ def made(value, calls):
     return make
 
 
+@pytest.mark.parametrize("garbage", [b"", b"garbage", b"PK\x03\x04 half"])
+def test_a_damaged_file_is_measured_anew(tmp_path, garbage):
+    calls = []
+    measured.once(tmp_path, "reference", "key", made(1, calls))
+    (file,) = tmp_path.glob("reference-*.npz")
+    file.write_bytes(garbage)
+    assert measured.once(tmp_path, "reference", "key", made(2, calls))["value"] == 2
+    assert measured.once(tmp_path, "reference", "key", made(3, calls))["value"] == 2
+
+
 def test_a_second_run_reads_what_the_first_measured(tmp_path):
     calls = []
     for value in (1, 2):
