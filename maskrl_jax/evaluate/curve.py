@@ -183,8 +183,10 @@ def first_equal(points: Sequence[Point], references: Sequence[Point], criteria: 
     )
 
 
-def _nearest(equality: Equality) -> Comparison:
-    """Return the setting whose worst excess over its margins is smallest."""
+def of_the_verdict(equality: Equality) -> Comparison:
+    """Return T*'s setting; where there is none, the one whose worst excess over its margins is smallest."""
+    if equality.best is not None:
+        return equality.best
     margins = equality.criteria.margins
     return max(
         equality.table,
@@ -192,7 +194,7 @@ def _nearest(equality: Equality) -> Comparison:
     )
 
 
-def _evidence(row: Comparison, deciding: Mapping[str, float]) -> str:
+def evidence(row: Comparison, deciding: Mapping[str, float]) -> str:
     """List the differences that decided, then the other headline scores, then the ratios of the set."""
     names = [*deciding, *(name for name in HEADLINE if name in row.differences and name not in deciding)]
     shown = [f"{name} {row.differences[name]:+}" for name in names]
@@ -208,17 +210,17 @@ def verdict(equality: Equality, goal: float) -> str:
     reference = f"{equality.reference_label} at {equality.reference_calls:.1f} calls"
     target = f"equal quality in {goal:g}× fewer calls"
     if equality.best is None:
-        near = _nearest(equality)
+        near = of_the_verdict(equality)
         return (
             f"Not reached: {target}. No measured setting of {near.label} equals {reference}; the nearest, at "
             f"{near.calls_mean:.1f} mean calls, fails by: {'; '.join(near.failed)} "
-            f"(differences with 95 % bounds: {_evidence(near, equality.criteria.margins)})."
+            f"(differences with 95 % bounds: {evidence(near, equality.criteria.margins)})."
         )
     best, speedup = equality.best, equality.speedup
     lower = [name for name in HEADLINE if name in best.differences and best.differences[name].high < 0]
     return (
         f"{'Reached' if speedup >= goal else 'Not reached'}: {target}. With {best.calls_mean:.1f} mean calls "
         f"{best.label} equals {reference} within the margins, a factor of {speedup:.2f} "
-        f"(differences with 95 % bounds: {_evidence(best, equality.criteria.margins)})."
+        f"(differences with 95 % bounds: {evidence(best, equality.criteria.margins)})."
         + (f" Measurably lower nevertheless: {', '.join(lower)}." if lower else "")
     )

@@ -107,6 +107,7 @@ def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
     others = [
         f"The {equality.table[0].label} passes it "
         + ("at no measured setting." if equality.best is None else f"from {equality.best.calls_mean:.1f} calls on.")
+        + _beside(findings, own, system)
         for system, equality in found.items()
         if system not in (findings.reference[0].system, findings.tuned)
     ]
@@ -115,6 +116,20 @@ def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
     if clock:
         measured = f"Measured on the clock, where both branches of guidance count: {', '.join(clock)}."
     return " ".join([f"**{curve.verdict(own, findings.goal)}**", untuned, *others, measured, runs])
+
+
+def _beside(findings: Findings, own: curve.Equality, system: str) -> str:
+    """Say how the tuned system differs from another one at the setting of the verdict, or "" where that has none."""
+    setting = curve.of_the_verdict(own).setting
+    same = [point for point in findings.points if point.setting == setting]
+    tuned, other = ([point for point in same if point.system == name] for name in (findings.tuned, system))
+    if not tuned or not other:
+        return ""
+    row = curve.compare(tuned, other, own.criteria)
+    calls = f"{curve.mean_calls(tuned):.1f} for {curve.mean_calls(other):.1f} calls"
+    return (
+        f" At the same setting ({calls}) the tuned one differs from it by {curve.evidence(row, own.criteria.margins)}."
+    )
 
 
 def _base_headline(findings: Findings) -> str:

@@ -75,6 +75,16 @@ def test_the_headline_says_what_needs_no_training(make_point, tmp_path, graded, 
     assert sentence in text.split("\n\n")[1]
 
 
+def test_the_headline_says_what_training_changed(make_point, tmp_path):
+    base = [make_point("base", 16, 16, np.full(20, 0.9))]
+    points = [*base, make_point("adaptive", 0, 5, np.full(20, 0.9), frechet=6.0)]
+    points += [make_point("untrained", 0, 7, np.full(20, 0.85), frechet=12.0), make_point("other", 1, 7, np.ones(20))]
+    text = report.write(tmp_path, report.Findings("t", "c", points, base, CRITERIA, tuned="adaptive")).read_text()
+    sentence = "At the same setting (5.0 for 7.0 calls) the tuned one differs from it by graded +0.050 [+0.050, +0.050]"
+    assert sentence + ", Fréchet distance ×0.50" in text.split("\n\n")[1]
+    assert text.split("\n\n")[1].count("At the same setting") == 1
+
+
 def test_report_of_a_plain_base_model_claims_no_speed_up(systems, protocol, scorer, tmp_path):
     path = write_run(tmp_path, systems, protocol, scorer, tuned=False)
     text = path.read_text()
