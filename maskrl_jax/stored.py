@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -48,6 +49,12 @@ def default_workdir(file: str) -> str:
     path, _, argument = file.partition(":")
     name = os.path.splitext(os.path.basename(path))[0]
     return os.path.join("runs", f"{name}-{argument}" if argument else name)
+
+
+def next_evaluation(workdir: str) -> str:
+    """The first of <workdir>/evaluations/1, 2, ... that does not exist."""
+    names = (os.path.join(workdir, "evaluations", str(number)) for number in itertools.count(1))
+    return next(name for name in names if not os.path.exists(name))
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:

@@ -1,5 +1,7 @@
-"""Measure a finished run again and write its report anew: `python -m maskrl_jax.evaluate --workdir=<dir>`."""
+"""Measure a finished run again, into a folder of its own: `python -m maskrl_jax.evaluate --workdir=<dir>`."""
 
+import dataclasses
+import os
 import sys
 
 from absl import app, flags, logging
@@ -11,6 +13,7 @@ PROMPTS = flags.DEFINE_integer("prompts", None, "held-out prompts", lower_bound=
 GROUP = flags.DEFINE_integer("group", None, "samples of each prompt", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", None, "seed of prompts and noise")
 STEPS = flags.DEFINE_list("steps", None, "steps of the base's curve, rising; the last is the reference")
+OUT = flags.DEFINE_string("out", None, "new folder for the report; by default the next <workdir>/evaluations/<number>")
 DIALS = flags.DEFINE_list("dials", None, "speed dials of the tuned curve")
 
 
@@ -32,7 +35,10 @@ def main(_: list[str]) -> None:
         if not stored.is_finished(WORKDIR.value):
             raise UserError(f"{WORKDIR.value} is not trained to its end; run its training command again")
         context.config.evaluation.update(overrides)
-        runner.build(context).report(params)
+        out = OUT.value or stored.next_evaluation(WORKDIR.value)
+        if os.path.exists(out):
+            raise UserError(f"--out {out} exists already; name a new folder")
+        runner.build(dataclasses.replace(context, out=out)).report(params)
     except (UserError, ValueError) as error:
         sys.exit(f"error: {error}")
 

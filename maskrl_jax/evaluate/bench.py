@@ -76,6 +76,7 @@ class Bench:
     settings: Evaluation
     workdir: str
     measured_dir: str  # where points of systems with an identity are kept
+    out: str = ""  # where the report goes, if not into workdir
 
     @property
     def metric(self) -> str:
@@ -198,19 +199,21 @@ class Bench:
         reference = findings.reference
         equality = report.equalities(findings).get(findings.tuned)
         prompts = self.protocol(self.settings.prompts).prompts
+        out = self.out or self.workdir
         drawn = illustrate.illustrate(
-            self.workdir,
+            out,
             findings.points,
             reference,
             prompts,
+            logged=writers.read_metrics(self.workdir),
             tuned=findings.tuned,
             equality=equality,
             goal=findings.goal,
         )
-        path = report.write(self.workdir, dataclasses.replace(findings, illustrations=drawn), facts)
+        path = report.write(out, dataclasses.replace(findings, illustrations=drawn), facts)
         for point in findings.points:
-            measure.save_samples(pathlib.Path(self.workdir, "points"), point)
-        writer = writers.Writer(self.workdir, step)
+            measure.save_samples(pathlib.Path(out, "points"), point)
+        writer = writers.Writer(out, step)
         for point in findings.points:
             prefix = "" if point.system == reference[0].system else f"{point.system}/"
             writer.scalars(step, {f"{prefix}{tag}": value for tag, value in scalars(point).items()})

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from maskrl_jax import writers
 from maskrl_jax.evaluate import curve, figures, pictures, tables
 from maskrl_jax.evaluate.measure import Point
 
@@ -95,12 +94,13 @@ def illustrate(
     tuned: str = "",
     equality: curve.Equality | None = None,
     goal: float = 3.0,
+    logged: Sequence[Mapping[str, float]] = (),
     panels: Mapping[str, Mapping[str, str]] = PANELS,
 ) -> list[Illustration]:
     """Draw curves, call histogram, sample grid, commit order and training curves into `<workdir>/figures`.
 
     Pictures are left out where the points kept none, the training curves where nothing was logged.
-    `tuned` names the tuned system; "" for a plain base model.
+    `tuned` names the tuned system, "" for a plain base model; `logged` are the lines of metrics.jsonl.
     """
     root, drawn = pathlib.Path(workdir), []
 
@@ -122,6 +122,6 @@ def illustrate(
     if rows:
         spread = "How many calls single samples took."
         add("calls_histogram.png", spread, figures.calls_histogram, rows, reference[0].calls_mean)
-    series = figures.logged_series(writers.read_metrics(str(root)))
+    series = figures.logged_series(logged)
     add("training.png", "Training, as logged in metrics.jsonl.", figures.training_curves, series, panels)
     return drawn

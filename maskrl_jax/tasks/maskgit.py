@@ -260,6 +260,7 @@ def bench_of(context: Context) -> Bench:
         settings=settings,
         workdir=context.workdir,
         measured_dir=context.measured_dir,
+        out=context.out,
     )
 
 

@@ -31,6 +31,7 @@ class Context:
     parallel: Parallel
     store: str  # trained parents, data sets, and what was measured of them
     workdir: str
+    out: str = ""  # where a report goes, if not into workdir
 
     @property
     def data_dir(self) -> str:

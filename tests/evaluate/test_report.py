@@ -8,6 +8,7 @@ import pytest
 from maskrl_jax.evaluate import curve, report, timing
 from maskrl_jax.evaluate.illustrate import Illustration, illustrate
 from maskrl_jax.evaluate.measure import Scorer, measure
+from maskrl_jax.writers import read_metrics
 
 CRITERIA = curve.Criteria({"graded": 0.02})
 
@@ -22,7 +23,9 @@ def write_run(root, systems, protocol, scorer, *, settings=((4, 8, 16), (3, 5)),
     own = [measure(systems[1], setting, protocol, scorer) for setting in settings[1]] if tuned else []
     name = "adaptive" if tuned else ""
     equality = curve.first_equal(own, base[-1:], criteria) if tuned else None
-    drawn = illustrate(root, base + own, base[-1:], protocol.prompts, tuned=name, equality=equality)
+    drawn = illustrate(
+        root, base + own, base[-1:], protocol.prompts, tuned=name, equality=equality, logged=read_metrics(str(root))
+    )
     findings = report.Findings(
         title="Speed-RL-like", config="configs/speed_rl.py:smoke", points=base + own, reference=base[-1:],
         criteria=criteria, tuned=name, trained_on=["judge"], held_out=["exact verifier"], notes=["a caveat"],

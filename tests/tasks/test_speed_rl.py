@@ -1,5 +1,6 @@
 """Speed-RL on the tiny base: every policy and likelihood trains what it should and nothing else."""
 
+import dataclasses
 import json
 import pathlib
 import types
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from maskrl_jax import runner, stored
 from maskrl_jax.checkpoint import load_arrays
 from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.errors import UserError
@@ -169,6 +171,20 @@ def test_the_curve_of_the_base_is_measured_once_for_both_reports(trained):
     assert len(list(pathlib.Path(trained.store, "measured").glob("base-*.npz"))) == len(steps) == 2
     # The gate of the tiny run reads the base's quality.
     assert any(pathlib.Path(trained.store, "measured").glob("reference-*.npz"))
+
+
+def test_a_run_is_measured_again_into_a_folder_of_its_own(trained, one_device):
+    workdir = pathlib.Path(trained.workdir)
+    kept = {name: (workdir / name).read_bytes() for name in ("report.md", "results.json", "metrics.jsonl")}
+    with one_device():
+        context, params = runner.open_workdir(trained.workdir)
+        out = pathlib.Path(stored.next_evaluation(trained.workdir))
+        context.config.evaluation.update({"seed": 5, "timing_repeats": 0})
+        runner.build(dataclasses.replace(context, out=str(out))).report(params)
+    assert out == workdir / "evaluations" / "1" and stored.next_evaluation(trained.workdir).endswith("evaluations/2")
+    assert json.loads((out / "results.json").read_text())["points"][0]["seed"] == 5
+    assert (out / "figures" / "training.png").exists()
+    assert {name: (workdir / name).read_bytes() for name in kept} == kept
 
 
 def test_a_run_trains_model_and_head(trained):
