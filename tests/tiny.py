@@ -70,7 +70,15 @@ def speed_rl():
     config.policy.update({"max_calls": 4, "divisors": (4, 3, 2, 1), "centre": 2.0, "target_calls": 2, "levels": 2})
     config.policy.step_set = (2, 4)
     config.credit.update(
-        {"min_calls": 1, "lambda_zero_until": 1, "lambda_full_at": 3, "history": 16, "history_min": 4, "gate": "hard"}
+        {
+            "min_calls": 1,
+            "lambda_zero_until": 1,
+            "lambda_full_at": 3,
+            "history": 16,
+            "history_min": 4,
+            "gate": "hard",
+            "low_quality": "drop",
+        }
     )
     config.credit.percentile = 50.0
     config.resample.groups = 2
