@@ -1,6 +1,7 @@
 """The control table of Speed-RL (specs: required comparisons), in one resumable command.
 
 python benchmarks/speed_rl_controls.py                                      # the table: default size, three seeds
+python benchmarks/speed_rl_controls.py --only=adaptive --only=fixed         # trains these, writes what is finished
 python benchmarks/speed_rl_controls.py --size=full --only=adaptive --nobaselines --timing --out=benchmarks/speed_rl_full
 
 Trains every tuned variant with every seed, on one shared base; measures the base at the same numbers of calls
@@ -34,6 +35,7 @@ STORE = flags.DEFINE_string("store", "runs/stages", "where trained parents are")
 OUT = flags.DEFINE_string("out", "benchmarks/speed_rl_controls", "result files without their ending")
 BASELINES = flags.DEFINE_bool("baselines", True, "measure the base at fewer calls and the threshold samplers, too")
 TIMING = flags.DEFINE_bool("timing", False, "let every run measure the wall clock, too")
+
 VARIANTS = {
     "adaptive": [],  # `order=uncertain` with thresholds; `stride` below is the other action
     "fixed": ["--config.policy.kind=fixed", "--config.policy.noise=0.5"],

@@ -179,7 +179,7 @@ def reference_quality(
 ) -> np.ndarray:
     """Mean quality of the base at T_ref on every prompt of the pool, float32; measured once for all runs above it.
 
-    It gates the speed reward and bounds low quality (specs/speed_rl.md 4.5); its units are those of the rewards.
+    It gates the speed reward and bounds low quality (specs/speed_rl.md 4.5).
     """
     config, cond = context.config, train.pool(held_out=False)
     protocol = Protocol(
