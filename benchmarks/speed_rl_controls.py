@@ -161,10 +161,8 @@ def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
         # The same search as at T_ref, on the same prompts, starting from what was best there.
         settings = dataclasses.replace(Evaluation(**base.config.evaluation), steps=(steps,))
         tuner = dataclasses.replace(bench, workdir=str(folder / f"{steps}"), settings=settings)
-        best = tuner.tune(lambda sampler: studio.fixed(dataclasses.asdict(sampler)), studio.sampler)
-        rows += _measured(
-            bench, context.parents, studio, "base, tuned at this T", dataclasses.asdict(best), steps, reference
-        )
+        best = tuner.tune(studio.fixed, studio.sampler)
+        rows += _measured(bench, context.parents, studio, "base, tuned at this T", best, steps, reference)
     # `uncertain` shares the order of the policy, so its noise and temperature, too.
     policy = context.config.policy
     shared = {"gumbel": policy.noise, "temperature": policy.temperature, "guidance": policy.guidance}
@@ -173,14 +171,14 @@ def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
     for mode, levels in {**THRESHOLDS, "uncertain": kappas}.items():
         for level in levels:
             changes = {"mode": mode, "threshold": level} | (shared if mode == "uncertain" else {})
-            steps = studio.sampler.num_steps
-            rows += _measured(bench, context.parents, studio, f"{mode} sampler", changes, steps, reference, level)
+            sampler, steps = dataclasses.replace(studio.sampler, **changes), studio.sampler.num_steps
+            rows += _measured(bench, context.parents, studio, f"{mode} sampler", sampler, steps, reference, level)
     return rows
 
 
-def _measured(bench, parents, studio, name, changes, steps, reference, level=None) -> list[dict]:
+def _measured(bench, parents, studio, name, sampler, steps, reference, level=None) -> list[dict]:
     """The row of one setting of the fixed sampler, measured once."""
-    system = maskgit_task.kept(studio.fixed(changes), parents, str(dataclasses.replace(studio.sampler, **changes)))
+    system = maskgit_task.kept(studio.fixed(sampler), parents, str(sampler))
     points = bench.measure(dataclasses.replace(system, name="fixed", label=name), (steps,))
     return [_row(name, steps if level is None else level, points, reference)]
 

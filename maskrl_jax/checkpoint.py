@@ -55,8 +55,8 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(target))
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise UserError(
-                f"checkpoint {step} under {self._folder} does not fit this config ({_first_line(error)}); "
-                "use the config it was trained with or another --workdir"
+                f"checkpoint {step} under {self._folder} is damaged or does not fit this config "
+                f"({_first_line(error)}); delete it, use the config it was trained with, or another --workdir"
             ) from error
         return self._parallel.to_local(restored)
 
@@ -97,7 +97,8 @@ def load_arrays(workdir: str, names: Sequence[str]) -> dict[str, Any]:
             return manager.restore(step, args=args)
         except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
             raise UserError(
-                f"checkpoint {step} under {folder} is not one of a stage ({_first_line(error)}); {remedy}"
+                f"checkpoint {step} under {folder} is damaged or not one of a stage ({_first_line(error)}); "
+                f"delete {workdir} to train it anew, or point init.<parent> to another workdir"
             ) from error
 
 

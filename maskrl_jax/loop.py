@@ -57,7 +57,7 @@ def _run(task, config, workdir, checkpoints, writer, stop, state, start, evaluat
     """Advance from step `start` to `config.num_steps`; `evaluated` is a step that needs no evaluation."""
     log = Log(writer, config.log_every, config.max_bad_steps, task.peak_seconds)
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(contextlib.closing(Progress(config.task, start, config.num_steps)))
+        progress = stack.enter_context(contextlib.closing(Progress(config.task, config.num_steps, start)))
         batches = stack.enter_context(contextlib.closing(Prefetch(task.batch, start, config.num_steps)))
         profile = stack.enter_context(contextlib.closing(Profile(workdir, config.profile_at)))
         for step in range(start, config.num_steps + 1):

@@ -2,10 +2,10 @@
 
 import sys
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from maskrl_jax import parallel
+from maskrl_jax import command, parallel
 from maskrl_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file, or file:argument", lock_config=True)
@@ -18,41 +18,32 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes, if the c
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "this process' number, if the cluster does not tell")
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Parse the flags, where a bare --dry_run stands for the local devices; bad input is one line, exit 1."""
-    try:
-        rest = flags.FLAGS(["--dry_run=" if arg == "--dry_run" else arg for arg in argv])
-        if len(rest) > 1 or CONFIG.value is None:
-            raise UserError(f"expected --config=<file> and flags only, got {rest[1:]}; see --help")
-        _ = "task" in CONFIG.value  # a file that could not be loaded says so only when it is used
-        return rest
-    except (flags.Error, UserError, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        while error.args and isinstance(error.args[0], Exception):
-            error = error.args[0]
-        # The text of args, since str of an error about a key is a quoted string; of a config that refuses its
-        # argument, the flag gives the traceback.
-        text = str(error.args[0] if error.args else error).rpartition("\nValueError: ")[2]
-        text = f"the config has no key {text}" if isinstance(error, KeyError) else text
-        sys.exit(f"error: {' '.join(text.split())}")
+def check() -> None:
+    """Raise where there is no config, or its file could not be loaded, which it says only when it is used."""
+    if CONFIG.value is None:
+        raise UserError("expected --config=<file>; see --help")
+    _ = "task" in CONFIG.value
 
 
-def main(_: list[str]) -> None:
-    """Run what the flags say; a mistake of the user is one line on stderr and exit code 1."""
-    logging.set_verbosity(logging.WARNING)
-    try:
-        if DISTRIBUTED.value:
-            parallel.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-        from maskrl_jax import dry_run, runner, stored  # late: a mistyped flag need not wait, a cluster is joined first
+def main() -> None:
+    """Run what the flags say."""
+    if DISTRIBUTED.value:
+        parallel.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    from maskrl_jax import dry_run, runner, stored  # late: a mistyped flag need not wait, a cluster is joined first
 
-        runner.compilation_cache(STORE.value)
-        if DRY_RUN.value is not None:
-            dry_run.run(CONFIG.value, runner.phases, DRY_RUN.value)
-            return
-        file = config_flags.get_config_filename(flags.FLAGS["config"])
-        runner.run(CONFIG.value, WORKDIR.value or stored.default_workdir(file), STORE.value)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    runner.compilation_cache(STORE.value)
+    if DRY_RUN.value is not None:
+        dry_run.run(CONFIG.value, runner.phases, DRY_RUN.value)
+        return
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    runner.run(CONFIG.value, WORKDIR.value or stored.default_workdir(file), STORE.value)
+
+
+def cli() -> None:
+    """Run as a program; a bare --dry_run stands for the local devices."""
+    sys.argv = ["--dry_run=" if argument == "--dry_run" else argument for argument in sys.argv]
+    command.run(main, check)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    cli()

@@ -38,6 +38,10 @@ class Axis:
         """Sum over the devices; the identity under sharded, where a sum over rows is global already."""
         return jax.lax.psum(tree, AXIS) if self.mesh is None else tree
 
+    def largest(self, value: jax.Array) -> jax.Array:
+        """Return the maximum over the devices; the identity under sharded."""
+        return jax.lax.pmax(value, AXIS) if self.mesh is None else value
+
     def split(self, tree: Any) -> Any:
         """Keep dim 0 of every array spread over the devices; the identity under pmap."""
         if self.mesh is None:

@@ -1,10 +1,11 @@
 """Sample images from a trained stage: `python -m maskrl_jax.sample --workdir=<dir> --prompt="a red circle"`."""
 
-import sys
+import dataclasses
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 
+from maskrl_jax import command
 from maskrl_jax.errors import UserError
 from maskrl_jax.sampling.maskgit import MODES
 
@@ -16,6 +17,7 @@ DIAL = flags.DEFINE_float("dial", 0.0, "asks a tuned policy for fewer (positive)
 MODE = flags.DEFINE_string("mode", None, f"fixed sampler: {', '.join(MODES)}")
 SCHEDULE = flags.DEFINE_string("schedule", None, "fixed sampler: cosine, arccos, linear or square")
 GUMBEL = flags.DEFINE_float("gumbel", None, "modes confidence, uncertain: noise on the order")
+TEMPERATURE = flags.DEFINE_float("temperature", None, "fixed sampler: divides the logits before a draw")
 GUIDANCE = flags.DEFINE_float("guidance", None, "fixed sampler: guidance scale, 1 is none")
 GUIDANCE_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "fixed sampler: constant, linear or cosine")
 THRESHOLD = flags.DEFINE_float("threshold", None, "modes threshold, uncertain (probability) and entropy (nats)")
@@ -29,22 +31,15 @@ FIXED = {
     "mode": MODE,
     "schedule": SCHEDULE,
     "gumbel": GUMBEL,
+    "temperature": TEMPERATURE,
     "guidance": GUIDANCE,
     "guidance_schedule": GUIDANCE_SCHEDULE,
     "threshold": THRESHOLD,
 }
 
 
-def main(_: list[str]) -> None:
-    """Sample as the flags say; a mistake of the user is one line on stderr and exit code 1."""
-    logging.set_verbosity(logging.WARNING)
-    try:
-        _sample()
-    except (UserError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-def _sample() -> None:
+def main() -> None:
+    """Sample as the flags say."""
     from PIL import Image
 
     from maskrl_jax import runner
@@ -57,7 +52,8 @@ def _sample() -> None:
     studio = stage.studio(context, params)
     prompts = PROMPT.value or studio.dataset.prompts(4, SEED.value)
     cond = studio.dataset.encode(prompts).repeat(NUM_IMAGES.value, axis=0)
-    system, setting = _system(studio)
+    system, setting, words = _system(studio)
+    print(f"{words}, parameters of {context.config.name}")
     made = system.generate(setting, cond, np.arange(len(cond), dtype=np.int32), SEED.value)
     Image.fromarray(image_grid(made.images, columns=NUM_IMAGES.value)).save(OUT.value)
     for row, prompt in enumerate(prompts):
@@ -74,18 +70,21 @@ def _sample() -> None:
 
 
 def _system(studio):
-    """The system that the flags ask for, and its setting."""
+    """The system that the flags ask for, its setting, and what it is in words."""
     asked = {name: flag.value for name, flag in FIXED.items() if flag.value is not None}
     given = _given(studio)
     if studio.tuned is not None and not asked and given is None:
-        return studio.tuned, DIAL.value
+        return studio.tuned, DIAL.value, f"tuned policy at dial {DIAL.value:g}"
     if DIAL.value:
         raise UserError("--dial is for a tuned policy alone; leave it out with flags of the fixed sampler or --image")
     steps = asked.get("num_steps", studio.sampler.num_steps)
     if not 1 <= steps <= studio.engine.num_tokens:
         raise UserError(f"--num_steps={steps} must lie in 1..{studio.engine.num_tokens}, the number of image tokens")
     asked["max_steps"] = max(steps, studio.sampler.max_steps)
-    return studio.fixed(asked, given), steps
+    sampler = dataclasses.replace(studio.sampler, **asked)
+    words = f"fixed sampler: {sampler.mode}, {steps} steps at most, Gumbel {sampler.gumbel:g}, guidance "
+    words += f"{sampler.guidance:g}, temperature {sampler.temperature:g}"
+    return studio.fixed(sampler, given), steps, words
 
 
 def _given(studio):
@@ -108,4 +107,4 @@ def _given(studio):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main, mistakes=(ValueError, OSError))

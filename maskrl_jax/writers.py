@@ -94,33 +94,37 @@ def _drop_after(path, step):
 
 
 class Progress:
-    """Show how far a stage is and how long it will take.
+    """Show how far a stage, or a measurement, is and how long it will take.
 
     A bar on a terminal; elsewhere a line every `every` seconds, so that a log file stays readable.
     """
 
-    def __init__(self, name: str, start: int, total: int, every: float = 15.0):
-        self._name, self._start, self._total, self._every = name, start, total, every
-        self._began = self._told = time.monotonic()
+    def __init__(self, name: str, total: int, start: int = 0, every: float = 15.0):
+        self._name, self._total, self._every = name, total, every
+        self._told = time.monotonic()
+        self._first = None  # step and time of the first update: what comes before it compiles, and tells no pace
         self._bar = None
         self._active = jax.process_index() == 0
         if self._active and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=start, desc=name, dynamic_ncols=True)
 
     def update(self, step: int) -> None:
         """Tell that `step` steps are done."""
+        self._first = self._first or (step, time.monotonic())
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         elif self._active and time.monotonic() - self._told >= self._every:
             self._told = time.monotonic()
-            print(f"{self._name}: step {step}/{self._total}, {self._left(step)} left", flush=True)
+            print(f"{self._name}: {step}/{self._total}{self._left(step)}", flush=True)
 
     def _left(self, step):
-        pace = (time.monotonic() - self._began) / max(step - self._start, 1)
-        seconds = round(pace * (self._total - step))
-        return f"{seconds // 60}:{seconds % 60:02d}"
+        first, began = self._first
+        if step == first:
+            return ""
+        seconds = round((time.monotonic() - began) / (step - first) * (self._total - step))
+        return f", {seconds // 60}:{seconds % 60:02d} left"
 
     def close(self) -> None:
         """End the bar's line."""

@@ -172,7 +172,7 @@ def test_a_parent_without_config_or_checkpoint_is_named(nothing_trains, trained_
 
 def test_a_checkpoint_that_is_not_one_of_a_stage_is_named(nothing_trains, trained_judges, stage, tmp_path):
     workdir = stage(tokenizer.get_config("smoke"), {"weights": jax.numpy.ones(3)})
-    assert "is not one of a stage" in refused(with_tokenizer(workdir), tmp_path)
+    assert "is damaged or not one of a stage" in refused(with_tokenizer(workdir), tmp_path)
 
 
 def test_prompts_are_checked_word_by_word(tmp_path):

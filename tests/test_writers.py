@@ -48,10 +48,10 @@ def test_a_resume_drops_what_follows_again(tmp_path):
 
 
 def test_progress_tells_the_time_left_when_there_is_no_terminal(capsys, monkeypatch):
-    clock = iter([0.0, 10.0, 20.0, 20.0, 20.0])
+    clock = iter([0.0, 10.0, 10.0, 20.0, 20.0, 20.0])
     monkeypatch.setattr("maskrl_jax.writers.time.monotonic", lambda: next(clock))
-    progress = Progress("tokenizer", start=0, total=100, every=15.0)
-    progress.update(10)  # at 10 s: too early for a line
-    progress.update(20)  # at 20 s: one second a step, 80 to go
+    progress = Progress("tokenizer", total=100, every=15.0)
+    progress.update(1)  # at 10 s, which went into compiling: too early for a line
+    progress.update(11)  # at 20 s: one second a step, 89 to go
     progress.close()
-    assert capsys.readouterr().out == "tokenizer: step 20/100, 1:20 left\n"
+    assert capsys.readouterr().out == "tokenizer: 11/100, 1:29 left\n"

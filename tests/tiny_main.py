@@ -6,7 +6,6 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from absl import app  # noqa: E402
 
 from maskrl_jax import loop, main, parallel  # noqa: E402
 
@@ -25,4 +24,4 @@ class Slow(loop.Prefetch):
 if __name__ == "__main__":
     loop.Prefetch = Slow
     parallel.FSDP_MIN_SIZE = 512  # so that tiny arrays are split, too
-    app.run(main.main, flags_parser=main.parse)
+    main.cli()

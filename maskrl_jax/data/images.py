@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, UnidentifiedImageError
 
-from maskrl_jax.data.prepare import prepared
+from maskrl_jax.data.prepare import Records, prepared
 from maskrl_jax.errors import UserError
 
 MEMORY_LIMIT = 256 * 2**20  # bytes of pictures up to which a split is read once and kept
@@ -19,20 +19,19 @@ TRAIN_SHARE = 95  # percent of `train` that stays where a set has no second spli
 class StoredColumn:
     """One feature of a split on disk, read when asked for; indexed like an array."""
 
-    def __init__(self, source, feature: str, convert: Callable):
-        """Keep the data source and what makes an array of the feature's stored value."""
-        self._source, self._feature, self._convert = source, feature, convert
+    def __init__(self, records: Records, feature: str, convert: Callable):
+        """Keep the records and what makes an array of the feature's stored value."""
+        self._records, self._feature, self._convert = records, feature, convert
 
     def __len__(self) -> int:
         """Return the number of samples."""
-        return len(self._source)
+        return len(self._records)
 
     def __getitem__(self, positions):
         """Return one value at an int, or the stacked values at int positions [b]."""
         if np.ndim(positions) == 0:
-            return self._convert(self._source[int(positions)][self._feature])
-        records = self._source.__getitems__([int(i) for i in positions])
-        return np.stack([self._convert(record[self._feature]) for record in records])
+            return self[[positions]][0]
+        return np.stack([self._convert(record[self._feature]) for record in self._records.take(positions)])
 
     def in_memory(self) -> np.ndarray:
         """Return the whole column, read in pieces because the files may be far larger than the result."""
@@ -50,12 +49,12 @@ def load(name: str, split: str, data_dir: str, image_size: int) -> tuple[dict, l
     """
     builder = prepared(lambda: _builder(name, data_dir), name, data_dir)
     image, label = _features(builder.info.features, name)
-    source = builder.as_data_source(_split(builder, split), decoders={image: tfds.decode.SkipDecoding()})
+    records = Records(builder, _split(builder, split), {image: tfds.decode.SkipDecoding()})
     columns = {
-        "image": StoredColumn(source, image, functools.partial(square, size=image_size)),
-        "label": StoredColumn(source, label, np.int32),
+        "image": StoredColumn(records, image, functools.partial(square, size=image_size)),
+        "label": StoredColumn(records, label, np.int32),
     }
-    if len(source) * image_size**2 * 3 <= MEMORY_LIMIT:
+    if len(records) * image_size**2 * 3 <= MEMORY_LIMIT:
         columns = {key: column.in_memory() for key, column in columns.items()}
     return columns | {"cond": columns["label"]}, builder.info.features[label].names
 

@@ -2,10 +2,11 @@
 
 import contextlib
 import fcntl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import tensorflow_datasets as tfds
 from etils import epath
+from google.protobuf import json_format
 
 from maskrl_jax.errors import UserError
 
@@ -15,8 +16,8 @@ def prepared(make_builder: Callable[[], tfds.core.DatasetBuilder], name: str, da
 
     TFDS writes into a directory aside and renames it when complete, so an existing set is a whole set. The
     lock makes a second process wait for the first one's data; the kernel drops it with a killed process,
-    whose leftovers the next one removes. Raises UserError where a package that the set needs is missing, or
-    the disk or the network fails.
+    whose leftovers the next one removes. Raises UserError where a package that the set needs is missing, the
+    disk or the network fails, or what is on disk is damaged.
     """
     try:
         builder = make_builder()
@@ -27,12 +28,45 @@ def prepared(make_builder: Callable[[], tfds.core.DatasetBuilder], name: str, da
             return _write(make_builder())
     except ImportError as error:
         raise UserError(f"data set {name!r} needs a missing package ({error}); choose another set") from None
+    except json_format.ParseError as error:
+        raise _damaged(name, epath.Path(data_dir) / name, error) from None
     except OSError as error:
         raise UserError(f"cannot prepare data set {name!r} in {data_dir} ({error}); check data_dir") from None
 
 
+class Records:
+    """The stored records of a split, read when asked for; UserError where the files are damaged."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, decoders: dict):
+        """Open a split of a prepared set."""
+        self._builder = builder
+        self._source = self._read(lambda: builder.as_data_source(split, decoders=decoders))
+        self._length = self._read(lambda: len(self._source))  # opens the files
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return self._length
+
+    def take(self, positions: Iterable[int]) -> list[dict]:
+        """Return the records at these positions on disk."""
+        return self._read(lambda: self._source.__getitems__([int(i) for i in positions]))
+
+    def _read(self, read: Callable):
+        try:
+            return read()
+        except (RuntimeError, OSError) as error:  # array_record says RuntimeError of a file that it cannot read
+            raise _damaged(self._builder.name, self._builder.data_path, error) from None
+
+
+def _damaged(name: str, path: epath.Path, error: Exception | str) -> UserError:
+    reason = " ".join(str(error).split())[:120]
+    return UserError(f"data set {name!r} in {path} is damaged ({reason}); delete that folder and run again")
+
+
 def _write(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
     if not _whole(builder):
+        if builder.data_path.exists():
+            raise _damaged(builder.name, builder.data_path, "it has no dataset_info.json")
         _remove_leftovers(builder.data_path)
         tfds.disable_progress_bar()
         builder.download_and_prepare()

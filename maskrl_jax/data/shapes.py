@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from maskrl_jax.data import scenes
-from maskrl_jax.data.prepare import prepared
+from maskrl_jax.data.prepare import Records, prepared
 
 SPLIT_SIZES = {"train": 24_000, "validation": 2_048}
 SEED = 0
@@ -75,8 +75,8 @@ def load(split: str, data_dir: str) -> dict[str, np.ndarray]:
         return Shapes(data_dir=data_dir, file_format="array_record")
 
     decoders = {"image": tfds.decode.SkipDecoding()}
-    source = prepared(make, "shapes", data_dir).as_data_source(split, decoders=decoders)
-    records = sorted(source.__getitems__(range(len(source))), key=lambda record: record["index"])
+    stored = Records(prepared(make, "shapes", data_dir), split, decoders)
+    records = sorted(stored.take(range(len(stored))), key=lambda record: record["index"])
     columns = {
         "image": np.stack([np.asarray(Image.open(io.BytesIO(record["image"]))) for record in records]),
         "caption": np.array([record["caption"].decode() for record in records]),

@@ -2,10 +2,10 @@
 
 import dataclasses
 import os
-import sys
 
-from absl import app, flags, logging
+from absl import flags
 
+from maskrl_jax import command
 from maskrl_jax.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "finished run of a maskgit or speed_rl stage", required=True)
@@ -17,31 +17,27 @@ OUT = flags.DEFINE_string("out", None, "new folder for the report; by default th
 DIALS = flags.DEFINE_list("dials", None, "speed dials of the tuned curve")
 
 
-def main(_: list[str]) -> None:
-    """Evaluate as the flags say; a mistake of the user is one line on stderr and exit code 1."""
+def main() -> None:
+    """Evaluate as the flags say."""
     from maskrl_jax import runner, stored
 
-    logging.set_verbosity(logging.WARNING)
-    try:
-        overrides = {flag.name: flag.value for flag in (PROMPTS, GROUP, SEED) if flag.value is not None}
-        overrides |= {
-            flag.name: tuple(kind(number) for number in flag.value)
-            for flag, kind in ((STEPS, int), (DIALS, float))
-            if flag.value
-        }
-        context, params = runner.open_workdir(WORKDIR.value)
-        if "evaluation" not in context.config:
-            raise UserError(f"{WORKDIR.value} holds a {context.config.task!r} stage, which makes no images")
-        if not stored.is_finished(WORKDIR.value):
-            raise UserError(f"{WORKDIR.value} is not trained to its end; run its training command again")
-        context.config.evaluation.update(overrides)
-        out = OUT.value or stored.next_evaluation(WORKDIR.value)
-        if os.path.exists(out):
-            raise UserError(f"--out {out} exists already; name a new folder")
-        runner.build(dataclasses.replace(context, out=out)).report(params)
-    except (UserError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    overrides = {flag.name: flag.value for flag in (PROMPTS, GROUP, SEED) if flag.value is not None}
+    overrides |= {
+        flag.name: tuple(kind(number) for number in flag.value)
+        for flag, kind in ((STEPS, int), (DIALS, float))
+        if flag.value
+    }
+    context, params = runner.open_workdir(WORKDIR.value)
+    if "evaluation" not in context.config:
+        raise UserError(f"{WORKDIR.value} holds a {context.config.task!r} stage, which makes no images")
+    if not stored.is_finished(WORKDIR.value):
+        raise UserError(f"{WORKDIR.value} is not trained to its end; run its training command again")
+    context.config.evaluation.update(overrides)
+    out = OUT.value or stored.next_evaluation(WORKDIR.value)
+    if os.path.exists(out):
+        raise UserError(f"--out {out} exists already; name a new folder")
+    runner.build(dataclasses.replace(context, out=out)).report(params)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main, mistakes=(ValueError,))

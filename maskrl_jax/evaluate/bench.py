@@ -1,6 +1,8 @@
 """What every generator stage measures: a glance while it trains, a curve and a report at its end."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -125,8 +127,11 @@ class Bench:
             return read_sampler(self.workdir, sampler)
         protocol = self.protocol(s.tune_prompts, group=2, seed=s.seed + 1, held_out=False)
         rows, chosen = [], dataclasses.replace(sampler, num_steps=s.reference)
+        tries = sum(len(getattr(s, f"tune_{name}")) for name in TUNED)
+        progress, done = writers.Progress("tuning the base's sampler", tries), itertools.count(1)
         for name in TUNED:
             for value in getattr(s, f"tune_{name}"):
+                progress.update(next(done))
                 tried = dataclasses.replace(chosen, **{name: value})
                 settings = {other: getattr(tried, other) for other in TUNED}
                 if any(settings.items() <= row.items() for row in rows):
@@ -138,6 +143,7 @@ class Bench:
             near = [row for row in rows if row[quality] >= least]
             row = min(near, key=lambda row: row[f"eval/fd_judge@{s.reference}"])
             chosen = dataclasses.replace(chosen, **{other: row[other] for other in TUNED})
+        progress.close()
         if jax.process_index() == 0:
             found = {"reference": s.reference, "sampler": dataclasses.asdict(chosen), "tried": rows}
             stored.write(str(path), json.dumps(found, indent=1) + "\n")
@@ -147,22 +153,22 @@ class Bench:
         """The points of one system's curve; those of a system with an identity are measured once for all runs."""
         s = self.settings
         protocol = self.protocol(s.prompts, keep=s.keep)
-
-        def point(setting):
-            return measure.measure(system, setting, protocol, self.scorer)
-
-        if not system.identity:
-            return [point(setting) for setting in settings]
         held_equal = measured.identity(
             dataclasses.asdict(protocol), self.scorer.identity, system.name, system.label, system.identity
         )
-        points = []
-        for setting in settings:
+
+        def point(setting):
+            made = functools.partial(measure.measure, system, setting, protocol, self.scorer)
+            if not system.identity:
+                return made()
             key = measured.identity(held_equal, setting)
-            packed = measured.once(
-                self.measured_dir, system.name, key, lambda setting=setting: measure.pack(point(setting))
-            )
-            points.append(measure.unpack(packed))
+            return measure.unpack(measured.once(self.measured_dir, system.name, key, lambda: measure.pack(made())))
+
+        progress, points = writers.Progress(f"measuring {system.label}", len(settings)), []
+        for setting in settings:
+            points.append(point(setting))
+            progress.update(len(points))
+        progress.close()
         return points
 
     def criteria(self) -> curve.Criteria:

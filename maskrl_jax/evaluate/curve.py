@@ -60,6 +60,7 @@ class Equality:
     criteria: Criteria
     table: tuple[Comparison, ...]  # by rising mean calls
     best: Comparison | None
+    bounds: tuple[float, float]  # of T*, 95 %; infinite where no measured setting qualifies
 
     @property
     def speedup(self) -> float | None:
@@ -120,13 +121,17 @@ def _unmet(criteria, differences, frechet_ratio, diversity_ratio) -> tuple[str, 
         for metric, margin in criteria.margins.items()
         if differences[metric].low < -margin
     ]
-    if criteria.frechet_ratio and (frechet_ratio is None or frechet_ratio > criteria.frechet_ratio):
+    if not _frechet_holds(criteria, frechet_ratio):
         found = "unknown" if frechet_ratio is None else f"×{frechet_ratio:.2f}"
         failed.append(f"Fréchet distance {found} > ×{criteria.frechet_ratio:.2f}")
     if criteria.diversity_ratio and (diversity_ratio is None or diversity_ratio.mean < criteria.diversity_ratio):
         found = "unknown" if diversity_ratio is None else f"×{diversity_ratio.mean:.2f}"
         failed.append(f"diversity {found} < ×{criteria.diversity_ratio:.2f}")
     return tuple(failed)
+
+
+def _frechet_holds(criteria: Criteria, ratio: float | None) -> bool:
+    return not criteria.frechet_ratio or (ratio is not None and ratio <= criteria.frechet_ratio)
 
 
 def compare(points: Sequence[Point], references: Sequence[Point], criteria: Criteria) -> Comparison:
@@ -171,8 +176,8 @@ def first_equal(points: Sequence[Point], references: Sequence[Point], criteria: 
     T* is the smallest mean number of calls at which every condition holds. It is picked among the measured
     settings on the same prompts that judge it, so with many settings it is a little optimistic.
     """
-    table = [compare(group, references, criteria) for group in by_setting(points).values()]
-    table.sort(key=lambda row: row.calls_mean)
+    groups = sorted(by_setting(points).values(), key=mean_calls)
+    table = [compare(group, references, criteria) for group in groups]
     return Equality(
         reference_system=references[0].system,
         reference_label=references[0].label,
@@ -180,7 +185,37 @@ def first_equal(points: Sequence[Point], references: Sequence[Point], criteria: 
         criteria=criteria,
         table=tuple(table),
         best=next((row for row in table if row.equal), None),
+        bounds=_fewest_calls_bounds(groups, references, table, criteria),
     )
+
+
+def _fewest_calls_bounds(groups, references, table, criteria) -> tuple[float, float]:
+    """Return 95 % bounds of T*: the same test on every draw of prompts (and seeds), paired over all settings.
+
+    A draw has no bootstrap bounds of its own, so each keeps the distance between mean and lower bound of the whole
+    sample. The Frechet distance is a number of the whole set and enters as measured. Our choice.
+    """
+    fewest_R = np.full(bootstrap.RESAMPLES, np.inf)
+    for points, row in zip(groups, table, strict=True):
+        paired = _references_of(points, references)
+        passed_R = np.full(bootstrap.RESAMPLES, _frechet_holds(criteria, row.frechet_ratio))
+        for metric, margin in criteria.margins.items():
+            found = row.differences[metric]
+            passed_R &= _drawn(points, metric) - _drawn(paired, metric) - (found.mean - found.low) >= -margin
+        if criteria.diversity_ratio and row.diversity_ratio is not None:
+            passed_R &= _drawn(points, "diversity") >= criteria.diversity_ratio * _drawn(paired, "diversity")
+        elif criteria.diversity_ratio:
+            passed_R[:] = False
+        fewest_R = np.where(passed_R, np.minimum(fewest_R, _drawn(points, "calls")), fewest_R)
+    tail = (1 - bootstrap.LEVEL) / 2
+    # Of measured values, since there is none between a setting that qualifies and infinity.
+    low, high = np.quantile(fewest_R, [tail, 1 - tail], method="inverted_cdf")
+    return float(low), float(high)
+
+
+def _drawn(points: Sequence[Point], metric: str) -> np.ndarray:
+    """Return the mean of a metric in every bootstrap draw, [R]."""
+    return bootstrap.replicate_means(np.stack([point.per_prompt(metric) for point in points]))
 
 
 def of_the_verdict(equality: Equality) -> Comparison:
@@ -192,6 +227,12 @@ def of_the_verdict(equality: Equality) -> Comparison:
         equality.table,
         key=lambda row: min((row.differences[m].low + d for m, d in margins.items()), default=0),
     )
+
+
+def fewest_calls(equality: Equality) -> str:
+    """Write T* with its bounds; "none" stands for more calls than were measured. Not for a curve without T*."""
+    low, high = (f"{bound:.1f}" if np.isfinite(bound) else "none" for bound in equality.bounds)
+    return f"{equality.best.calls_mean:.1f} mean calls [{low}, {high}]"
 
 
 def evidence(row: Comparison, deciding: Mapping[str, float]) -> str:
@@ -219,7 +260,7 @@ def verdict(equality: Equality, goal: float) -> str:
     best, speedup = equality.best, equality.speedup
     lower = [name for name in HEADLINE if name in best.differences and best.differences[name].high < 0]
     return (
-        f"{'Reached' if speedup >= goal else 'Not reached'}: {target}. With {best.calls_mean:.1f} mean calls "
+        f"{'Reached' if speedup >= goal else 'Not reached'}: {target}. With {fewest_calls(equality)} "
         f"{best.label} equals {reference} within the margins, a factor of {speedup:.2f} "
         f"(differences with 95 % bounds: {evidence(best, equality.criteria.margins)})."
         + (f" Measurably lower nevertheless: {', '.join(lower)}." if lower else "")

@@ -130,7 +130,8 @@ def commit_order(
         drawn = heat.imshow(order, cmap=colours, vmin=0.5, vmax=max(calls) + 0.5, interpolation="nearest")
         heat.set_title("call of each token", fontsize=7.5, fontweight="normal", loc="center", pad=3)
         _name_row(grid[place, 0], captions[place], width=16)
-    bar = figure.colorbar(drawn, ax=grid[:, -1].tolist(), shrink=0.8, aspect=16 * len(images) ** 0.5, pad=0.04)
+    # Beside the whole grid: beside its last column alone it would take room from that, and its titles would overlap.
+    bar = figure.colorbar(drawn, ax=grid, shrink=0.8, aspect=16 * len(images) ** 0.5, pad=0.02)
     bar.ax.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7)

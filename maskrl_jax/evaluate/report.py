@@ -16,6 +16,8 @@ from maskrl_jax.evaluate.illustrate import Illustration
 from maskrl_jax.evaluate.measure import Point
 from maskrl_jax.evaluate.timing import Timing
 
+FEW_SAMPLES = 100  # fewer make no claim: bounds of a tenth, a distance between 64 features that is all noise
+
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
@@ -32,6 +34,7 @@ class Findings:
     held_out: Sequence[str] = ()  # measures and prompts that it did not
     notes: Sequence[str] = ()  # deviations and caveats, a sentence each
     timings: Sequence[Timing] = ()
+    clock_note: str = ""  # what else than calls the clock counts, a sentence
     illustrations: Sequence[Illustration] = ()
 
 
@@ -103,10 +106,10 @@ def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
     if base.best is None:
         untuned = "The untuned base passes the same test at no measured setting."
     else:
-        untuned = f"The untuned base passes the same test from {base.best.calls_mean:.1f} calls on."
+        untuned = f"The untuned base passes the same test from {curve.fewest_calls(base)} on."
     others = [
         f"The {equality.table[0].label} passes it "
-        + ("at no measured setting." if equality.best is None else f"from {equality.best.calls_mean:.1f} calls on.")
+        + ("at no measured setting." if equality.best is None else f"from {curve.fewest_calls(equality)} on.")
         + _beside(findings, own, system)
         for system, equality in found.items()
         if system not in (findings.reference[0].system, findings.tuned)
@@ -114,8 +117,13 @@ def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
     clock = [f"{timing.speedup.median:.2f}× at batch {timing.batch_size}" for timing in findings.timings]
     measured = "The clock was not measured."
     if clock:
-        measured = f"Measured on the clock, where both branches of guidance count: {', '.join(clock)}."
-    return " ".join([f"**{curve.verdict(own, findings.goal)}**", untuned, *others, measured, runs])
+        measured = f"Measured on the clock: {', '.join(clock)}."
+    verdict = f"**{curve.verdict(own, findings.goal)}**"
+    return _sentences(_warning(findings), verdict, untuned, *others, measured, findings.clock_note, runs)
+
+
+def _sentences(*parts: str) -> str:
+    return " ".join(filter(None, parts))
 
 
 def _beside(findings: Findings, own: curve.Equality, system: str) -> str:
@@ -132,6 +140,12 @@ def _beside(findings: Findings, own: curve.Equality, system: str) -> str:
     )
 
 
+def _warning(findings: Findings) -> str:
+    """Say so where a report is too small to be read, else ""."""
+    samples = findings.reference[0].num_prompts * findings.reference[0].group
+    return f"**{samples} samples a setting show that everything runs, and nothing else.**" * (samples < FEW_SAMPLES)
+
+
 def _base_headline(findings: Findings) -> str:
     """Return the headline scores at the reference and at the fewest calls measured."""
     label = findings.reference[0].label
@@ -145,7 +159,7 @@ def _base_headline(findings: Findings) -> str:
     for group in groups:
         scores = ", ".join(f"{name} {curve.interval_over_seeds(group, name)}" for name in names)
         parts.append(f"{scores} at {curve.mean_calls(group):.1f} calls")
-    return f"**{label}: {'; '.join(parts)}.** No tuned model is part of this run."
+    return _sentences(_warning(findings), f"**{label}: {'; '.join(parts)}.** No tuned model is part of this run.")
 
 
 def _protocol(findings: Findings, facts: Mapping[str, str]) -> str:
@@ -154,7 +168,7 @@ def _protocol(findings: Findings, facts: Mapping[str, str]) -> str:
     over = "prompts and seeds" if len(seeds) > 1 else "prompts"
     lines = {
         "config": f"`{findings.config}`",
-        "seeds": ", ".join(map(str, seeds)),
+        "seeds of sampling": ", ".join(map(str, seeds)),
         "samples": f"{point.num_prompts} prompts × {point.group} samples at every setting, the same prompts "
         "and sampling keys for all systems",
         "bounds": f"{100 * bootstrap.LEVEL:.0f} % percentile bootstrap over {over}, {bootstrap.RESAMPLES} "
@@ -173,7 +187,10 @@ def _criteria(criteria: curve.Criteria) -> str:
     if criteria.diversity_ratio:
         parts.append(f"within-prompt diversity is at least {criteria.diversity_ratio:g} × (point value)")
     rule = f"Equal quality means, for all of: {'; '.join(parts)}."
-    return f"{rule} The setting is chosen on the prompts that judge it."
+    return (
+        f"{rule} The setting is chosen on the prompts that judge it. Bounds of the fewest calls: the same test on every "
+        "draw of the prompts, the Fréchet ratio as measured."
+    )
 
 
 def _tuned_sections(findings: Findings, found: Mapping[str, curve.Equality]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,9 +40,8 @@ class Studio:
         """The fixed sampler's program, compiled once for all settings of a mode."""
         return fixed_program(self.engine)
 
-    def fixed(self, changes: Mapping[str, Any], given: np.ndarray | None = None) -> System:
-        """The fixed sampler with some settings changed; `given` int32 [N] are tokens to keep."""
-        sampler = dataclasses.replace(self.sampler, **changes)
+    def fixed(self, sampler: SamplerConfig, given: np.ndarray | None = None) -> System:
+        """The network under a fixed sampler; `given` int32 [N] are tokens to keep."""
         return fixed_system(self.engine, self.program, self.params, sampler, "fixed", "fixed sampler", given)
 
     def inpainting(self, picture: np.ndarray, box: list[int]) -> np.ndarray:

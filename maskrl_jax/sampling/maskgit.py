@@ -38,6 +38,12 @@ class SamplerConfig:
             raise ValueError(f"num_steps {self.num_steps} must lie in 1..max_steps ({self.max_steps}), below {GIVEN}")
         if self.temperature <= 0:
             raise ValueError(f"temperature {self.temperature} must be positive")
+        if self.gumbel < 0:
+            raise ValueError(f"gumbel {self.gumbel} is a noise scale; it must be at least 0")
+        if self.mode in ("threshold", "uncertain") and not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold {self.threshold} of mode {self.mode} is a probability; it must lie in (0, 1]")
+        if self.mode == "entropy" and self.threshold < 0:
+            raise ValueError(f"threshold {self.threshold} of mode entropy is in nats; it must be at least 0")
 
 
 class Plan(flax.struct.PyTreeNode):

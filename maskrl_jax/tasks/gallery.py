@@ -78,6 +78,13 @@ class Gallery:
         match = f"energy distance to pictures of the training set, {size} block means, x {weight:g} (against collapse)"
         return (*rewards, match) if weight else rewards
 
+    def _clock_note(self) -> str:
+        """Say where guidance costs one side alone a second forward."""
+        forwards = [2 if sampler.guidance != 1 else 1 for sampler in (self.sampler, self.wiring.policy)]
+        if forwards == [2, 1]:
+            return "A call of the base takes two forwards (guidance), one of the policy a single one: a part of this."
+        return "A call of the policy takes two forwards (guidance), one of the base one." * (forwards == [1, 2])
+
     def report(self, params: Any) -> None:
         """Curves of base and tuned, T*, timing, figures, report.md."""
         bench, config, policy = self.bench, self.config, self.wiring.policy
@@ -106,6 +113,7 @@ class Gallery:
             ),
             notes=NOTES[policy.kind] + tuning_notes(self.context.parents["maskgit"].workdir, bench.settings.reference),
             timings=timings,
+            clock_note=self._clock_note(),
         )
         facts = {
             "base sampler": f"{self.sampler.mode}, {_settings(self.sampler.gumbel, self.sampler)}, "

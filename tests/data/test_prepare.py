@@ -50,3 +50,16 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot prepare data set 'shapes' in"):
         shapes.load("train", str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("file", ["shapes-train.array_record*", "dataset_info.json"])
+@pytest.mark.parametrize("length", [50, None])  # cut to so many bytes; gone
+def test_damaged_files_are_named_with_what_to_do(tmp_path, monkeypatch, file, length):
+    monkeypatch.setattr(shapes, "SPLIT_SIZES", {"train": 20, "validation": 8})
+    shapes.load("train", str(tmp_path))
+    shapes.load.cache_clear()
+    (path,) = (tmp_path / "shapes").rglob(file)
+    path.unlink() if length is None else os.truncate(path, length)
+    with pytest.raises(UserError, match=r"'shapes' in .*shapes.* is damaged \(.*\); delete that folder") as error:
+        shapes.load("train", str(tmp_path))
+    assert "\n" not in str(error.value)

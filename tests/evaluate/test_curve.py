@@ -21,7 +21,7 @@ def test_first_equal_is_the_fewest_calls_within_the_margin(make_point):
     assert [row.equal for row in found.table] == [False, True, True]
     assert found.table[0].differences["graded"].low == pytest.approx(-0.3)
     text = curve.verdict(found, 3.0)
-    assert text.startswith("Reached: ") and "With 4.0 mean calls tuned equals base at 16.0 calls" in text
+    assert text.startswith("Reached: ") and "With 4.0 mean calls [4.0, 4.0] tuned equals base at 16.0 calls" in text
     # By less than the margin, but surely.
     assert text.endswith("Measurably lower nevertheless: graded.")
     assert "graded -0.019 [-0.019, -0.019]" in text
@@ -32,6 +32,20 @@ def test_goal_that_is_missed_is_said_to_be_missed(make_point):
     assert found.speedup == 2.0
     assert curve.verdict(found, 3.0).startswith("Not reached: ")
     assert curve.verdict(found, 2.0).startswith("Reached: equal quality in 2× fewer calls")
+
+
+def test_bounds_of_the_fewest_calls(make_point):
+    # At 4 calls the lower bound lies about on the margin, so half of the draws fail there and need 8 calls.
+    noise = np.tile([0.2, -0.2], 15)
+    close = 0.0716 - 0.02
+    points = [make_point("tuned", 4, 4, BASE + noise + close), make_point("tuned", 8, 8, BASE)]
+    found = curve.first_equal(points, [make_point("base", 16, 16, BASE)], CRITERIA)
+    assert found.bounds == pytest.approx((4.0, 8.0))
+    # Without the second setting half of the draws have none at all; a distance too large fails in every draw.
+    alone = curve.first_equal(points[:1], [make_point("base", 16, 16, BASE)], CRITERIA)
+    assert alone.bounds == pytest.approx((4.0, np.inf))
+    far = [make_point("tuned", 4, 4, BASE, frechet=20.0), points[1]]
+    assert curve.first_equal(far, [make_point("base", 16, 16, BASE)], CRITERIA).bounds == pytest.approx((8.0, 8.0))
 
 
 def test_none_qualifies(make_point):

@@ -57,9 +57,17 @@ def test_report_of_a_tuned_model(systems, protocol, scorer, tmp_path):
     assert {"command", "commit", "machine", "data"} <= set(plain["facts"])
 
 
+def test_few_samples_are_called_few(make_point, tmp_path):
+    base = [make_point("base", 16, 16, np.full(20, 0.9))]  # 40 samples
+    text = report.write(tmp_path, report.Findings("t", "c", base, base, CRITERIA)).read_text()
+    assert text.split("\n\n")[1].startswith(
+        "**40 samples a setting show that everything runs, and nothing else.** **base"
+    )
+
+
 def test_a_run_that_fails_says_so_first(make_point, tmp_path):
-    base = [make_point("base", 16, 16, np.full(20, 0.9))]
-    tuned = [make_point("adaptive", 5, 5, np.full(20, 0.8))]
+    base = [make_point("base", 16, 16, np.full(50, 0.9))]
+    tuned = [make_point("adaptive", 5, 5, np.full(50, 0.8))]
     findings = report.Findings("t", "c", base + tuned, base, CRITERIA, tuned="adaptive")
     text = report.write(tmp_path, findings).read_text()
     assert text.split("\n\n")[1].startswith("**Not reached: equal quality in 3× fewer calls. No measured")
@@ -68,7 +76,10 @@ def test_a_run_that_fails_says_so_first(make_point, tmp_path):
 
 @pytest.mark.parametrize(
     ("graded", "sentence"),
-    [(0.9, "The untrained passes it from 7.0 calls on."), (0.8, "The untrained passes it at no measured setting.")],
+    [
+        (0.9, "The untrained passes it from 7.0 mean calls [7.0, 7.0] on."),
+        (0.8, "The untrained passes it at no measured setting."),
+    ],
 )
 def test_the_headline_says_what_needs_no_training(make_point, tmp_path, graded, sentence):
     base = [make_point("base", 16, 16, np.full(20, 0.9))]

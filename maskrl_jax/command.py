@@ -1,0 +1,55 @@
+"""What the commands share: their flags, quiet libraries, and a user's mistake told in one line with exit code 1."""
+
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from maskrl_jax.errors import UserError
+
+# What a mistyped flag or a config file that cannot be read raises.
+MISTYPED = (flags.Error, UserError, AttributeError, ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError)
+
+
+def run(
+    work: Callable[[], None], check: Callable[[], None] = lambda: None, mistakes: tuple[type[Exception], ...] = ()
+) -> None:
+    """Parse the flags, `check` them, and call `work`.
+
+    A UserError, and of `work` also what is in `mistakes`, is one line on stderr.
+    """
+
+    def main(_: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            work()
+        except (UserError, *mistakes) as error:
+            sys.exit(f"error: {_reason(error)}")
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+            if len(rest) > 1:
+                raise UserError(f"expected flags only, got {' '.join(rest[1:])!r}; see --help")
+            check()
+            return rest
+        except MISTYPED as error:
+            sys.exit(f"error: {_reason(error)}")
+
+    app.run(main, flags_parser=parse)
+
+
+def _reason(error: Exception) -> str:
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {error.msg}"
+    # The text of args, since str of an error about a key is a quoted string.
+    text = str(error.args[0] if error.args else error)
+    # A config that refuses its argument, or is no file, comes wrapped in the flag's own story.
+    text = re.split(r"\nValueError: |\[Errno \d+\] ", text)[-1]
+    text = f"the config has no key {text}" if isinstance(error, KeyError) else text
+    return " ".join(text.split())
