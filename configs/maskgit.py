@@ -45,7 +45,7 @@ def get_config(arg: str = ""):
             "guidance": 1.7,
             "guidance_schedule": "constant",
         },
-        evaluation=evaluation(arg),
+        evaluation={**evaluation(arg), **tuning(arg)},
     )
 
 
@@ -57,31 +57,33 @@ def model(small: bool = False) -> dict:
 
 
 def evaluation(arg: str = "") -> dict:
-    """How much a base model's report measures."""
+    """How much a report measures, of a base model and of what is tuned on it."""
     if arg.endswith("smoke"):
-        return {
-            "prompts": 8,
-            "group": 2,
-            "batch_size": 16,
-            "steps": (2, 4),
-            "glance_prompts": 8,
-            "glance_steps": 4,
-            "tune_prompts": 8,
-            "tune_gumbel": (4.0,),
-            "tune_guidance": (1.0,),
-            "tune_temperature": (1.0,),
-            "timing_repeats": 0,
-            "keep": 4,
-        }
+        return {"prompts": 8, "group": 2, "batch_size": 16, "steps": (2, 4), "glance_prompts": 8, "keep": 4}
     return {
         "prompts": 192,  # of shapes about all that are held out
         "group": 4 if arg == "full" else 2,
         "batch_size": 64,
         "steps": (4, 6, 8, 12, 16, 24) if arg == "full" else (6, 8, 12, 24),
+        "glance_prompts": 32,
+        "keep": 8,
+    }
+
+
+def tuning(arg: str = "") -> dict:
+    """How the base's own sampler is searched, and the steps of a glance while it trains."""
+    if arg.endswith("smoke"):
+        return {
+            "glance_steps": 4,
+            "tune_prompts": 8,
+            "tune_gumbel": (4.0,),
+            "tune_guidance": (1.0,),
+            "tune_temperature": (1.0,),
+        }
+    return {
         "glance_steps": 24,
         "tune_prompts": 64,
         "tune_gumbel": (0.25, 0.5, 1.0, 2.0),
         "tune_guidance": (1.0, 1.3, 1.7, 2.2),
         "tune_temperature": (1.0, 0.7, 0.5, 0.35),
-        "timing_repeats": 5 if arg == "full" else 3,
     }

@@ -22,7 +22,7 @@ def get_config(arg: str = ""):
 def embedded(arg: str):
     """The embedded task: T_ref 24, at most 24 calls."""
     smoke, steps = arg == "smoke", STEPS[arg]
-    base = maskgit.get_config({"": "", "full": "full", "smoke": "smoke"}[arg])
+    base = maskgit.get_config(arg)
     return sizes.run(
         "speed_rl",
         "configs/speed_rl.py" + (f":{arg}" if arg else ""),
@@ -141,14 +141,14 @@ def optimizer(arg: str, steps: int) -> dict:
 
 
 def evaluation(arg: str) -> dict:
-    """How much the report measures."""
-    if arg == "smoke":
-        return {**maskgit.evaluation("smoke"), "dials": (0.0,)}
+    """How much the report measures: as of the base, whose curve is then measured once."""
+    full, smoke = arg == "full", arg == "smoke"
+    dials = (0.0,) if smoke else (-1.0, -0.5, 0.0, 0.5, 1.0)
     return {
-        **maskgit.evaluation(arg),  # as the base, whose curve is then measured once
-        "dials": (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0) if arg == "full" else (-1.0, -0.5, 0.0, 0.5, 1.0),
-        "goal": 3.0 if arg == "full" else 2.0,
-        "glance_prompts": 32,
+        **maskgit.evaluation(arg),
+        "dials": (-2.0, *dials) if full else dials,
+        "goal": 3.0 if full else 2.0,
+        "timing_repeats": 0 if smoke else 5 if full else 3,
     }
 
 

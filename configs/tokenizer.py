@@ -3,6 +3,8 @@
 python -m maskrl_jax.main --config=configs/tokenizer.py          # shapes, about half a minute on two cores
 python -m maskrl_jax.main --config=configs/tokenizer.py:digits   # scikit-learn's handwritten digits
 python -m maskrl_jax.main --config=configs/tokenizer.py:tfds-cifar10   # or any other TFDS set of labelled images
+
+Expected of shapes: 35.7 dB, and the exact verifier finds every reconstruction right.
 """
 
 from configs import sizes

@@ -13,9 +13,13 @@ find_python() {
   return 1
 }
 
-if [ ! -x .venv/bin/python ]; then
+# pip comes last, so a venv that was interrupted, or made where Python's venv package is missing, has none.
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   python=$(find_python)
-  "$python" -m venv .venv
+  "$python" -m venv --clear .venv || {
+    echo "error: $python cannot make a virtual environment; on Debian and Ubuntu install python3-venv" >&2
+    exit 1
+  }
 fi
 # The stamp is a copy of what was installed: a killed install leaves none, a changed file differs.
 if ! cmp -s requirements.txt .venv/requirements.stamp; then

@@ -6,7 +6,6 @@ Order of one step: evaluate the state as it is, save it, take the next batch, up
 
 import contextlib
 import functools
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,10 +19,9 @@ from maskrl_jax.checkpoint import Checkpoints
 from maskrl_jax.errors import UserError
 from maskrl_jax.interruption import Interruption
 from maskrl_jax.parallel import Parallel
-from maskrl_jax.writers import Progress, Writer, read_metrics
+from maskrl_jax.writers import Profile, Progress, Writer, read_metrics
 
 EVAL_TIME = "perf/eval_time"
-PROFILE, PROFILED_STEPS = "profile", 3
 
 
 def train(task: Any, config: ConfigDict, workdir: str, parallel: Parallel) -> Any:
@@ -116,28 +114,6 @@ class Prefetch:
     def close(self) -> None:
         """Drop what is not begun."""
         self._pool.shutdown(cancel_futures=True)
-
-
-class Profile:
-    """Trace a few steps, from step `at` on, into `<workdir>/profile`, for TensorBoard's profiler; 0: none."""
-
-    def __init__(self, workdir: str, at: int):
-        self._folder, self._at, self._running = os.path.join(workdir, PROFILE), at, False
-
-    def reach(self, step: int, state: Any) -> None:
-        """Begin or end the trace if this step asks for it; waits for `state` at both ends."""
-        if self._at and step in (self._at, self._at + PROFILED_STEPS):
-            jax.block_until_ready(state)
-            self.close()
-            if step == self._at:
-                jax.profiler.start_trace(self._folder)
-                self._running = True
-
-    def close(self) -> None:
-        """End the trace if it is running."""
-        if self._running:
-            jax.profiler.stop_trace()
-        self._running = False
 
 
 class Log:

@@ -33,6 +33,7 @@ def main() -> None:
 
     runner.compilation_cache(STORE.value)
     if DRY_RUN.value is not None:
+        runner.check_keys(CONFIG.value)
         dry_run.run(CONFIG.value, runner.phases, DRY_RUN.value)
         return
     file = config_flags.get_config_filename(flags.FLAGS["config"])

@@ -5,10 +5,13 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import time
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from maskrl_jax import checkpoint, dry_run, loop, stored
@@ -83,18 +86,25 @@ def _ready(name, wanted, workdir):
         raise UserError(
             f"init.{name}={workdir} holds a {found.get('task')!r} stage; point it to a {wanted.task!r} stage"
         )
+    if not stored.is_finished(workdir):
+        raise UserError(f"init.{name}={workdir} is not trained to its end; run its training command again")
     return found
 
 
 def _stage(config, workdir, store, seconds):
     """Train a stage in workdir unless that is done."""
     name = f"{config.task} ({workdir})"
-    if stored.is_done(config, workdir):
+    if _agreed(stored.is_done(config, workdir)):
         seconds.setdefault(name, 0.0)
+        other = [line for key, line in stored.changes(config, workdir).items() if key.startswith("evaluation.")]
+        if other and jax.process_index() == 0:
+            print(
+                f"{workdir} is finished and not measured again; its report has another {'; '.join(other)}", flush=True
+            )
         return
     trained = parents(config, store, seconds)
     with stored.lock(workdir):
-        if stored.is_done(config, workdir):  # by the run that held the lock
+        if _agreed(stored.is_done(config, workdir)):  # by the run that held the lock
             return
         began = time.monotonic()
         if jax.process_index() == 0:
@@ -103,20 +113,26 @@ def _stage(config, workdir, store, seconds):
             stored.write(
                 os.path.join(workdir, stored.CONFIG), json.dumps(stored.plain(config), indent=1, sort_keys=True)
             )
-            # Relative, so that a folder of runs can be moved as a whole.
-            places = {name: os.path.relpath(parent.workdir, workdir) for name, parent in trained.items()}
-            store_place = os.path.relpath(store, workdir)
-            stored.write(
-                os.path.join(workdir, stored.PARENTS), json.dumps({"parents": places, "store": store_place}, indent=1)
-            )
+            stored.write_places(workdir, {name: parent.workdir for name, parent in trained.items()}, store)
         context = _context(config, trained, workdir, store)
         task = dataclasses.replace(build(context), peak_seconds=_peak_seconds(config, context.parallel))
         try:
             loop.train(task, context.config, workdir, context.parallel)
         finally:
             seconds[name] = time.monotonic() - began
+        trained_id = _trained_id(workdir)
         if jax.process_index() == 0:
-            stored.write(os.path.join(workdir, stored.DONE), str(config.num_steps))
+            stored.finish(workdir, config.num_steps, trained_id)
+
+
+def _trained_id(workdir: str) -> str:
+    """Identify what stages above would start from."""
+    return measured.identity(*checkpoint.load_params(workdir))
+
+
+def _agreed(answer: bool) -> bool:
+    """Process 0's answer: what is on a disk need not look the same to all processes, but they must go one way."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
 
 
 def _peak_seconds(config, parallel):
@@ -153,7 +169,8 @@ def build(context: Context) -> Any:
 def phases(config: ConfigDict, parallel: Parallel) -> list[Phase]:
     """Return what a stage compiles, with abstract arguments; UserError for settings that cannot be."""
     # Nothing but the config goes in: a key that is missing or misspelt in one's own file ends here too.
-    with _settings_of_the_user(config, (ValueError, TypeError, AttributeError, KeyError)):
+    kinds = (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, re.error)
+    with _settings_of_the_user(config, kinds):
         return task_module(config).phases(config, parallel)
 
 
@@ -183,35 +200,38 @@ def open_workdir(workdir: str) -> tuple[Context, Any]:
     config = stored.read_config(workdir)
     if config is None:
         raise UserError(f"{workdir} has no {stored.CONFIG}; give the --workdir of a run")
-    path = os.path.join(workdir, stored.PARENTS)
-    if not os.path.exists(path):
+    places = stored.read_places(workdir)
+    if places is None:
         raise UserError(f"{workdir} has no {stored.PARENTS}; run its training command again")
-    with open(path) as file:
-        places = json.load(file)
-    trained = {}
-    for name, place in places["parents"].items():
-        parent = os.path.normpath(os.path.join(workdir, place))
+    (workdirs, store), trained = places, {}
+    for name, parent in workdirs.items():
         found = stored.read_config(parent)
         if found is None:
             raise UserError(f"parent {name} of {workdir} is not at {parent} any more; run the training command again")
         params, extra = checkpoint.load_params(parent)
         trained[name] = Parent(config=found, params=params, extra=extra, workdir=parent)
     params, _ = checkpoint.load_params(workdir)
-    store = os.path.normpath(os.path.join(workdir, places["store"]))
     compilation_cache(store)
     return _context(config, trained, workdir, store), params
 
 
-def check(config: ConfigDict) -> None:
-    """Raise UserError for what cannot run, here or in a parent, before anything is trained."""
+def check_keys(config: ConfigDict) -> None:
+    """Raise UserError for a config that lacks what every stage has, or is of no task."""
     missing = [key for key in REQUIRED if key not in config]
     if missing:
         raise UserError(f"the config of task {config.get('task')!r} has no {', '.join(missing)}; add it")
     if config.task not in TASKS:
         raise unknown("task", config.task, TASKS)
+
+
+def check(config: ConfigDict) -> None:
+    """Raise UserError for what cannot run, here or in a parent, before anything is trained."""
+    check_keys(config)
     for key in ("num_steps", "batch_size", "log_every", "keep"):
         if config[key] < 1:
             raise UserError(f"{key}={config[key]} of task {config.task!r} must be at least 1")
+    if config.seed < 0 or config.get("eval_samples", 1) < 1:
+        raise UserError(f"seed must be at least 0 and eval_samples at least 1 in the config of task {config.task!r}")
     if not 0 <= config.profile_at < config.num_steps:
         raise UserError(f"profile_at={config.profile_at} is not a step of {config.num_steps}; use 0 for no trace")
     for name in config.init:

@@ -13,7 +13,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "run of a maskgit or speed_rl sta
 PROMPT = flags.DEFINE_multi_string("prompt", None, "caption, or class name or number; may be repeated")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "images of each prompt", lower_bound=1)
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "steps of the fixed sampler; a tuned policy decides by itself")
-DIAL = flags.DEFINE_float("dial", 0.0, "asks a tuned policy for fewer (positive) or more calls")
+DIAL = flags.DEFINE_float("dial", None, "asks a tuned policy for fewer (positive) or more calls")
 MODE = flags.DEFINE_string("mode", None, f"fixed sampler: {', '.join(MODES)}")
 SCHEDULE = flags.DEFINE_string("schedule", None, "fixed sampler: cosine, arccos, linear or square")
 GUMBEL = flags.DEFINE_float("gumbel", None, "modes confidence, uncertain: noise on the order")
@@ -23,7 +23,7 @@ GUIDANCE_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "fixed sample
 THRESHOLD = flags.DEFINE_float("threshold", None, "modes threshold, uncertain (probability) and entropy (nats)")
 IMAGE = flags.DEFINE_string("image", None, "picture to inpaint")
 BOX = flags.DEFINE_list("box", None, "top,left,bottom,right in pixels: what of --image is made anew")
-SEED = flags.DEFINE_integer("seed", 0, "seed of the noise")
+SEED = flags.DEFINE_integer("seed", 0, "seed of the noise", lower_bound=0, upper_bound=2**31 - 1)
 OUT = flags.DEFINE_string("out", "samples.png", "picture to write: a row per prompt")
 ORDER = flags.DEFINE_string("order", None, "also draw in which order tokens appear, to this file")
 FIXED = {
@@ -74,8 +74,15 @@ def _system(studio):
     asked = {name: flag.value for name, flag in FIXED.items() if flag.value is not None}
     given = _given(studio)
     if studio.tuned is not None and not asked and given is None:
-        return studio.tuned, DIAL.value, f"tuned policy at dial {DIAL.value:g}"
-    if DIAL.value:
+        if DIAL.value is not None and studio.tuned_setting:
+            raise UserError("--dial is for a policy with a head; this one has a number of steps: use --num_steps")
+        setting = studio.tuned_setting if DIAL.value is None else DIAL.value
+        return (
+            studio.tuned,
+            setting,
+            f"{studio.tuned.label} at {'steps' if studio.tuned_setting else 'dial'} {setting:g}",
+        )
+    if DIAL.value is not None:
         raise UserError("--dial is for a tuned policy alone; leave it out with flags of the fixed sampler or --image")
     steps = asked.get("num_steps", studio.sampler.num_steps)
     if not 1 <= steps <= studio.engine.num_tokens:

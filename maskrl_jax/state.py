@@ -37,9 +37,10 @@ class TrainState(flax.struct.PyTreeNode):
 class OptimizerConfig:
     """Describe an optimizer; `rates` are (regex on the "/"-joined path, factor), the first match counts.
 
-    The learning rate rises linearly over `warmup_steps` and, unless `decay` is "constant", falls to 0 at
-    step `decay_steps` (counted from step 0). Factor 0 freezes a parameter. Weight decay is decoupled and
-    applies to arrays of two or more axes. `clip_norm` 0 means no clipping.
+    The learning rate rises linearly over `warmup_steps` updates and, unless `decay` is "constant", falls to 0 at
+    update `decay_steps` (counted from 0). `b1` and `b2` are Adam's (`b1` also sgd's momentum); Muon's momentum is
+    optax's 0.95. Factor 0 freezes a parameter. Weight decay is decoupled and applies to arrays of two or more axes.
+    `clip_norm` 0 means no clipping.
     """
 
     name: str = "adamw"
@@ -74,11 +75,11 @@ class OptimizerConfig:
             raise UserError(f"optimizer.ema_decay={self.ema_decay} is not in [0, 1); use 0 for no average")
 
 
-def optimizer_of(settings: Mapping[str, Any], num_steps: int) -> OptimizerConfig:
+def optimizer_of(settings: Mapping[str, Any], num_updates: int) -> OptimizerConfig:
     """Read a config's optimizer; `decay_steps` 0 stands for the length of the run."""
     settings = dict(settings)
     if settings.get("decay", "constant") != "constant":
-        settings["decay_steps"] = settings.get("decay_steps") or num_steps
+        settings["decay_steps"] = settings.get("decay_steps") or num_updates
     return OptimizerConfig(**settings)
 
 
@@ -198,16 +199,18 @@ def apply_gradients(
     ema_decay: float,
     extra: Any = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Update once, or skip the update where the gradient is not finite.
+    """Update once, or skip the update where the gradient is not finite or is zero throughout.
 
     grads: tree of params, already averaged over the devices. A skipped update leaves params, opt_state, ema
-    and extra as they were, counts in bad_steps and bad_total, and still advances step. The average is
+    and extra as they were and still advances step; one that is not finite counts in bad_steps and bad_total. A
+    gradient of zero means that nothing was to be learned (every group rejected), but momentum would move the
+    parameters all the same, and Muon by a full step. The average is
     ema = d ema + (1 - d) params with d = min(ema_decay, (1 + step) / (10 + step)), so that a short run is
     not dominated by the initial parameters (our choice). Returns the state and
     {"grad_norm", "skipped"} as float32 scalars.
     """
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(grad_norm)
+    finite, usable = jnp.isfinite(grad_norm), jnp.isfinite(grad_norm) & (grad_norm > 0)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step.astype(jnp.float32)
@@ -216,7 +219,7 @@ def apply_gradients(
     ema = jax.tree.map(lambda a, p: (p + decay * (a - p)).astype(a.dtype), state.ema, params)
     new = (params, opt_state, ema, state.extra if extra is None else extra)
     old = (state.params, state.opt_state, state.ema, state.extra)
-    params, opt_state, ema, extra = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    params, opt_state, ema, extra = jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, old)
     bad = (~finite).astype(jnp.int32)
     state = TrainState(
         step=state.step + 1,
@@ -227,4 +230,4 @@ def apply_gradients(
         bad_steps=(state.bad_steps + 1) * bad,
         bad_total=state.bad_total + bad,
     )
-    return state, {"grad_norm": grad_norm, "skipped": bad.astype(jnp.float32)}
+    return state, {"grad_norm": grad_norm, "skipped": 1 - usable.astype(jnp.float32)}

@@ -21,8 +21,9 @@ DONE = "done"
 # Keys that do not change what a stage computes, only how it is run and watched.
 RUNNING = ("name", "log_every", "eval_every", "save_every", "keep", "profile_at", "parallel", "init")
 NEUTRAL = (*RUNNING, "evaluation")
-# Keys whose change makes a stored checkpoint another model, or another run.
+# Keys whose change makes a stored checkpoint another model or another run, or one that does not fit.
 ARCHITECTURE = ("task", "seed", "model", "data", "parents", "init")
+OPTIMIZER_STATE = tuple(f"optimizer.{key}" for key in ("name", "rates", "clip_norm", "muon_skip"))
 
 
 def stage_workdir(config: ConfigDict, store: str) -> str:
@@ -33,14 +34,17 @@ def stage_workdir(config: ConfigDict, store: str) -> str:
 def fingerprint(config: ConfigDict) -> str:
     """Return the SHA-256 of what determines a stage's result: its config without neutral keys, its parents.
 
-    A parent that `init` replaces counts with the config stored there, or with its path where there is none.
+    A parent that `init` replaces counts with its config and its trained parameters, or with its path where there are
+    none.
     """
     own = {key: value for key, value in plain(config).items() if key not in (*NEUTRAL, "parents")}
     own["parents"] = {}
     for name, wanted in config.parents.items():
         path = config.init.get(name, "")
-        parent = (read_config(path) or os.path.abspath(path)) if path else wanted
-        own["parents"][name] = parent if isinstance(parent, str) else fingerprint(parent)
+        found = read_config(path) if path else wanted
+        own["parents"][name] = os.path.abspath(path) if found is None else fingerprint(found)
+        if path and found is not None:
+            own["parents"][name] += f" {trained_id(path)}"
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
@@ -51,10 +55,13 @@ def default_workdir(file: str) -> str:
     return os.path.join("runs", f"{name}-{argument}" if argument else name)
 
 
-def next_evaluation(workdir: str) -> str:
-    """The first of <workdir>/evaluations/1, 2, ... that does not exist."""
-    names = (os.path.join(workdir, "evaluations", str(number)) for number in itertools.count(1))
-    return next(name for name in names if not os.path.exists(name))
+def new_evaluation(workdir: str) -> str:
+    """Make the first of <workdir>/evaluations/1, 2, ... that does not exist; return its path."""
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            path = os.path.join(workdir, "evaluations", str(number))
+            os.makedirs(path)  # no other evaluation can then take it
+            return path
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:
@@ -85,10 +92,10 @@ def tuples(value: Any) -> Any:
 def is_done(config: ConfigDict, workdir: str) -> bool:
     """Say if the stage is complete; UserError where the config differs too much from the stored one."""
     found = changes(config, workdir)
-    broken = [line for key, line in found.items() if key.split(".")[0] in ARCHITECTURE]
+    broken = [line for key, line in found.items() if key.split(".")[0] in ARCHITECTURE or key in OPTIMIZER_STATE]
     if broken:
         raise UserError(f"{workdir} was begun with another config: {'; '.join(broken)}; use another --workdir")
-    complete = _done_step(workdir)
+    complete = _done(workdir).get("step")
     if complete is None or complete < config.num_steps:
         return False
     if complete > config.num_steps:
@@ -114,8 +121,8 @@ def differences(old: dict, new: dict) -> dict[str, str]:
 
 
 def _neutral_in_parent(key):
-    parts = key.split(".")
-    return any(parts[i] == "parents" and parts[i + 2] in NEUTRAL for i in range(0, len(parts) - 2, 2))
+    parts, neutral = key.split("."), set(NEUTRAL) - {"init"}
+    return any(parts[i] == "parents" and parts[i + 2] in neutral for i in range(0, len(parts) - 2, 2))
 
 
 def _flat(tree, prefix=""):
@@ -130,15 +137,48 @@ def _flat(tree, prefix=""):
 
 def is_finished(workdir: str) -> bool:
     """Say if a stage was trained to the end of the config in its workdir."""
-    return _done_step(workdir) is not None
+    config = read_config(workdir)
+    return config is not None and _done(workdir).get("step") == config.num_steps
 
 
-def _done_step(workdir):
+def finish(workdir: str, step: int, trained: str) -> None:
+    """Note that a stage is complete at this step; `trained` identifies its parameters."""
+    write(os.path.join(workdir, DONE), json.dumps({"step": step, "trained": trained}))
+
+
+def trained_id(workdir: str) -> str | None:
+    """Return what identifies the parameters of a finished stage, None where there is none."""
+    return _done(workdir).get("trained")
+
+
+def _done(workdir: str) -> dict[str, Any]:
     path = os.path.join(workdir, DONE)
+    if not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        return json.load(file)
+
+
+def write_places(workdir: str, parents: dict[str, str], store: str) -> None:
+    """Note where a stage's parents and its store are."""
+    # Relative, so that a folder of runs can be moved as a whole.
+    places = {name: os.path.relpath(parent, workdir) for name, parent in parents.items()}
+    text = json.dumps({"parents": places, "store": os.path.relpath(store, workdir)}, indent=1)
+    write(os.path.join(workdir, PARENTS), text)
+
+
+def read_places(workdir: str) -> tuple[dict[str, str], str] | None:
+    """Return the workdirs of a stage's parents and its store; None where they were not noted."""
+    path = os.path.join(workdir, PARENTS)
     if not os.path.exists(path):
         return None
     with open(path) as file:
-        return int(file.read())
+        places = json.load(file)
+
+    def found(place):
+        return os.path.normpath(os.path.join(workdir, place))
+
+    return {name: found(place) for name, place in places["parents"].items()}, found(places["store"])
 
 
 def write(path: str, text: str) -> None:
@@ -156,6 +196,8 @@ def lock(workdir: str) -> Iterator[None]:
         os.makedirs(workdir, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{workdir} is or lies below a file; name another --workdir") from error
+    except OSError as error:
+        raise UserError(f"cannot make {workdir} ({error.strerror}); name another --workdir") from error
     with open(os.path.join(workdir, ".lock"), "w") as file:
         if jax.process_index() == 0:
             try:

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: TensorBoard events, metrics.jsonl, sample pictures, a progress bar."""
+"""What a run leaves to look at: TensorBoard events, metrics.jsonl, sample pictures, a profile, a progress bar."""
 
 import json
 import math
@@ -6,11 +6,13 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
-METRICS = "metrics.jsonl"
+METRICS, EVENTS = "metrics.jsonl", "events"
+PROFILE, PROFILED_STEPS = "profile", 3
 
 
 class Writer:
@@ -31,11 +33,12 @@ class Writer:
 
         os.makedirs(workdir, exist_ok=True)
         _drop_after(os.path.join(workdir, METRICS), start)
+        again = any(name.startswith(EVENTS) for name in os.listdir(workdir))
         # Not SummaryWriter: it hands events to a thread, and its flush does not wait for that thread.
-        self._events = EventsWriter(os.path.join(workdir, "events"))
-        if start:  # TensorBoard hides what an earlier file of the folder has from this step on
-            again = SessionLog(status=SessionLog.START)
-            self._events.write_event(Event(wall_time=time.time(), step=start + 1, session_log=again))
+        self._events = EventsWriter(os.path.join(workdir, EVENTS))
+        if again:  # TensorBoard hides what an earlier file of the folder has from this step on
+            restart = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(wall_time=time.time(), step=start + 1, session_log=restart))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write named numbers; NaN and infinity become null in metrics.jsonl, which JSON has no word for."""
@@ -130,3 +133,25 @@ class Progress:
         """End the bar's line."""
         if self._bar is not None:
             self._bar.close()
+
+
+class Profile:
+    """Trace a few steps, from step `at` on, into `<workdir>/profile`, for TensorBoard's profiler; 0: none."""
+
+    def __init__(self, workdir: str, at: int):
+        self._folder, self._at, self._running = os.path.join(workdir, PROFILE), at, False
+
+    def reach(self, step: int, state: Any) -> None:
+        """Begin or end the trace if this step asks for it; waits for `state` at both ends."""
+        if self._at and step in (self._at, self._at + PROFILED_STEPS):
+            jax.block_until_ready(state)
+            self.close()
+            if step == self._at:
+                jax.profiler.start_trace(self._folder)
+                self._running = True
+
+    def close(self) -> None:
+        """End the trace if it is running."""
+        if self._running:
+            jax.profiler.stop_trace()
+        self._running = False

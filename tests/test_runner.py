@@ -107,14 +107,24 @@ def test_an_init_of_another_task_is_named(tmp_path):
     assert "holds a 'judge' stage" in refused(config, tmp_path)
 
 
-def test_an_init_without_checkpoint_is_named(tmp_path):
+def test_an_unfinished_init_or_one_without_checkpoint_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored.plain(toy_task.get_config())))
     config = toy_task.get_config("child")
     config.init.base = str(tmp_path)
+    assert "is not trained to its end; run its training command again" in refused(config, tmp_path)
+    stored.finish(str(tmp_path), 6, "lost")
     assert "no checkpoint under" in refused(config, tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"model": {"width": 8}}, {"parents": {"base": {"seed": 3}}}, {"seed": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"width": 8}},
+        {"parents": {"base": {"seed": 3}}},
+        {"seed": 1},
+        {"optimizer": {"name": "sgd"}},  # its state would not fit the checkpoint
+    ],
+)
 def test_another_architecture_or_seed_in_the_workdir_is_refused(tmp_path, trained, change):
     runner.run(toy_task.get_config("child"), str(tmp_path / "a"), str(tmp_path / "store"))
     config = toy_task.get_config("child")
@@ -144,7 +154,8 @@ def test_a_second_run_waits_for_the_first_and_does_not_train_again(tmp_path, tra
         other.start()
         other.join(1.0)
         assert other.is_alive()
-        (workdir / "done").write_text("6")
+        (workdir / "config.json").write_text(json.dumps(stored.plain(config)))
+        stored.finish(str(workdir), 6, "by another run")
     other.join(20)
     assert not other.is_alive() and trained == []
     assert "waiting for another run" in capsys.readouterr().out

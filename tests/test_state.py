@@ -57,6 +57,19 @@ def test_a_finite_gradient_ends_a_row_of_bad_ones():
 
 
 @pytest.mark.parametrize("name", train_state.OPTIMIZERS)
+def test_a_gradient_of_zero_moves_nothing_though_momentum_is_left(name):
+    tx = train_state.make_optimizer(OptimizerConfig(name=name))
+    state = train_state.create(PARAMS, tx)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    state, _ = train_state.apply_gradients(state, grads, tx, ema_decay=0.9)
+    nothing = jax.tree.map(jnp.zeros_like, PARAMS)
+    after, info = train_state.apply_gradients(state, nothing, tx, ema_decay=0.9)
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, state.opt_state)
+    assert (float(info["skipped"]), int(after.bad_steps), int(after.step)) == (1, 0, 2)
+
+
+@pytest.mark.parametrize("name", train_state.OPTIMIZERS)
 def test_factor_zero_freezes_and_the_first_match_counts(name):
     rates = (("body/b$", 0.0), ("body/", 0.5))
     settings = {"name": name, "rates": rates, "learning_rate": 0.1, "weight_decay": 0.1, "clip_norm": 1.0}
@@ -76,8 +89,8 @@ def test_frozen_gradients_do_not_use_up_the_clip_norm():
 
 
 def test_weight_decay_spares_biases():
-    grads = jax.tree.map(jnp.zeros_like, PARAMS)
-    state, _ = updated(grads, weight_decay=0.1, learning_rate=1.0)
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-9), PARAMS)
+    state, _ = updated(grads, name="sgd", weight_decay=0.1, learning_rate=1.0)
     np.testing.assert_allclose(state.params["body"]["w"], 1.8, rtol=1e-6)
     np.testing.assert_allclose(state.params["body"]["b"], 2.0)
 

@@ -33,10 +33,37 @@ def test_fingerprint_of_a_replaced_parent_is_that_of_what_lies_there(tmp_path):
     plain = stored.fingerprint(config)
     config.init.base = str(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(stored.plain(base)))
-    assert stored.fingerprint(config) == plain
+    found = {plain, stored.fingerprint(config)}
+    for trained in ("these parameters", "others"):  # of the same config
+        stored.finish(str(tmp_path), 6, trained)
+        found.add(stored.fingerprint(config))
     base.seed = 5
     (tmp_path / "config.json").write_text(json.dumps(stored.plain(base)))
-    assert stored.fingerprint(config) != plain
+    assert len(found | {stored.fingerprint(config)}) == 5
+
+
+def test_a_stage_that_shall_go_on_is_not_finished(tmp_path):
+    config = toy_task.get_config()
+    (tmp_path / "config.json").write_text(json.dumps(stored.plain(config)))
+    assert not stored.is_finished(str(tmp_path))
+    stored.finish(str(tmp_path), config.num_steps, "x")
+    assert stored.is_finished(str(tmp_path))
+    config.num_steps += 1
+    (tmp_path / "config.json").write_text(json.dumps(stored.plain(config)))
+    assert not stored.is_finished(str(tmp_path))
+
+
+def test_every_evaluation_gets_a_folder_of_its_own(tmp_path):
+    assert [stored.new_evaluation(str(tmp_path))[-13:] for _ in range(3)] == [f"evaluations/{i}" for i in (1, 2, 3)]
+
+
+def test_places_are_kept_relative(tmp_path):
+    run, moved = tmp_path / "runs" / "a", tmp_path / "moved"
+    run.mkdir(parents=True)
+    stored.write_places(str(run), {"base": str(tmp_path / "runs" / "stages" / "b")}, str(tmp_path / "runs" / "stages"))
+    (tmp_path / "runs").rename(moved)
+    assert stored.read_places(str(moved / "a")) == ({"base": f"{moved}/stages/b"}, f"{moved}/stages")
+    assert stored.read_places(str(tmp_path)) is None
 
 
 def test_a_stored_config_comes_back_hashable(tmp_path):

@@ -85,5 +85,5 @@ def speed_rl():
     config.loss.tokens.chunk = 32
     # Slow: untrained pictures are about equally bad, so that advantages multiply the rounding of their scores.
     config.optimizer = SGD | {"learning_rate": 0.02, "ema_decay": 0.5, "rates": (("^head", 3.0),)}
-    config.evaluation.update({"prompts": 8, "steps": (2, 4), "glance_steps": 4, "keep": 2, "batch_size": 16})
+    config.evaluation.update({"prompts": 8, "steps": (2, 4), "keep": 2, "batch_size": 16})
     return config

@@ -30,7 +30,7 @@ SPEED = SpeedUpdate(
     micro_batch=64,
     kl_coefficient=0.3,
 )
-ONE_DEVICE = types.SimpleNamespace(size=1, all_reduce=lambda tree: tree, split=lambda tree: tree)
+ONE_DEVICE = types.SimpleNamespace(**dict.fromkeys(("all_reduce", "largest", "split"), lambda tree: tree), size=1)
 REFERENCE = jax.tree.map(lambda x: x - 0.2 * jnp.sin(9 * x), toy_model.tabular_params(TOKENS, CODES, NULL + 1))
 LEARN = {
     "cond": jnp.array([0, 0, 1, 1]),

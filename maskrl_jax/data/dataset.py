@@ -14,6 +14,7 @@ from maskrl_jax.errors import UserError
 
 SPLITS = ("train", "validation")
 HELD_OUT_SHARE = 4  # one caption in so many
+LONGEST_CAPTION = 7  # words of "a red circle left of a blue square", where "left of" is one
 
 
 @dataclass(frozen=True)
@@ -135,20 +136,26 @@ def open_dataset(name: str, split: str, data_dir: str, image_size: int, text_len
 def _open_shapes(split: str, data_dir: str, image_size: int, text_length: int) -> Dataset:
     if image_size != IMAGE_SIZE:
         raise UserError(f"shapes has pictures of {IMAGE_SIZE} pixels, not {image_size}; set {IMAGE_SIZE}")
-    if text_length < 1:
-        raise UserError(f"text_length is {text_length}; captions of shapes have up to 7 words")
+    conditioning = _captions(text_length)
     columns = dict(shapes.load(split, data_dir))
     texts, inverse = np.unique(columns.pop("caption"), return_inverse=True)
     columns["cond"] = captions.encode(texts.tolist(), text_length)[inverse]
-    null = np.full(text_length, captions.PAD, np.int32)
     return Dataset(
         name="shapes",
         columns=columns,
-        conditioning=Conditioning("caption", len(captions.WORDS), text_length, null),
+        conditioning=conditioning,
         encode=lambda prompts: captions.encode(prompts, text_length),
         describe=captions.decode,
         verify=verifier.verify,
     )
+
+
+def _captions(text_length: int) -> Conditioning:
+    if text_length < LONGEST_CAPTION:
+        raise UserError(
+            f"text_length is {text_length}; captions of shapes have up to {LONGEST_CAPTION} words, set at least that"
+        )
+    return Conditioning("caption", len(captions.WORDS), text_length, np.full(text_length, captions.PAD, np.int32))
 
 
 def _class_dataset(name: str, columns: dict, names: list[str]) -> Dataset:
@@ -174,8 +181,8 @@ def _class_id(prompt: str, ids: dict[str, int], name: str) -> int:
 
 
 def conditioning_of(name: str, text_length: int = 8) -> Conditioning:
-    """What pictures of a set are conditioned on, without opening (or writing) the set."""
+    """What pictures of a set are conditioned on, without opening (or writing) the set; UserError as `open_dataset`."""
     if name == "shapes":
-        return Conditioning("caption", len(captions.WORDS), text_length, np.full(text_length, captions.PAD, np.int32))
+        return _captions(text_length)
     classes = digits.NUM_CLASSES if name == "digits" else images.num_classes(name)
     return Conditioning("class", classes + 1, 0, np.array(classes, np.int32))

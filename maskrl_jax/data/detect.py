@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from maskrl_jax.data.scenes import COLOUR_RGB, STAMP, STAMPS, TONE_RGB
+from maskrl_jax.data.scenes import COLOUR_RGB, STAMP, TONE_RGB, stamps
 
 LEVELS = 32  # steps per channel of the colour table
 MAX_RESIDUAL = 0.3  # RGB distance from every mix of palette colour and tone above which a pixel is foreign
@@ -92,7 +92,7 @@ def _fit(label_BHW, picture, label, area, middle) -> np.ndarray:
     row = corner[:, 0, None, None] + np.arange(side)[:, None]
     column = corner[:, 1, None, None] + np.arange(side)
     part = (padded[picture[:, None, None], row, column] == label[:, None, None]).astype(np.float32)
-    templates = STAMPS.reshape(len(STAMPS), -1).T.astype(np.float32)
+    templates = stamps().reshape(len(stamps()), -1).T.astype(np.float32)
     shifted = [part[:, i : i + STAMP, j : j + STAMP] for i in range(3) for j in range(3)]
     common = np.max([window.reshape(len(part), STAMP**2) @ templates for window in shifted], axis=0)
     overlap = common / (area[:, None] + templates.sum(0)[None] - common)

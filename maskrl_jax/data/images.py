@@ -50,13 +50,12 @@ def load(name: str, split: str, data_dir: str, image_size: int) -> tuple[dict, l
     builder = prepared(lambda: _builder(name, data_dir), name, data_dir)
     image, label = _features(builder.info.features, name)
     records = Records(builder, _split(builder, split), {image: tfds.decode.SkipDecoding()})
-    columns = {
-        "image": StoredColumn(records, image, functools.partial(square, size=image_size)),
-        "label": StoredColumn(records, label, np.int32),
-    }
+    pictures = StoredColumn(records, image, functools.partial(square, size=image_size))
     if len(records) * image_size**2 * 3 <= MEMORY_LIMIT:
-        columns = {key: column.in_memory() for key, column in columns.items()}
-    return columns | {"cond": columns["label"]}, builder.info.features[label].names
+        pictures = pictures.in_memory()
+    # Labels are small, and whoever looks for a class goes through all of them.
+    labels = StoredColumn(records, label, np.int32).in_memory()
+    return {"image": pictures, "label": labels, "cond": labels}, builder.info.features[label].names
 
 
 def square(encoded: bytes, size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ does not name. The stamps are built so that few distinct cells exist (a square a
 triangle repeats one diagonal cell): the whole task needs fewer cells than a tokenizer of 96 codes can hold.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,8 @@ class Scene:
     tone: int
 
 
-def _stamps() -> np.ndarray:
+@functools.cache
+def stamps() -> np.ndarray:
     """Return the masks of all shapes, bool [shape, STAMP, STAMP], in the order of SHAPES."""
     row, column = np.mgrid[:STAMP, :STAMP]
     middle = (STAMP - 1) / 2
@@ -38,10 +40,13 @@ def _stamps() -> np.ndarray:
     square = np.ones_like(circle)
     triangle = column <= row
     cross = (row // CELL == 1) | (column // CELL == 1)
-    return np.stack([circle, square, triangle, cross])
+    masks = np.stack([circle, square, triangle, cross])
+    masks.setflags(write=False)  # shared by all callers
+    return masks
 
 
-def _layouts() -> tuple[tuple[tuple[tuple[int, int], tuple[int, int]], ...], ...]:
+@functools.cache
+def layouts() -> tuple[tuple[tuple[tuple[int, int], tuple[int, int]], ...], ...]:
     """List, for each relation, all pairs of centres that leave a free cell between the stamps.
 
     The offset along the relation is larger than the one across it, so that no pair reads two ways.
@@ -58,10 +63,6 @@ def _apart(first: tuple[int, int], second: tuple[int, int], step: tuple[int, int
     return along > 3 and along > across
 
 
-STAMPS = _stamps()
-LAYOUTS = _layouts()
-
-
 def sample(rng: np.random.Generator) -> Scene:
     """Draw a scene: a quarter hold one thing, the rest two that differ in shape or colour."""
     tone = int(rng.integers(len(TONE_RGB)))
@@ -72,7 +73,8 @@ def sample(rng: np.random.Generator) -> Scene:
         return Scene(Caption((_thing(first),)), (centre,), tone)
     second = (first + 1 + int(rng.integers(kinds - 1))) % kinds
     relation = int(rng.integers(len(RELATIONS)))
-    centres = LAYOUTS[relation][rng.integers(len(LAYOUTS[relation]))]
+    places = layouts()[relation]
+    centres = places[rng.integers(len(places))]
     return Scene(Caption((_thing(first), _thing(second)), relation), centres, tone)
 
 
@@ -86,7 +88,7 @@ def render(scene: Scene) -> np.ndarray:
     image[:] = TONE_RGB[scene.tone]
     for thing, (row, column) in zip(scene.caption.things, scene.centres, strict=True):
         top, left = CELL * (row - 1), CELL * (column - 1)
-        image[top : top + STAMP, left : left + STAMP][STAMPS[thing.shape]] = COLOUR_RGB[thing.colour]
+        image[top : top + STAMP, left : left + STAMP][stamps()[thing.shape]] = COLOUR_RGB[thing.colour]
     return image
 
 

@@ -11,7 +11,7 @@ from maskrl_jax.errors import UserError
 WORKDIR = flags.DEFINE_string("workdir", None, "finished run of a maskgit or speed_rl stage", required=True)
 PROMPTS = flags.DEFINE_integer("prompts", None, "held-out prompts", lower_bound=2)
 GROUP = flags.DEFINE_integer("group", None, "samples of each prompt", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", None, "seed of prompts and noise")
+SEED = flags.DEFINE_integer("seed", None, "seed of prompts and noise", lower_bound=0, upper_bound=2**31 - 1)
 STEPS = flags.DEFINE_list("steps", None, "steps of the base's curve, rising; the last is the reference")
 OUT = flags.DEFINE_string("out", None, "new folder for the report; by default the next <workdir>/evaluations/<number>")
 DIALS = flags.DEFINE_list("dials", None, "speed dials of the tuned curve")
@@ -23,20 +23,27 @@ def main() -> None:
 
     overrides = {flag.name: flag.value for flag in (PROMPTS, GROUP, SEED) if flag.value is not None}
     overrides |= {
-        flag.name: tuple(kind(number) for number in flag.value)
-        for flag, kind in ((STEPS, int), (DIALS, float))
-        if flag.value
+        flag.name: _numbers(flag, kind) for flag, kind in ((STEPS, int), (DIALS, float)) if flag.value is not None
     }
     context, params = runner.open_workdir(WORKDIR.value)
     if "evaluation" not in context.config:
         raise UserError(f"{WORKDIR.value} holds a {context.config.task!r} stage, which makes no images")
+    for name in set(overrides) - set(context.config.evaluation):
+        raise UserError(f"--{name} does not apply to a {context.config.task!r} stage")
     if not stored.is_finished(WORKDIR.value):
         raise UserError(f"{WORKDIR.value} is not trained to its end; run its training command again")
     context.config.evaluation.update(overrides)
-    out = OUT.value or stored.next_evaluation(WORKDIR.value)
-    if os.path.exists(out):
-        raise UserError(f"--out {out} exists already; name a new folder")
+    if OUT.value and os.path.exists(OUT.value):
+        raise UserError(f"--out {OUT.value} exists already; name a new folder")
+    out = OUT.value or stored.new_evaluation(WORKDIR.value)
     runner.build(dataclasses.replace(context, out=out)).report(params)
+
+
+def _numbers(flag, kind):
+    try:
+        return tuple(kind(number) for number in flag.value)
+    except ValueError:
+        raise UserError(f"--{flag.name}={','.join(flag.value)} must be numbers, such as 4,8,16") from None
 
 
 if __name__ == "__main__":

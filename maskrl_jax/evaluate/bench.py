@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -21,6 +20,10 @@ from maskrl_jax.sampling.maskgit import SamplerConfig
 SAMPLER = "sampler.json"
 TUNED = ("gumbel", "guidance", "temperature")
 TIMED_SAMPLES = 32  # at least so many of each system
+CHOICE = (  # what `tune` does, in words
+    "one setting after another, on training captions: the best by the deciding measure, and among those within half "
+    "the margin of it the one of the least Fréchet distance"
+)
 NATURAL_ENDS = {"guidance": 1.0, "temperature": 1.0}  # none at all; the model's own law
 
 
@@ -52,9 +55,16 @@ class Evaluation:
                 raise UserError(f"evaluation.{name} is empty; it needs at least one entry")
         if list(self.steps) != sorted(set(self.steps)):
             raise UserError(f"evaluation.steps {self.steps} must rise; its last entry is the reference T")
-        for name in ("prompts", "group", "batch_size", "glance_prompts", "tune_prompts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"evaluation.{name} {getattr(self, name)} must be at least 1")
+        # Two samples of each; precision and recall need more than three points.
+        for name, least in {"group": 1, "batch_size": 1, "glance_prompts": 2, "tune_prompts": 2, "keep": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"evaluation.{name} {getattr(self, name)} must be at least {least}")
+        if self.prompts < 2 or self.prompts * self.group < 4:
+            raise UserError(
+                f"evaluation.prompts {self.prompts} x group {self.group} is too little; take 2 prompts and 4 samples"
+            )
+        if self.goal <= 0:
+            raise UserError(f"evaluation.goal {self.goal} must be above 0, how many times fewer calls")
         if self.timing_repeats < 0:
             raise UserError(f"evaluation.timing_repeats {self.timing_repeats} is below 0; use 0 for no timing")
         for name in TUNED:
@@ -110,7 +120,8 @@ class Bench:
         s = self.settings
         count = min(16, s.glance_prompts)
         point = measure.measure(system, setting, self.protocol(s.glance_prompts, group=2, keep=count), self.scorer)
-        return scalars(point), image_grid(point.kept["images"] / 255, columns=8)
+        values = {tag.replace("eval/", "glance/"): value for tag, value in scalars(point).items()}
+        return values, image_grid(point.kept["images"] / 255, columns=8)
 
     def tune(self, system_of: Callable[[SamplerConfig], System], sampler: SamplerConfig) -> SamplerConfig:
         """Pick the base's best Gumbel scale, guidance and temperature, one after another, at T_ref.
@@ -118,26 +129,28 @@ class Bench:
         On prompts that are not held out. Acceleration is measured against the base at its best, so the deciding
         measure picks here too; among settings within half of the margin of equal quality, the smallest Frechet
         distance does, since the surest draws alone buy a little of that measure with all variety (our choice).
-        Stored as JSON, once: stages above start from it, and a later measurement must not change what they did.
+        Stored as JSON with what it was tuned for, since stages above start from it; not tuned again for the same
+        parameters and grids, nor by a later measurement (`out`), which must not change what those stages did.
         """
         s = self.settings
         path = pathlib.Path(self.workdir, SAMPLER)
+        grids = [getattr(s, f"tune_{name}") for name in TUNED]
+        key = measured.identity(system_of(sampler).identity, grids, s.reference, s.tune_prompts, s.margin, s.seed)
         # A process of several tunes again, to the same end: whether a file exists need not look the same to all.
-        if path.exists() and jax.process_count() == 1:
+        if path.exists() and jax.process_count() == 1 and (self.out or json.loads(path.read_text())["key"] == key):
             return read_sampler(self.workdir, sampler)
         protocol = self.protocol(s.tune_prompts, group=2, seed=s.seed + 1, held_out=False)
         rows, chosen = [], dataclasses.replace(sampler, num_steps=s.reference)
-        tries = sum(len(getattr(s, f"tune_{name}")) for name in TUNED)
-        progress, done = writers.Progress("tuning the base's sampler", tries), itertools.count(1)
-        for name in TUNED:
-            for value in getattr(s, f"tune_{name}"):
-                progress.update(next(done))
+        progress = writers.Progress("tuning the base's sampler", sum(map(len, grids)))
+        for name, grid in zip(TUNED, grids, strict=True):
+            for value in grid:
                 tried = dataclasses.replace(chosen, **{name: value})
                 settings = {other: getattr(tried, other) for other in TUNED}
                 if any(settings.items() <= row.items() for row in rows):
                     continue  # the best of the sweep before
                 point = measure.measure(system_of(tried), s.reference, protocol, self.scorer)
                 rows.append(settings | scalars(point))
+                progress.update(len(rows))
             quality = f"eval/{self.metric}@{s.reference}"
             least = max(row[quality] for row in rows) - s.margin / 2
             near = [row for row in rows if row[quality] >= least]
@@ -145,7 +158,7 @@ class Bench:
             chosen = dataclasses.replace(chosen, **{other: row[other] for other in TUNED})
         progress.close()
         if jax.process_index() == 0:
-            found = {"reference": s.reference, "sampler": dataclasses.asdict(chosen), "tried": rows}
+            found = {"key": key, "reference": s.reference, "sampler": dataclasses.asdict(chosen), "tried": rows}
             stored.write(str(path), json.dumps(found, indent=1) + "\n")
         return chosen
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from maskrl_jax.evaluate import canvas
+from maskrl_jax.sampling.maskgit import GIVEN
 
 MASKED = np.array([208, 213, 217], np.uint8)
 STRIPE = np.array([183, 190, 196], np.uint8)
@@ -103,7 +104,7 @@ def commit_order(
 
     Args:
       images: uint8 [n, H, W, 3] finished pictures.
-      commit_step: [n, N] call of each token from 0; N a square number.
+      commit_step: [n, N] call of each token from 0, GIVEN of those that were there before; N a square number.
       calls: n calls that each picture took.
       most: calls drawn of a longer row, evenly spread.
 
@@ -122,11 +123,12 @@ def commit_order(
     for place, image in enumerate(images):
         for axes in grid[place]:
             _bare(axes)
+        given = commit_step[place] == GIVEN
         for axes, call in zip(grid[place], _calls_shown(int(calls[place]), most), strict=False):
-            axes.imshow(_hide_masked(image, commit_step[place] < call), interpolation="nearest")
+            axes.imshow(_hide_masked(image, given | (commit_step[place] < call)), interpolation="nearest")
             axes.set_title(f"call {call}", fontsize=7.5, fontweight="normal", loc="center", pad=3)
         heat = grid[place, -1]
-        order = commit_step[place].reshape(side, side) + 1
+        order = np.where(given, np.nan, commit_step[place] + 1.0).reshape(side, side)
         drawn = heat.imshow(order, cmap=colours, vmin=0.5, vmax=max(calls) + 0.5, interpolation="nearest")
         heat.set_title("call of each token", fontsize=7.5, fontweight="normal", loc="center", pad=3)
         _name_row(grid[place, 0], captions[place], width=16)

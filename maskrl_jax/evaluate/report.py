@@ -106,10 +106,10 @@ def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
     if base.best is None:
         untuned = "The untuned base passes the same test at no measured setting."
     else:
-        untuned = f"The untuned base passes the same test from {curve.fewest_calls(base)} on."
+        untuned = f"The untuned base passes the same test at {curve.fewest_calls(base)}."
     others = [
         f"The {equality.table[0].label} passes it "
-        + ("at no measured setting." if equality.best is None else f"from {curve.fewest_calls(equality)} on.")
+        + ("at no measured setting." if equality.best is None else f"at {curve.fewest_calls(equality)}.")
         + _beside(findings, own, system)
         for system, equality in found.items()
         if system not in (findings.reference[0].system, findings.tuned)

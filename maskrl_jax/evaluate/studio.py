@@ -25,6 +25,7 @@ class Studio:
       encode: images [B,H,W,3] in [0,1] -> tokens [B,N].
       image_size: pixels a side.
       tuned: the policy as a system, None for a base model.
+      tuned_setting: the policy's usual one: dial 0, or the number of steps that it was trained with.
     """
 
     engine: Engine
@@ -34,6 +35,7 @@ class Studio:
     encode: Callable[[np.ndarray], np.ndarray]
     image_size: int
     tuned: System | None = None
+    tuned_setting: float = 0.0
 
     @functools.cached_property
     def program(self) -> Callable:

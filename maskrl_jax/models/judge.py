@@ -24,6 +24,9 @@ class JudgeConfig:
     def __post_init__(self):
         if self.kind not in ("cells", "class"):
             raise ValueError(f"judge kind {self.kind!r} is not one of cells, class")
+        for name in ("num_classes", "patch", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
 
 
 class Judge(nn.Module):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from maskrl_jax.models.layers import Block, Conv3, RelativeBias, layer_norm
 
 Array = jax.Array
+SIZES = ("num_tokens", "codebook_size", "cond_vocab", "cond_length", "width", "depth", "heads", "mlp_width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,10 @@ class MaskGITConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
+        least = dict.fromkeys(SIZES, 1) | {"pooled_width": 0, "pooled_maps": min(self.pooled_width, 1)}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least {bound}")
         if round(self.num_tokens**0.5) ** 2 != self.num_tokens:
             raise ValueError(f"num_tokens {self.num_tokens} is not a square grid")
         if self.width % self.heads:
@@ -45,10 +50,11 @@ class MaskGITConfig:
 class MaskGIT(nn.Module):
     """Masked-token transformer (arXiv 2202.04200): form A's pre-norm blocks, condition tokens last.
 
-    Our choices: an untied head of K classes (MASK can never be drawn); a 3x3 stem, depthwise filters and
-    relative attention biases, each optional, that show a token its surroundings; and an optional MLP over
-    the pooled condition (text-to-image models add one beside their text tokens): attention alone takes far
-    longer to bind words to objects here.
+    Our choices: an untied head of K classes (MASK can never be drawn); the tanh form of GELU and 1e-6 in the
+    layer norms (form A: the exact erf form, 1e-5); a 3x3 stem, depthwise filters and relative attention
+    biases, each optional, that show a token its surroundings; and an optional MLP over the pooled condition
+    (text-to-image models add one beside their text tokens): attention alone takes far longer to bind words
+    to objects here.
     """
 
     config: MaskGITConfig

@@ -23,6 +23,9 @@ class TokenizerConfig:
     decoder_width: int = 64
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} {getattr(self, field.name)} must be at least 1")
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch {self.patch}")
 

@@ -1,1 +1,1 @@
-"""What scores images: `score(images [B,H,W,3] float32 in [0,1], prompts) -> [B] float32`."""
+"""What scores images: `judge.score(kind, outputs, target) -> {name: float32 [B]}`, its mix, the energy distance."""

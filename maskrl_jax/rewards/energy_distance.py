@@ -23,8 +23,14 @@ def witness(ours_BD: np.ndarray, real_RD: np.ndarray, others_GD: np.ndarray | No
     """What a picture does for the match: its mean distance to generated less that to real ones, float32 [B].
 
     Minus half the slope of the energy distance in the share of such pictures: positive for what is generated
-    too rarely, negative for what is too frequent, equal for all where both are distributed alike. `others_GD`
-    are the generated ones; without them, all of `ours_BD` but the picture itself.
+    too rarely, negative for what is too frequent, and in expectation equal for all where both are distributed
+    alike and drawn independently. `others_GD` are the generated ones; without them, all of `ours_BD` but the
+    picture itself.
+
+    Rollouts of P captions in groups of G are not drawn independently: a picture's own caption has a share of
+    (G-1)/(B-1) of the generated side and of 1/P of the real side, so a small systematic part remains that pays
+    for being unlike the other pictures of one's caption (within-group standard deviation of the mean witness
+    0.0013, against 0.0004 with the own group left out; measured).
     """
     if others_GD is None:
         generated = _distances(ours_BD, ours_BD).sum(1) / max(len(ours_BD) - 1, 1)

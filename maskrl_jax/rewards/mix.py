@@ -1,4 +1,4 @@
-"""Several named rewards as one: a weighted sum, with the parts kept for the logs."""
+"""Several named rewards as one: a weighted sum."""
 
 from collections.abc import Mapping
 

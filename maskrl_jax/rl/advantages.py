@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 def _moments(reward_PG, keep_PG):
     """Mean and std (ddof 1) over the kept rollouts, [P, 1] each; std 0 where fewer than two are kept."""
-    # A dropped reward may be NaN (failed score): select before multiplying.
+    # A dropped reward may be anything, also NaN: select before multiplying.
     weight = keep_PG.astype(reward_PG.dtype)
     count = weight.sum(-1, keepdims=True)
     # Measured from the best of the group, so that a constant group has a spread of exactly 0.
@@ -65,30 +65,23 @@ def max_variance_subset(reward_PG: jax.Array, keep_PG: jax.Array, size: int) -> 
     return jnp.take_along_axis(choices, spread.argmax(0)[None, :, None], axis=0)[0]
 
 
-def low_quality_mask(quality_PG, reference_PG, sigma, factor: float = 3.0) -> jax.Array:
+def low_quality_mask(quality_PG, reference_P1, sigma, factor: float = 3.0) -> jax.Array:
     """Tell which rollouts to keep: quality >= reference - factor sigma (F2, speed_rl spec 5.1; our choice).
 
     Args:
-      quality_PG: float32 [P, G]; a NaN (failed score) is dropped.
-      reference_PG: float32 [P, 1] or [P, G], the base's quality on the prompt; None: the median of the group.
+      quality_PG: float32 [P, G].
+      reference_P1: float32 [P, 1], the base's quality on the prompt.
       sigma: float32 scalar, running within-group std of the quality.
       factor: width of the tolerance.
     Returns:
       bool [P, G], true where the rollout is kept.
     """
-    return quality_PG >= quality_floor(quality_PG, reference_PG, sigma, factor)
+    return quality_PG >= reference_P1 - factor * sigma
 
 
-def clip_low_quality(quality_PG, reference_PG, sigma, factor: float = 3.0) -> jax.Array:
+def clip_low_quality(quality_PG, reference_P1, sigma, factor: float = 3.0) -> jax.Array:
     """Raise low qualities to the floor and keep the rollout (option `clip` of F2); see `low_quality_mask`."""
-    return jnp.maximum(quality_PG, quality_floor(quality_PG, reference_PG, sigma, factor))
-
-
-def quality_floor(quality_PG, reference_PG, sigma, factor: float = 3.0) -> jax.Array:
-    """Give the lowest quality that filter F2 lets pass, [P, 1] or [P, G]."""
-    if reference_PG is None:
-        reference_PG = jnp.nanmedian(quality_PG, axis=-1, keepdims=True)
-    return reference_PG - factor * sigma
+    return jnp.maximum(quality_PG, reference_P1 - factor * sigma)
 
 
 def enough_survivors(keep_PG: jax.Array) -> jax.Array:

@@ -43,6 +43,8 @@ class CreditConfig:
             raise ValueError(f"gate {self.gate!r} is not one of {', '.join(GATES)}")
         if not 0 < self.min_calls < self.max_calls:
             raise ValueError(f"min_calls {self.min_calls} must lie between 0 and max_calls {self.max_calls}")
+        if not 0 <= self.percentile <= 100:
+            raise ValueError(f"percentile {self.percentile} must lie in [0, 100]")
         if self.down_sample < 0 or self.down_sample == 1:
             raise ValueError(f"down_sample {self.down_sample} must be 0 (all) or at least 2")
         if not 0 <= self.lambda_zero_until <= self.lambda_full_at:
@@ -65,7 +67,7 @@ class CreditState(flax.struct.PyTreeNode):
 
 
 class Credit(flax.struct.PyTreeNode):
-    """Outcome for a batch of P groups of G rollouts."""
+    """Outcome for a batch of P groups of G rollouts. All is finite; reward and gate say nothing where not `scored`."""
 
     advantage: Array  # float32 [P,G], of the rollouts whose tokens are updated
     keep: Array  # float32 [P,G], omega: 0 for rollouts dropped or left out, and for rejected groups
@@ -78,7 +80,7 @@ class Credit(flax.struct.PyTreeNode):
     dropped: Array  # bool [P,G], by F2
     std: Array  # float32 [P], F1's statistic
     quality_std: Array  # float32 [P]
-    scored: Array  # bool [P], groups with at least one finite score
+    scored: Array  # bool [P], groups without a failed score
     speed_weight: Array  # float32 [], lambda
 
 
@@ -102,25 +104,27 @@ def assign(
 ) -> Credit:
     """Rewards, filters and advantages of a batch; the memory is only read (see `remember`).
 
-    R = (r_q + bonus) / sigma_w + lambda g r_s; the gate and F2 judge r_q alone. A score that is not finite drops
-    its rollout. A group is rejected (weight 0) where F1's std is below the percentile of the history, or fewer
-    than half survive F2.
+    R = (r_q + bonus) / sigma_w + lambda g r_s; the gate and F2 judge r_q alone. A score that is not finite has
+    failed and drops its group: it is rejected and enters no memory. A group is rejected (weight 0), too, where
+    F1's std is below the percentile of the history, or fewer than half survive F2.
     """
-    scored_PG = jnp.isfinite(quality_PG)
-    quality_std = advantages.group_std(quality_PG, scored_PG)
-    first = speed_reward.update_sigma(state.sigma, quality_std, scored_PG.any(1))
+    scored_P1 = jnp.isfinite(quality_PG).all(1, keepdims=True)
+    quality_PG = jnp.where(scored_P1, quality_PG, 0.0)  # selected before any arithmetic: 0 * NaN is NaN
+    quality_std = advantages.group_std(quality_PG, scored_P1 & jnp.ones(quality_PG.shape, bool))
+    first = speed_reward.update_sigma(state.sigma, quality_std, scored_P1[:, 0])
     sigma = jnp.where(state.sigma > speed_reward.SIGMA_FLOOR, state.sigma, first)
     floor_args = (quality_PG, reference_P1, sigma, config.low_quality_factor)
     dropped = jnp.zeros(quality_PG.shape, bool)
     if config.low_quality == "drop":
-        dropped = ~advantages.low_quality_mask(*floor_args)
+        dropped = scored_P1 & ~advantages.low_quality_mask(*floor_args)
     elif config.low_quality == "clip":
-        quality_PG = jnp.where(scored_PG, advantages.clip_low_quality(*floor_args), quality_PG)
-    keep = scored_PG & ~dropped
+        quality_PG = advantages.clip_low_quality(*floor_args)
+    keep = scored_P1 & ~dropped
     gate = speed_reward.quality_gate(quality_PG, reference_P1, sigma, kind=config.gate, margin=config.gate_margin)
     speed = speed_reward.speed_reward(calls_PG, config.max_calls, config.min_calls)
     weight = _speed_weight(config, state, step)
-    reward = speed_reward.total_reward(jnp.where(scored_PG, quality_PG + bonus_PG, 0.0), sigma, speed, gate, weight)
+    paid_PG = jnp.where(scored_P1, quality_PG + bonus_PG, 0.0)
+    reward = speed_reward.total_reward(paid_PG, sigma, speed, gate, weight)
     std = quality_std if config.std_of_quality else advantages.group_std(reward, keep)
     rejected = ~advantages.enough_survivors(keep)
     if config.percentile > 0:
@@ -140,7 +144,7 @@ def assign(
         dropped=dropped,
         std=std,
         quality_std=quality_std,
-        scored=scored_PG.any(1),
+        scored=scored_P1[:, 0],
         speed_weight=weight,
     )
 
@@ -173,6 +177,6 @@ def remember(
     weight = state.weight
     sigma = speed_reward.update_sigma(state.sigma, credit.quality_std, credit.scored)
     if config.speed == "dual":
-        moved = speed_reward.dual_lambda(weight, quality_PG, reference_P1, sigma)
+        moved = speed_reward.dual_lambda(weight, quality_PG, reference_P1, sigma, credit.scored)
         weight = jnp.where(step < config.lambda_zero_until, weight, moved)
     return record(state, credit).replace(sigma=sigma, weight=weight)

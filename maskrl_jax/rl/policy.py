@@ -60,6 +60,11 @@ class Policy:
                 "it is the smallest stride, and bounds the number of calls"
             )
 
+    @property
+    def usual_setting(self) -> float:
+        """What a rollout is asked for: dial 0 of a head, else the (fewest) steps that the policy is trained with."""
+        return {"adaptive": 0.0, "fixed": self.target_calls, "budget": min(self.step_set)}[self.kind]
+
     def steps(self) -> tuple[int, ...]:
         """Step counts whose strides must fit the clock."""
         adaptive = self.divisors if self.action == "stride" else (self.max_calls,)
@@ -133,9 +138,8 @@ class Head:
 
     def score(self, params: Any, features: Array, previous: Array, decision: Array, action: Array, call: Array):
         """(log-prob [M], entropy [M]) of recorded decisions."""
-        active = jnp.ones(call.shape, bool)
         if self.policy.action == "threshold":
             mean, std = self.module().apply(params, features)
-            return stride.threshold_logp(action, mean, std, active), stride.threshold_entropy(std, active)
+            return stride.threshold_logp(action, mean, std), stride.threshold_entropy(std)
         logits = self.logits(params, features, previous, call)
-        return stride.decision_logp(logits, decision, active), stride.decision_entropy(logits, active)
+        return stride.decision_logp(logits, decision), stride.decision_entropy(logits)

@@ -51,14 +51,14 @@ def lambda_schedule(step, *, zero_until: int, full_at: int, value: float) -> jax
     return value * jnp.where(step >= full_at, 1.0, jnp.clip(ramp, 0.0, 1.0))
 
 
-def dual_lambda(weight, quality, reference, sigma, *, rate=0.02, low=0.05, high=5.0) -> jax.Array:
+def dual_lambda(weight, quality_PG, reference_P1, sigma, valid_P, *, rate=0.02, low=0.05, high=5.0) -> jax.Array:
     """Update lambda by quality surplus: clip(lambda exp(rate mean((r_q - q_ref) / sigma)), low, high).
 
-    Buys speed only while quality is at least the base's. Non-finite qualities (failed scores) do not count.
+    Buys speed only while quality is at least the base's. Groups that are not valid (failed scores) do not count.
     """
-    surplus = (quality - reference) / sigma
-    finite = jnp.isfinite(surplus)
-    mean = jnp.where(finite, surplus, 0.0).sum() / jnp.maximum(finite.sum(), 1)
+    valid = jnp.broadcast_to(valid_P[:, None], quality_PG.shape)
+    surplus = jnp.where(valid, (quality_PG - reference_P1) / sigma, 0.0)
+    mean = surplus.sum() / jnp.maximum(valid.sum(), 1)
     return jnp.clip(weight * jnp.exp(rate * mean), low, high)
 
 
@@ -76,8 +76,7 @@ def update_sigma(sigma, std_P, valid_P, *, decay: float = 0.99) -> jax.Array:
       valid_P: bool [P]; no valid group leaves sigma as it is (at least the floor).
       decay: weight of the past.
     """
-    valid = valid_P & jnp.isfinite(std_P)
-    count = valid.sum()
-    mean = jnp.where(valid, std_P, 0.0).sum() / jnp.maximum(count, 1)
+    count = valid_P.sum()
+    mean = jnp.where(valid_P, std_P, 0.0).sum() / jnp.maximum(count, 1)
     updated = jnp.where(sigma > SIGMA_FLOOR, decay * sigma + (1 - decay) * mean, mean)
     return jax.lax.stop_gradient(jnp.maximum(jnp.where(count > 0, updated, sigma), SIGMA_FLOOR))

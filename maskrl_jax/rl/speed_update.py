@@ -59,7 +59,7 @@ class SpeedUpdate:
         kept = batch["keep"]
         valid &= kept[:, None] > 0  # what is left out costs no network calls, and enters no mean
         free = self._free_decisions(record, batch)
-        counts = (kept.sum(), (kept > 0).sum(), batch["decision_keep"].sum(), free.sum())
+        counts = (kept.sum(), batch["decision_keep"].sum(), free.sum())
         totals = surrogate.Normalisers(*axis.all_reduce(tuple(count.astype(jnp.float32) for count in counts)))
         zero = jnp.float32(0)
 
@@ -74,7 +74,9 @@ class SpeedUpdate:
 
         def token_loss(model, pair, real):
             calls, floor = axis.split(build(pair, real))
-            sums, error, drawn = token_terms(self.tokens, self.model, model, old and old["model"], reference, calls)
+            sums, error, drawn = token_terms(
+                self.tokens, self.model, model, old and old["model"], reference, calls, axis
+            )
             gap = jnp.abs(jnp.where(calls.committed, drawn, jnp.inf).min(-1) - floor)
             seen = (real & calls.committed.any(-1)).astype(jnp.float32)
             stats = {
@@ -93,12 +95,11 @@ class SpeedUpdate:
         head, head_entropy = jax.grad(decision_loss, has_aux=True)(params["head"])
         grads, stats, head_entropy = axis.all_reduce(({"model": model, "head": head}, stats, head_entropy))
         metrics = {
-            "rl/kl": (stats["kl"], totals.rollouts),
+            "rl/kl": (stats["kl"], totals.survivors),
             "rl/clip_frac": stats["clip"],
             "rl/entropy": stats["entropy"],
             "rl/head_entropy": (head_entropy, totals.decisions),
-            # The largest of a device, averaged over devices: the all-reduce has no maximum.
-            "rl/ratio_max_err": axis.all_reduce((error, jnp.float32(1))),
+            "rl/ratio_max_err": (axis.largest(error), jnp.float32(1)),
         }
         # A surrogate likelihood has no sampler to agree with.
         return grads, metrics if budget else metrics | {"rl/sampler_gap": stats["gap"]}
@@ -212,7 +213,7 @@ class SpeedUpdate:
             per_rollout_mean=self.per_rollout_mean,
         )
         weight = (batch["decision_keep"] * weights.decision)[:, None] * free
-        total, _ = surrogate.clipped_surrogate(
+        total = surrogate.clipped_surrogate(
             logp,
             before,
             batch["decision_advantage"].repeat(length),

@@ -59,28 +59,25 @@ def decision_logits(net_out_BD, previous_decision_B, eta, first_B) -> jax.Array:
     return net_out_BD + eta * jnp.where(first_B[:, None], 0.0, sticky)
 
 
-def decision_logp(logits_BD, decision_B, active_B) -> jax.Array:
-    """Score decisions: log softmax(logits)[d], exactly 0 (and without gradient) where not `active_B`; [B]."""
-    logp_BD = jax.nn.log_softmax(logits_BD)
-    chosen = jnp.take_along_axis(logp_BD, decision_B[:, None], axis=-1)[:, 0]
-    return jnp.where(active_B, chosen, 0.0)
+def decision_logp(logits_BD, decision_B) -> jax.Array:
+    """Score decisions: log softmax(logits)[d]; [B]."""
+    return jnp.take_along_axis(jax.nn.log_softmax(logits_BD), decision_B[:, None], axis=-1)[:, 0]
 
 
-def decision_entropy(logits_BD, active_B) -> jax.Array:
-    """Entropy of the decision in nats, 0 where not `active_B`; [B]."""
-    return jnp.where(active_B, draws.entropy(jax.nn.log_softmax(logits_BD)), 0.0)
+def decision_entropy(logits_BD) -> jax.Array:
+    """Entropy of the decision in nats; [B]."""
+    return draws.entropy(jax.nn.log_softmax(logits_BD))
 
 
-def threshold_logp(action_B, mean_B, std_B, active_B) -> jax.Array:
-    """Score the `threshold` action: log Normal(a; mu, sigma), 0 where not `active_B`; [B].
+def threshold_logp(action_B, mean_B, std_B) -> jax.Array:
+    """Score the `threshold` action: log Normal(a; mu, sigma); [B].
 
     The density of a, not of kappa = sigmoid(a): the Jacobian is free of the head, so ratios are the same.
     """
     deviation = (jax.lax.stop_gradient(action_B) - mean_B) / std_B
-    logp = -0.5 * deviation**2 - jnp.log(std_B) - 0.5 * np.log(2 * np.pi)
-    return jnp.where(active_B, logp, 0.0)
+    return -0.5 * deviation**2 - jnp.log(std_B) - 0.5 * np.log(2 * np.pi)
 
 
-def threshold_entropy(std_B, active_B) -> jax.Array:
-    """Entropy of Normal(mu, sigma) in nats, 0 where not `active_B`; [B]."""
-    return jnp.where(active_B, jnp.log(std_B) + 0.5 * np.log(2 * np.pi * np.e), 0.0)
+def threshold_entropy(std_B) -> jax.Array:
+    """Entropy of Normal(mu, sigma) in nats; [B]."""
+    return jnp.log(std_B) + 0.5 * np.log(2 * np.pi * np.e)

@@ -13,7 +13,7 @@ def _log_ratio(logp, logp_old, weight):
 
 
 def clipped_surrogate(logp, logp_old, advantage, weight, *, low: float, high: float):
-    """Clipped policy objective per term (PPO eq. 7, asymmetric), as (sum, weight); to be maximised.
+    """Weighted sum of the clipped policy objective per term (PPO eq. 7, asymmetric); to be maximised.
 
     Ratios are per token or decision: a joint ratio over the hundreds of tokens of a few-step call explodes.
 
@@ -30,7 +30,7 @@ def clipped_surrogate(logp, logp_old, advantage, weight, *, low: float, high: fl
     ratio = jnp.exp(_log_ratio(logp, logp_old, weight))
     gain = jax.lax.stop_gradient(advantage)
     objective = jnp.minimum(ratio * gain, jnp.clip(ratio, 1 - low, 1 + high) * gain)
-    return (weight * objective).sum(), weight.sum()
+    return (weight * objective).sum()
 
 
 def clip_fraction(logp, logp_old, advantage, weight, *, low: float, high: float):
@@ -96,7 +96,6 @@ class Normalisers(NamedTuple):
     """Totals over the whole batch of an update, known before its first gradient."""
 
     survivors: jax.Array
-    rollouts: jax.Array
     deciders: jax.Array
     decisions: jax.Array
 
@@ -104,18 +103,19 @@ class Normalisers(NamedTuple):
 def policy_loss(terms: Terms, totals: Normalisers, *, kl_coefficient, entropy_coefficient) -> jax.Array:
     """Assemble the loss of speed_rl spec 5.3 from sums, to be minimised.
 
-        L = -token / sum_j omega_j - decision / sum_j omega^d_j + beta * kl / J - eta_H * entropy / (number of decisions)
+        L = -token / J - decision / sum_j omega^d_j + beta * kl / J - eta_H * entropy / (number of decisions)
 
+    J = sum_j omega_j: the KL is a mean over the rollouts that are kept, for the others are not scored at all.
     The totals are those of the whole batch: the losses (and gradients) of micro-batches and devices add.
 
     Args:
       terms: sums over this part, each entry already times its omega_j and `term_weights` / `kl_weight`.
-      totals: survivors sum_j omega_j, rollouts J, deciders sum_j omega^d_j (where all rollouts' tokens are
-        updated, omega^d = omega: the spec's loss), decisions (real ones) of the whole batch.
+      totals: survivors J, deciders sum_j omega^d_j (where all rollouts' tokens are updated, omega^d = omega: the
+        spec's loss), decisions (real ones) of the whole batch.
       kl_coefficient: beta.
       entropy_coefficient: eta_H.
     """
     policy = terms.token / jnp.maximum(totals.survivors, 1.0) + terms.decision / jnp.maximum(totals.deciders, 1.0)
-    divergence = terms.kl / jnp.maximum(totals.rollouts, 1.0)
+    divergence = terms.kl / jnp.maximum(totals.survivors, 1.0)
     entropy = terms.entropy / jnp.maximum(totals.decisions, 1.0)
     return kl_coefficient * divergence - policy - entropy_coefficient * entropy

@@ -26,7 +26,7 @@ class TokenLoss:
     clip_high: float = 0.2
     temperature: float = 1.0
     guided: bool = True
-    chunk: int = 512  # positions whose [chunk, K] arrays exist at a time
+    chunk: int = 512  # positions whose [chunk, K] arrays exist at a time on a device
 
     @property
     def reads_draws(self) -> bool:
@@ -41,6 +41,10 @@ class TokenLoss:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}")
+        if not (0 <= self.clip_low < 1 and self.clip_high >= 0):
+            raise ValueError(f"clip_low {self.clip_low} must lie in [0, 1), clip_high {self.clip_high} be at least 0")
+        if self.chunk < 1:
+            raise ValueError(f"chunk {self.chunk} must be at least 1")
 
 
 class Calls(NamedTuple):
@@ -79,11 +83,11 @@ class Sums(NamedTuple):
     entropy: tuple[Array, Array]
 
 
-def token_terms(loss: TokenLoss, model: Model, params: Any, old: Any, reference: Any, calls: Calls):
+def token_terms(loss: TokenLoss, model: Model, params: Any, old: Any, reference: Any, calls: Calls, axis: Any):
     """Return (Sums, largest |ratio - 1|, log pi(y) of every position [M,N]).
 
     `old` holds the behaviour parameters, or None where they are the current ones (one update a rollout):
-    then the ratio is exactly 1. Log-probabilities and ratios are float32.
+    then the ratio is exactly 1. Log-probabilities and ratios are float32. `axis.size` divides M.
     """
     null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape).astype(c.dtype), model.null, calls.cond)
     guided = loss.guided and loss.distribution != "cond"
@@ -108,23 +112,28 @@ def token_terms(loss: TokenLoss, model: Model, params: Any, old: Any, reference:
         "penalty_weight": calls.penalty_weight,
         **{name: jnp.broadcast_to(row[:, None], calls.ids.shape) for name, row in per_row.items()},
     }
-    rows, length = calls.ids.shape
-    size = min(loss.chunk, rows * length)
-    chunks = jax.tree.map(lambda x: _chunked(x.reshape(rows * length, *x.shape[2:]), size), positions)
+    shape = calls.ids.shape
+    chunk = min(loss.chunk, calls.ids.size // axis.size)
     sums, error, drawn = jax.lax.map(
-        jax.checkpoint(lambda x: _chunk(loss, model, guided, params, old, reference, x)), chunks
+        jax.checkpoint(lambda x: _chunk(loss, model, guided, params, old, reference, axis.split(x))),
+        jax.tree.map(lambda x: _chunked(x, chunk, axis), positions),
     )
-    return (
-        jax.tree.map(lambda x: x.sum(0), sums),
-        error.max(),
-        drawn.reshape(-1)[: rows * length].reshape(rows, length),
-    )
+    # [chunks, shards * chunk] -> [M, N]
+    drawn = drawn.reshape(len(drawn), axis.size, -1).swapaxes(0, 1).reshape(axis.size, -1)
+    drawn = drawn[:, : calls.ids.size // axis.size].reshape(shape)
+    return jax.tree.map(lambda x: x.sum(0), sums), error.max(), drawn
 
 
-def _chunked(x: Array, size: int) -> Array:
-    """[P, ...] -> [chunks, size, ...], filled up with zeros, whose weights are zero too."""
-    x = jnp.pad(x, ((0, -len(x) % size), *[(0, 0)] * (x.ndim - 1)))
-    return x.reshape(-1, size, *x.shape[1:])
+def _chunked(x: Array, chunk: int, axis: Any) -> Array:
+    """[M, N, ...] -> [chunks, shards * chunk, ...], filled up with zeros, whose weights are zero too.
+
+    A chunk holds positions of every shard: were the chunks themselves spread over the devices, each device would
+    have to compute all of them.
+    """
+    x = axis.split(x.reshape(axis.size, -1, *x.shape[2:]))
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), *[(0, 0)] * (x.ndim - 2)))
+    x = x.reshape(axis.size, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+    return x.reshape(len(x), axis.size * chunk, *x.shape[3:])
 
 
 def _chunk(loss, model, guided, params, old, reference, x):
@@ -139,7 +148,7 @@ def _chunk(loss, model, guided, params, old, reference, x):
     )
     weight = scored * x["token_weight"]
     bounds = {"low": loss.clip_low, "high": loss.clip_high}
-    token, _ = surrogate.clipped_surrogate(new, before, x["advantage"], weight, **bounds)
+    token = surrogate.clipped_surrogate(new, before, x["advantage"], weight, **bounds)
     clip = surrogate.clip_fraction(new, before, x["advantage"], weight, **bounds)
     divergence = _divergence(loss, logp_cond, jax.nn.log_softmax(model.head(reference)(x["reference"])), x["ids"])
     masked = (x["committed"] | x["remasked"]).astype(jnp.float32) * (x["kl_weight"] > 0)

@@ -16,6 +16,7 @@ from maskrl_jax.sampling.clock import Clock, next_masked
 Array = jax.Array
 ACTIONS = ("stride", "threshold")
 ORDERS = ("confident", "uncertain")
+MOST_CALLS = 255  # commit steps are uint8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,8 @@ class AdaptiveConfig:
             raise ValueError(f"action {self.action!r} is not one of {', '.join(ACTIONS)}")
         if self.order not in ORDERS:
             raise ValueError(f"order {self.order!r} is not one of {', '.join(ORDERS)}")
+        if not 1 <= self.max_calls <= MOST_CALLS:
+            raise ValueError(f"max_calls {self.max_calls} must lie in 1..{MOST_CALLS}, what a commit step can count")
         schedules.guidance_table(self.guidance_schedule, self.guidance, np.zeros(1))  # raises for an unknown one
         self.clock.stride(self.max_calls)  # raises unless T_max divides the clock
 
@@ -80,7 +83,10 @@ class Record(flax.struct.PyTreeNode):
 
 
 def given_strides(jump_B: Array) -> Callable[[State], Decision]:
-    """Decide the same jump at every call: a constant stride C/T is the cosine sampler of T steps."""
+    """Decide the same jump at every call: a constant stride C/T is the cosine sampler of T steps.
+
+    With constant guidance; a ramp follows the clock here, while that of a plan reaches its scale at the last call.
+    """
 
     def decide(state: State) -> Decision:
         zero = jnp.zeros_like(state.previous)

@@ -59,17 +59,6 @@ class Clock:
             raise ValueError(f"num_steps {num_steps} exceeds the {self.num_tokens} image tokens")
         return self.ticks // num_steps
 
-    def constant_stride_masked(self, num_steps: int) -> np.ndarray:
-        """Count the masked tokens before each call of a T-step schedule and after the last, int32 [T + 1]."""
-        stride, masked = self.stride(num_steps), [self.num_tokens]
-        for step in range(1, num_steps):
-            masked.append(max(min(max(int(self.masked[step * stride]), 1), masked[-1] - 1), 0))
-        return np.array([*masked, 0], np.int32)
-
-    def constant_stride_counts(self, num_steps: int) -> np.ndarray:
-        """Count the newly unmasked tokens of each call of a T-step schedule, int32 [T], sum N."""
-        return -np.diff(self.constant_stride_masked(num_steps))
-
 
 def next_masked(clock: Clock, tick_next: jax.Array, masked_prev: jax.Array) -> jax.Array:
     """Count the tokens that stay masked once the clock reads `tick_next` (speed_rl spec 4.1).

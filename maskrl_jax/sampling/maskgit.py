@@ -109,8 +109,9 @@ def decode(
 
     A while loop: it stops after the plan's steps, or when no sample has a masked token left, which is
     how the threshold modes save calls. Given tokens shrink every step's share in proportion.
-    Published: confidence (arXiv 2202.04200), Halton order (arXiv 2503.17076); threshold, entropy and
-    uncertain: our choice, with the plan's counts as the least to commit. `uncertain` spends those on the places of
+    Published: order by confidence with Gumbel noise (arXiv 2202.04200), Halton order (arXiv 2503.17076). Our choice:
+    the noise of step s is scale (1 - s/T), the one law of all samplers here (published forms reach 0 at the last step
+    or are one step ahead); threshold, entropy and uncertain, with the plan's counts as the least to commit. `uncertain` spends those on the places of
     highest entropy: what is settled there makes the rest certain, where the surest tokens tell nothing new.
     """
     chex.assert_rank([given_BN, keys_B], [2, 1])
@@ -125,8 +126,8 @@ def decode(
     def body(carry):
         step, ids_BN, commit_BN, calls_B = carry
         masked_BN = ids_BN == mask_id
-        row = jnp.full((batch,), 1, jnp.int32)
-        logits = branch(ids_BN, plan.timestep[step] * row, cond, plan.guidance[step] * row)
+        timestep_B, scale_B = (jnp.full((batch,), table[step]) for table in (plan.timestep, plan.guidance))
+        logits = branch(ids_BN, timestep_B, cond, scale_B)
         logp_BNK = jax.nn.log_softmax(logits / plan.temperature)
         drawn_BN, confidence_BN = draws.draw_tokens(draws.step_keys(keys_B, step, draws.TOKENS), logp_BNK)
         left_B = masked_BN.sum(-1)

@@ -44,12 +44,12 @@ def _masked_mean(x_BN, masked_BN):
     return jnp.where(masked_BN, x_BN, 0.0).sum(-1) / jnp.maximum(masked_BN.sum(-1), 1)
 
 
-def masked_quantiles(x_BN, masked_BN, quantiles: tuple[float, ...] = QUANTILES) -> jax.Array:
-    """Interpolate quantiles of the masked entries, as numpy.quantile, [B, Q]; 0 in rows without any."""
+def masked_quantiles(x_BN, masked_BN) -> jax.Array:
+    """Interpolate the QUANTILES of the masked entries, as numpy.quantile, [B, Q]; 0 in rows without any."""
     count_B1 = masked_BN.sum(-1, keepdims=True)
     ordered = jnp.sort(jnp.where(masked_BN, x_BN, jnp.inf), axis=-1)
     last = jnp.maximum(count_B1 - 1, 0)
-    position = jnp.asarray(quantiles, x_BN.dtype)[None] * last
+    position = jnp.asarray(QUANTILES, x_BN.dtype)[None] * last
     lower = jnp.floor(position).astype(jnp.int32)
     low = jnp.take_along_axis(ordered, lower, axis=-1)
     high = jnp.take_along_axis(ordered, jnp.minimum(lower + 1, last), axis=-1)

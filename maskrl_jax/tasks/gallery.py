@@ -6,14 +6,14 @@ from typing import Any
 import jax
 
 from maskrl_jax.evaluate import curve
-from maskrl_jax.evaluate.bench import Bench, tuning_notes
+from maskrl_jax.evaluate.bench import CHOICE, Bench, tuning_notes
 from maskrl_jax.evaluate.measure import Point, System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Engine, clocked_program, clocked_system, fixed_program, fixed_system
 from maskrl_jax.rewards import energy_distance
 from maskrl_jax.rl.policy import Policy
 from maskrl_jax.sampling.maskgit import SamplerConfig
-from maskrl_jax.tasks import maskgit as maskgit_task
+from maskrl_jax.tasks import generators
 from maskrl_jax.tasks.task import Context
 
 _UNKNOWN = "The paper's algorithm and numbers are not public; this is our algorithm, and no parity is claimed."
@@ -31,13 +31,13 @@ class Gallery:
         self.context, self.config, self.wiring, self.engine = context, context.config, wiring, engine
         self.sampler, self.base_params = sampler, base_params
         system = fixed_system(engine, fixed_program(engine), base_params, sampler, "base", "base")
-        self.base = maskgit_task.kept(system, context.parents, str(sampler))
+        self.base = generators.kept(system, context.parents, str(sampler))
         self.clocked = clocked_program(engine, wiring.sampler, wiring.decide)
 
     @functools.cached_property
     def bench(self) -> Bench:
         """Made when first needed: it reads the held-out pictures."""
-        return maskgit_task.bench_of(self.context)
+        return generators.bench_of(self.context)
 
     def tuned(self, params: Any) -> System:
         """The policy as a system; its setting is the speed dial, or the steps of a policy without a head."""
@@ -50,7 +50,7 @@ class Gallery:
         head = self.wiring.head.init(jax.random.key(0))
         params = {"model": self.base_params, "head": self.engine.parallel.replicate(head)}
         system = clocked_system(self.engine, self.clocked, params, "untrained", "untrained head on the base")
-        system = maskgit_task.kept(system, self.context.parents, head, str(self.wiring.policy))
+        system = generators.kept(system, self.context.parents, head, str(self.wiring.policy))
         return self.bench.measure(system, self.settings())
 
     def settings(self) -> tuple[float, ...]:
@@ -64,8 +64,7 @@ class Gallery:
 
     def evaluate(self, state: Any, step: int) -> tuple[dict, dict]:
         """A glance at the average and at the raw parameters."""
-        policy = self.wiring.policy
-        setting = {"adaptive": 0.0, "fixed": policy.target_calls, "budget": min(policy.step_set)}[policy.kind]
+        setting = self.wiring.policy.usual_setting
         values, picture = self.bench.glance(self.tuned(state.ema), setting)
         raw, _ = self.bench.glance(self.tuned(state.params), setting)
         return values | {f"raw/{name}": value for name, value in raw.items()}, {"samples/grid": picture}
@@ -77,6 +76,20 @@ class Gallery:
         size = f"{energy_distance.SIDE} x {energy_distance.SIDE}"
         match = f"energy distance to pictures of the training set, {size} block means, x {weight:g} (against collapse)"
         return (*rewards, match) if weight else rewards
+
+    def _biases(self) -> tuple[str, ...]:
+        """Name what of the settings gives the policy a biased gradient (specs/speed_rl.md sections 3 and 5.2)."""
+        policy, tokens, found = self.wiring.policy, self.wiring.speed.tokens, []
+        if policy.kind == "budget":
+            return ()
+        if tokens.likelihood == "kept":
+            found.append("Likelihood `kept` is biased to lower entropy: a negative control.")
+        strides = policy.kind == "fixed" or policy.action == "stride"
+        if tokens.likelihood == "hard" and strides and policy.noise > 0:
+            found.append("Likelihood `hard` is biased where noise decides what is committed; `transition` is not.")
+        if tokens.distribution == "cond" and policy.guidance != 1:
+            found.append("Scoring the conditional branch of guided samples (`cond`) is biased.")
+        return tuple(found)
 
     def _clock_note(self) -> str:
         """Say where guidance costs one side alone a second forward."""
@@ -111,14 +124,16 @@ class Gallery:
                 "the exact verifier",
                 "the prompts (the policy never trains on them; the base has seen their pictures)",
             ),
-            notes=NOTES[policy.kind] + tuning_notes(self.context.parents["maskgit"].workdir, bench.settings.reference),
+            notes=NOTES[policy.kind]
+            + self._biases()
+            + tuning_notes(self.context.parents["maskgit"].workdir, bench.settings.reference),
             timings=timings,
             clock_note=self._clock_note(),
         )
         facts = {
             "base sampler": f"{self.sampler.mode}, {_settings(self.sampler.gumbel, self.sampler)}, "
             f"{self.sampler.schedule}",
-            "how it was chosen": maskgit_task.TUNING,
+            "how it was chosen": CHOICE,
             "policy sampler": f"{_deciding(policy)}, {_settings(policy.noise, policy)}",
             "updates": f"{config.num_steps} of {config.batch_size} rollouts, seed {config.seed}",
         }

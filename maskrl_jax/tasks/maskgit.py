@@ -1,8 +1,6 @@
 """Stage `maskgit`: the base generator, a bidirectional transformer trained on masked tokens."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,86 +9,23 @@ import numpy as np
 
 from maskrl_jax import state as train_state
 from maskrl_jax.data.batches import batch_at
-from maskrl_jax.data.dataset import Conditioning, Dataset, conditioning_of, open_dataset
-from maskrl_jax.evaluate import measured
-from maskrl_jax.evaluate.bench import Bench, Evaluation, read_sampler, tuning_notes
+from maskrl_jax.data.dataset import Conditioning, conditioning_of
+from maskrl_jax.evaluate.bench import CHOICE, Evaluation, read_sampler, tuning_notes
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.studio import Studio
-from maskrl_jax.evaluate.systems import Engine, features_of, fixed_program, fixed_system, judge_scorer
+from maskrl_jax.evaluate.systems import fixed_program, fixed_system
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys
-from maskrl_jax.models.maskgit import MaskGIT, MaskGITConfig
+from maskrl_jax.models.maskgit import MaskGIT
 from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling.draws import commit_top
-from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
-from maskrl_jax.tasks import judge as judge_task
+from maskrl_jax.sampling.maskgit import SamplerConfig
+from maskrl_jax.tasks import generators
 from maskrl_jax.tasks import tokenizer as tokenizer_task
 from maskrl_jax.tasks.task import Context, Parent, Task
 
 Array = jax.Array
-TUNING = (
-    "one setting after another, on training captions: the best by the deciding measure, and among those within half "
-    "the margin of it the one of the least Fréchet distance"
-)
-REAL_PICTURES = 2048  # about so many stand for the real ones
-DRAWN_BY = ("maskgit", "tokenizer")  # stages that pictures depend on
-
-
-@dataclasses.dataclass(frozen=True)
-class Generator:
-    """A trained base model as functions of its parameters."""
-
-    config: MaskGITConfig
-    params: Any
-    logits: Callable[[Any], Callable]  # params -> logits_fn(ids, timestep, cond)
-    features: Callable[[Any], Callable]  # params -> feature_fn(ids, timestep, cond) [B,N,D]
-    head: Callable[[Any], Callable]  # params -> head_fn(features [...,D]) -> logits [...,K]
-    null: np.ndarray  # the null condition, shape of one cond
-
-    @property
-    def mask_id(self) -> int:
-        return self.config.mask_id
-
-
-def model_config(config: Any, tokenizer: Any, conditioning: Conditioning) -> MaskGITConfig:
-    """Sizes that follow from the tokenizer and the data, and those that the config names."""
-    sizes = tokenizer_task.TokenizerConfig(**tokenizer.model)
-    return MaskGITConfig(
-        num_tokens=sizes.num_tokens,
-        codebook_size=sizes.codebook_size,
-        cond_vocab=conditioning.vocab_size,
-        cond_length=max(conditioning.length, 1),
-        **config.model,
-    )
-
-
-def generator(config: MaskGITConfig, params: Any, null: np.ndarray) -> Generator:
-    """Wrap a MaskGIT's sizes and parameters (which may be abstract)."""
-    model = MaskGIT(config)
-    return Generator(
-        config,
-        params,
-        logits=lambda p: lambda ids, timestep, cond: model.apply(p, ids, cond),
-        features=lambda p: lambda ids, timestep, cond: model.apply(p, ids, cond, method="features"),
-        head=lambda p: lambda features: model.apply(p, features, method="logits"),
-        null=null,
-    )
-
-
-def load(parent: Parent, conditioning: Conditioning) -> Generator:
-    """Open a trained base model."""
-    sizes = model_config(parent.config, parent.config.parents.tokenizer, conditioning)
-    return generator(sizes, parent.params, conditioning.null)
-
-
-def check_steps(sampler: SamplerConfig, steps: Iterable[int], num_tokens: int) -> None:
-    """Raise ValueError for a number of steps that the sampler's tables or the grid do not hold.
-
-    Early, because a report asks for them when training is over.
-    """
-    for count in {sampler.num_steps, *steps}:
-        make_plan(dataclasses.replace(sampler, num_steps=count), num_tokens)
 
 
 def mask_tokens(keys_B: Array, ids_BN: Array, mask_id: int) -> tuple[Array, Array]:
@@ -121,11 +56,13 @@ class Wiring:
         self.config = config
         self.tokens = tokenizer_task.TokenizerConfig(**config.parents.tokenizer.model)
         self.codec = tokenizer_task.codec(self.tokens, None)
-        self.sizes = model_config(config, config.parents.tokenizer, conditioning)
+        self.sizes = generators.model_config(config, config.parents.tokenizer, conditioning)
         self.model = MaskGIT(self.sizes)
         self.null = conditioning.null
         settings = Evaluation(**config.evaluation)
-        check_steps(SamplerConfig(**config.sampler), (settings.glance_steps, *settings.steps), self.sizes.num_tokens)
+        generators.check_steps(
+            SamplerConfig(**config.sampler), (settings.glance_steps, *settings.steps), self.sizes.num_tokens
+        )
         self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps)
         self.tx = train_state.make_optimizer(self.optimizer)
 
@@ -188,34 +125,13 @@ def abstract_params(config: Any, conditioning: Conditioning) -> Any:
     return jax.eval_shape(Wiring(config, conditioning).init, jax.random.key(0)).params
 
 
-def dataset_of(context: Context, split: str) -> Dataset:
-    """Open a split of the stage's data at the tokenizer's image size."""
-    data = context.config.data
-    size = context.config.parents.tokenizer.model.image_size
-    return open_dataset(data.name, split, context.data_dir, size, data.text_length)
-
-
-def engine_of(context: Context, sizes: MaskGITConfig, null: np.ndarray) -> Engine:
-    """What systems of this stage and of those above it generate with."""
-    codec = tokenizer_task.load(context.parents["tokenizer"])
-    return Engine(
-        parallel=context.parallel,
-        logits=generator(sizes, None, null).logits,
-        decode=codec.decode,
-        tokenizer=context.parallel.replicate(codec.params),
-        null=null,
-        num_tokens=sizes.num_tokens,
-        mask_id=sizes.mask_id,
-    )
-
-
 def studio(context: Context, params: Any) -> Studio:
     """The trained base as a user samples from it."""
-    held_out = dataset_of(context, "validation")
-    sizes = model_config(context.config, context.config.parents.tokenizer, held_out.conditioning)
+    held_out = generators.dataset_of(context, "validation")
+    sizes = generators.model_config(context.config, context.config.parents.tokenizer, held_out.conditioning)
     codec = tokenizer_task.load(context.parents["tokenizer"])
     return Studio(
-        engine=engine_of(context, sizes, held_out.conditioning.null),
+        engine=generators.engine_of(context, sizes, held_out.conditioning.null),
         params=context.parallel.replicate(params),
         dataset=held_out,
         sampler=read_sampler(context.workdir, SamplerConfig(**context.config.sampler)),
@@ -224,57 +140,17 @@ def studio(context: Context, params: Any) -> Studio:
     )
 
 
-def kept(system: System, stages: Mapping[str, Parent], *settings: Any) -> System:
-    """A system of trained stages and settings alone, whose measurements all runs with the same stages share."""
-    trained = [(stages[name].params, stages[name].extra, str(stages[name].config.model)) for name in DRAWN_BY]
-    return dataclasses.replace(system, identity=measured.identity(trained, *settings))
-
-
-def _real_pictures(context: Context, validation: Dataset, held_out: bool) -> np.ndarray:
-    """Real pictures uint8 [M,H,W,3] that distances are measured against.
-
-    Of a caption set, pictures of the held-out captions, or of the others, in equal shares, as they are prompted; the
-    validation split has too few of each, so they come from the training split (as is usual for Frechet distances).
-    """
-    if validation.conditioning.kind == "class":
-        return validation.take(np.arange(min(REAL_PICTURES, len(validation))))["image"]
-    train, prompts = dataset_of(context, "train"), validation.describe(validation.pool(held_out=held_out))
-    return train.take(train.positions_of(prompts, each=max(REAL_PICTURES // len(prompts), 1)))["image"]
-
-
-def bench_of(context: Context) -> Bench:
-    """The measuring bench of a generator stage: held-out split, judge, exact verifier."""
-    held_out = dataset_of(context, "validation")
-    judge = judge_task.load(context.parents["judge"])
-    settings = Evaluation(**context.config.evaluation)
-
-    @functools.cache
-    def real_features(prompts_held_out: bool) -> np.ndarray:
-        pictures = _real_pictures(context, held_out, prompts_held_out)
-        return features_of(judge.read, judge.params, pictures)
-
-    return Bench(
-        dataset=held_out,
-        scorer=judge_scorer(judge.read, judge.params, judge.config.kind, held_out),
-        real_features=real_features,
-        settings=settings,
-        workdir=context.workdir,
-        measured_dir=context.measured_dir,
-        out=context.out,
-    )
-
-
 def build(context: Context) -> Task:
     """Wire the base-model stage."""
     config, parallel = context.config, context.parallel
-    train = dataset_of(context, "train")
+    train = generators.dataset_of(context, "train")
     wiring = Wiring(config, train.conditioning)
-    engine = engine_of(context, wiring.sizes, wiring.null)
+    engine = generators.engine_of(context, wiring.sizes, wiring.null)
     frozen = {"tokenizer": engine.tokenizer}
     rows = parallel.rows(config.batch_size)
     update = parallel.update(wiring.update)
     sampler = SamplerConfig(**config.sampler)
-    bench = functools.cache(lambda: bench_of(context))
+    bench = functools.cache(lambda: generators.bench_of(context))
     held_out_loss = jax.jit(wiring.held_out_loss)
     program = fixed_program(engine)
 
@@ -294,8 +170,12 @@ def build(context: Context) -> Task:
     def report(params):
         stages = context.parents | {"maskgit": Parent(config, params, {}, context.workdir)}
         params = parallel.replicate(params)
-        best = bench().tune(functools.partial(system, params), sampler)
-        points = bench().measure(kept(system(params, best), stages, str(best)), bench().settings.steps)
+
+        def base(chosen):
+            return generators.kept(system(params, chosen), stages, str(chosen))
+
+        best = bench().tune(base, sampler)
+        points = bench().measure(base(best), bench().settings.steps)
         findings = Findings(
             title=f"{config.task} on {config.data.name}",
             config=config.name,
@@ -308,7 +188,7 @@ def build(context: Context) -> Task:
         facts = {
             "sampler": f"{best.mode}, Gumbel {best.gumbel:g}, guidance {best.guidance:g} ({best.guidance_schedule}), "
             f"temperature {best.temperature:g}",
-            "how it was chosen": TUNING,
+            "how it was chosen": CHOICE,
         }
         bench().write(findings, config.num_steps, facts)
 

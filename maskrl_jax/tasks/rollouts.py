@@ -139,13 +139,16 @@ class Rollouts:
     def statistics(self, out: dict, result: credit.Credit, memory: Any, filtered: dict, batch: dict) -> dict:
         """Numbers of a batch of rollouts for the logs; the exact verifier is read, never trained on."""
         result, memory = jax.device_get((result, memory))
-        calls, quality = out["calls"], out["quality"]
+        calls, scored = out["calls"], result.scored
+        seen = np.repeat(scored, self.config.group)  # a failed score drops its group
         values = {
-            "reward/quality": np.nanmean(quality),
+            "reward/quality": _mean(out["quality"][seen]),
+            **{name: _mean(score[seen]) for name, score in out.items() if name.startswith("reward/")},
+            "reward/failed": 1 - scored.mean(),
             "reward/energy_distance": energy_distance.energy_distance(out["blocks"], self.real),
-            "reward/speed": result.speed.mean(),
-            "reward/total": result.reward.mean(),
-            "reward/gate": result.gate.mean(),
+            "reward/speed": _mean(result.speed[scored]),
+            "reward/total": _mean(result.reward[scored]),
+            "reward/gate": _mean(result.gate[scored]),
             "reward/sigma": memory.sigma,
             "sampling/images_per_sec": self.images_per_sec,
             "sampling/calls": calls.mean(),
@@ -154,7 +157,7 @@ class Rollouts:
             "rl/speed_weight": result.speed_weight,
             "rl/adv_std": _std(result.advantage, result.keep),
             "rl/decision_adv_std": _std(result.decision_advantage, result.decision_keep),
-            "rl/zero_std_ratio": (result.std == 0).mean(),
+            "rl/zero_std_ratio": _mean(result.std[scored] == 0),
             "rl/rejected": filtered["rejected"],
             "rl/rejected_first": filtered["rejected_first"],
             "rl/dropped": result.dropped.mean(),
@@ -162,11 +165,16 @@ class Rollouts:
             "rl/decided": result.decision_keep.mean(),
         }
         if self.wiring.credit.reads_reference:
-            values["reward/surplus"] = np.nanmean(quality - batch["reference"])
+            values["reward/surplus"] = _mean((out["quality"] - batch["reference"])[seen])
         if self.train.verify is not None:
             verdict = self.train.verify(out["images"], self.train.describe(batch["cond"]))
             values |= {f"reward_heldout/{name}": verdict[name].mean() for name in ("graded", "strict", "coherence")}
         return {name: float(value) for name, value in values.items()}
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean; 0 of nothing."""
+    return values.mean() if len(values) else 0.0
 
 
 def _std(values: np.ndarray, kept: np.ndarray) -> float:

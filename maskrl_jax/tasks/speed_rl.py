@@ -12,9 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax import state as train_state
-from maskrl_jax import stored
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
-from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Evaluation, read_sampler
 from maskrl_jax.evaluate.studio import Studio
 from maskrl_jax.evaluate.systems import clocked_program, clocked_system, judge_scorer
@@ -22,14 +20,15 @@ from maskrl_jax.keys import ROLLOUT, sample_keys
 from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.parallel import Axis
 from maskrl_jax.phase import Phase
-from maskrl_jax.rewards import energy_distance, mix
 from maskrl_jax.rewards import judge as judge_reward
+from maskrl_jax.rewards import mix
 from maskrl_jax.rl import credit
 from maskrl_jax.rl.policy import Head, Policy
 from maskrl_jax.rl.speed_update import RECORD, SpeedUpdate
 from maskrl_jax.rl.token_terms import Model, TokenLoss
 from maskrl_jax.sampling import adaptive
 from maskrl_jax.sampling.maskgit import SamplerConfig
+from maskrl_jax.tasks import generators, speed_checks
 from maskrl_jax.tasks import judge as judge_task
 from maskrl_jax.tasks import maskgit as maskgit_task
 from maskrl_jax.tasks import tokenizer as tokenizer_task
@@ -47,9 +46,9 @@ class Wiring:
     def __init__(self, config: Any, conditioning: Conditioning):
         self.config = config
         base = config.parents.maskgit
-        _check_tokenizer(config.parents.tokenizer, base.parents.tokenizer)
-        self.sizes = maskgit_task.model_config(base, base.parents.tokenizer, conditioning)
-        self.generator = maskgit_task.generator(self.sizes, None, conditioning.null)
+        speed_checks.same_tokenizer(config.parents.tokenizer, base.parents.tokenizer)
+        self.sizes = generators.model_config(base, base.parents.tokenizer, conditioning)
+        self.generator = generators.generator(self.sizes)
         self.codec = tokenizer_task.codec(tokenizer_task.TokenizerConfig(**base.parents.tokenizer.model), None)
         self.judge_sizes = JudgeConfig(**config.parents.judge.model)
         self.judge = Judge(self.judge_sizes)
@@ -63,7 +62,7 @@ class Wiring:
                 **config.loss.tokens,
                 # `budget` scores the conditional branch as it is (specs/speed_rl.md 4.3).
                 temperature=1.0 if self.policy.kind == "budget" else self.policy.temperature,
-                guided=self.policy.guidance != 1.0,
+                guided=self.policy.guidance != 1.0 and self.policy.kind != "budget",
             ),
             model=Model(self.generator.features, self.generator.head, self.null),
             num_tokens=self.sizes.num_tokens,
@@ -84,13 +83,13 @@ class Wiring:
             std_of_quality=self.policy.kind == "budget",
         )
         settings = Evaluation(**config.evaluation)
-        maskgit_task.check_steps(SamplerConfig(**base.sampler), settings.steps, self.sizes.num_tokens)
+        generators.check_steps(SamplerConfig(**base.sampler), settings.steps, self.sizes.num_tokens)
         self.rewards = dict(config.rewards)
         mix.check(self.rewards, judge_reward.names(self.judge_sizes.kind))
-        self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps)
+        self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps * config.inner_updates)
         self.tx = train_state.make_optimizer(self.optimizer)
-        self.groups = _groups(config)
-        _check(config, self.policy, self.credit, self.speed.tokens)
+        self.groups = speed_checks.groups(config)
+        speed_checks.settings(config, self.policy, self.credit, self.speed.tokens)
 
     def init(self, key: Array, params: Any) -> train_state.TrainState:
         """State that starts from the base model's parameters."""
@@ -117,7 +116,8 @@ class Wiring:
         images = self.codec.decode(frozen["tokenizer"], record.ids)
         scores = judge_reward.score(self.judge_sizes.kind, self.judge.apply(frozen["judge"], images), batch["target"])
         fields = {name: getattr(record, name) for name in RECORD}
-        return fields | {"quality": mix.weighted_sum(scores, self.rewards), "images": images}
+        parts = {f"reward/{name}": score for name, score in scores.items()}
+        return fields | parts | {"quality": mix.weighted_sum(scores, self.rewards), "images": images}
 
     def decide(self, params: Any, setting_B: Array):
         """Decision function of the policy at a setting: speed dial of the head, or number of steps."""
@@ -133,72 +133,15 @@ class Wiring:
 
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
         """`inner_updates` optimizer steps on recorded rollouts; the state's step counts batches of rollouts."""
-        first, old = state, state.params if self.config.inner_updates > 1 else None
+        first, old, infos = state, state.params if self.config.inner_updates > 1 else None, []
         entropy = _linear(self.config.loss.head_entropy, state.step, self.config.num_steps)
         for _ in range(self.config.inner_updates):
             grads, metrics = self.speed.gradients(state.params, old, frozen["reference"], batch, entropy, axis)
             state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
-        metrics |= {f"train/{name}": (value, jnp.float32(1)) for name, value in info.items()}
+            infos.append(info)
+        weight = jnp.float32(len(infos))
+        metrics |= {f"train/{name}": (sum(info[name] for info in infos), weight) for name in infos[0]}
         return state.replace(step=first.step + 1), metrics
-
-
-def _check(config: Any, policy: Policy, settings: credit.CreditConfig, tokens: TokenLoss) -> None:
-    """Raise UserError for settings that do not go together."""
-    for name in ("micro_batch", "inner_updates", "reference_samples"):
-        if config[name] < 1:
-            raise UserError(f"{name} {config[name]} must be at least 1")
-    if config.data.to_dict() != config.parents.maskgit.data.to_dict():
-        raise UserError("data of speed_rl and of its base differ; change both, as in --config.parents.maskgit.data")
-    if config.credit.down_sample > config.group:
-        raise UserError(
-            f"credit.down_sample {config.credit.down_sample} exceeds the {config.group} rollouts of a group; "
-            "lower it, or 0 for all"
-        )
-    if policy.kind == "budget" and settings.gate == "off" and settings.speed != "off":
-        raise UserError(
-            "policy budget learns whatever is made in few calls unless a gate asks for quality; set credit.gate=hard"
-        )
-    if policy.kind == "budget" and tokens.kl == "k3":
-        raise UserError("kl k3 needs tokens that the policy drew, budget scores others; set loss.tokens.kl=forward")
-    if tokens.kl == "k3" and (policy.temperature != 1 or policy.guidance != 1):
-        raise UserError(
-            "kl k3 is unbiased only for tokens drawn from the model's own law; set loss.tokens.kl=forward, or "
-            "policy.temperature=1 and policy.guidance=1"
-        )
-    if policy.kind == "budget" and config.group % len(policy.step_set):
-        raise UserError(
-            f"group {config.group} is not divisible by the {len(policy.step_set)} step counts of "
-            "policy.step_set; every group holds each of them equally often"
-        )
-    size = config.parents.tokenizer.model.image_size
-    if size % energy_distance.SIDE:
-        raise UserError(
-            f"pictures of {size} pixels do not divide into {energy_distance.SIDE} x {energy_distance.SIDE} blocks"
-        )
-
-
-def _groups(config: Any) -> int:
-    """Prompts of an update; UserError where rollouts do not fill whole groups."""
-    if config.group < 2 or config.batch_size % config.group:
-        raise UserError(
-            f"batch_size {config.batch_size} rollouts do not fill groups of {config.group}; "
-            "make it a multiple of group (at least 2)"
-        )
-    groups = config.batch_size // config.group
-    if groups > config.credit.history:
-        raise UserError(f"credit.history {config.credit.history} does not hold the {groups} groups of an update")
-    return groups
-
-
-def _check_tokenizer(ours: Any, theirs: Any) -> None:
-    """Raise UserError where the base was trained on the codes of another tokenizer: its images would be noise."""
-    ours, theirs = stored.plain(ours), stored.plain(theirs)  # configs differ by being locked, too
-    for key in ("seed", "num_steps", "batch_size", "data", "model", "optimizer"):
-        if ours[key] != theirs[key]:
-            raise UserError(
-                f"the tokenizer is not the one that the maskgit parent was trained with (another {key}); "
-                "point init.tokenizer to that one"
-            )
 
 
 def _linear(ends: tuple[float, float], step: Array, num_steps: int) -> Array:
@@ -248,32 +191,32 @@ def studio(context: Context, params: Any) -> Studio:
     base = maskgit_task.studio(as_base, params["model"])
     wiring = Wiring(context.config, base.dataset.conditioning)
     policy = wiring.policy
-    sampler = SamplerConfig(**context.config.parents.maskgit.sampler)
+    sampler, mode = SamplerConfig(**context.config.parents.maskgit.sampler), "confidence"
     if policy.kind == "adaptive" and policy.action == "threshold":
-        sampler = dataclasses.replace(
-            sampler, mode="uncertain" if policy.order == "uncertain" else "threshold", threshold=policy.kappa
-        )
+        mode = "uncertain" if policy.order == "uncertain" else "threshold"
+        sampler = dataclasses.replace(sampler, threshold=policy.kappa)
     sampler = dataclasses.replace(
         sampler,
+        mode=mode,
+        schedule="cosine",
         gumbel=policy.noise,
         temperature=policy.temperature,
         guidance=policy.guidance,
         guidance_schedule=policy.guidance_schedule,
     )
-    tuned = None
-    if policy.kind == "adaptive":
-        program = clocked_program(base.engine, wiring.sampler, wiring.decide)
-        tuned = clocked_system(base.engine, program, context.parallel.replicate(params), "tuned", "tuned")
-    return dataclasses.replace(base, sampler=sampler, tuned=tuned)
+    program = clocked_program(base.engine, wiring.sampler, wiring.decide)
+    tuned = clocked_system(base.engine, program, context.parallel.replicate(params), "tuned", "tuned policy")
+    return dataclasses.replace(base, sampler=sampler, tuned=tuned, tuned_setting=policy.usual_setting)
 
 
 def build(context: Context) -> Task:
     """Wire the stage: roll out, score and filter on the host, update."""
     config, parallel = context.config, context.parallel
-    train = maskgit_task.dataset_of(context, "train")
+    train = generators.dataset_of(context, "train")
     wiring = Wiring(config, train.conditioning)
     base = context.parents["maskgit"]
-    engine = maskgit_task.engine_of(context, wiring.sizes, wiring.null)
+    speed_checks.same_codes({name: parent.workdir for name, parent in context.parents.items()})
+    engine = generators.engine_of(context, wiring.sizes, wiring.null)
     sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
     frozen = {
         "tokenizer": engine.tokenizer,

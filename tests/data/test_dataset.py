@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from maskrl_jax.data.dataset import is_held_out, open_dataset
+from maskrl_jax.data.dataset import conditioning_of, is_held_out, open_dataset
 from maskrl_jax.errors import UserError
 
 
@@ -85,7 +85,7 @@ def test_columns_cannot_be_changed_by_accident(validation):
     [
         ({"split": "test"}, "unknown split 'test'"),
         ({"image_size": 64}, "pictures of 32 pixels, not 64"),
-        ({"text_length": 0}, "text_length is 0"),
+        ({"text_length": 6}, "text_length is 6; captions of shapes have up to 7 words, set at least that"),
         ({"name": "digits", "image_size": 0}, "image_size is 0"),
     ],
 )
@@ -93,6 +93,14 @@ def test_bad_arguments_are_refused(shapes_dir, change, message):
     arguments = {"name": "shapes", "split": "train", "data_dir": shapes_dir, "image_size": 32} | change
     with pytest.raises(UserError, match=message):
         open_dataset(**arguments)
+
+
+def test_a_whole_caption_must_fit(shapes_dir, validation):
+    longest = max(validation.describe(validation.pool(held_out=True)), key=len)
+    assert open_dataset("shapes", "validation", shapes_dir, 32, 7).encode([longest]).all()
+    assert conditioning_of("shapes", 7).length == 7
+    with pytest.raises(UserError, match="text_length is 6; captions of shapes have up to 7 words"):
+        conditioning_of("shapes", 6)
 
 
 def test_alike_gives_another_sample_of_the_same_condition(validation):

@@ -30,7 +30,7 @@ def canvas():
 
 
 def test_every_stamp_is_found_at_its_place():
-    for shape, stamp in enumerate(scenes.STAMPS):
+    for shape, stamp in enumerate(scenes.stamps()):
         picture = canvas()
         picture[0, 8:20, 20:32][stamp] = 2
         found = detect.find_objects(picture)

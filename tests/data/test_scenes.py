@@ -29,7 +29,7 @@ def test_two_things_differ_and_their_stamps_leave_a_free_cell():
 
 
 def test_every_relation_has_the_same_number_of_layouts():
-    assert [len(layouts) for layouts in scenes.LAYOUTS] == [94] * 4
+    assert [len(places) for places in scenes.layouts()] == [94] * 4
 
 
 def test_render_paints_the_stamp_on_its_cells():
@@ -42,9 +42,9 @@ def test_render_paints_the_stamp_on_its_cells():
 
 
 def test_stamps_are_distinct():
-    areas = scenes.STAMPS.sum(axis=(1, 2)).tolist()
+    areas = scenes.stamps().sum(axis=(1, 2)).tolist()
     assert areas == [112, 144, 78, 80]
-    for a, b in itertools.combinations(scenes.STAMPS, 2):
+    for a, b in itertools.combinations(scenes.stamps(), 2):
         assert (a & b).sum() / (a | b).sum() < 0.8
 
 

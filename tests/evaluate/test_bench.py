@@ -47,10 +47,14 @@ def test_the_best_sampler_is_found_and_kept(bench, systems, tmp_path):
     chosen = bench.tune(system_of, SamplerConfig(num_steps=4, schedule="linear"))
     assert (chosen.gumbel, chosen.guidance, chosen.temperature) == (2.0, 1.5, 0.5)
     assert (chosen.num_steps, chosen.schedule) == (16, "linear")
-    assert len(seen) == 3 + 1 + 1  # one setting after another, none of them twice
+    assert len(seen) == 1 + 3 + 1 + 1  # the start, then one setting after another, none of them twice
     assert len(json.loads((tmp_path / "sampler.json").read_text())["tried"]) == 5
-    assert bench.tune(system_of, SamplerConfig()) == chosen and len(seen) == 5  # stored, not measured again
+    assert bench.tune(system_of, SamplerConfig()) == chosen and len(seen) == 7  # stored, not measured again
     assert read_sampler(str(tmp_path), SamplerConfig()) == chosen
+    # Another grid is another search, but not for a later measurement.
+    other = dataclasses.replace(bench, settings=dataclasses.replace(bench.settings, tune_gumbel=(1.0, 4.0)))
+    assert dataclasses.replace(other, out=str(tmp_path / "out")).tune(system_of, SamplerConfig()) == chosen
+    assert other.tune(system_of, SamplerConfig()).gumbel != 2.0 and len(seen) > 9
 
 
 def test_among_equals_the_least_distance_decides(bench, systems, monkeypatch):
@@ -149,7 +153,14 @@ def test_a_system_with_an_identity_is_measured_once_for_all_runs(bench, systems,
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), [({"steps": (8, 4)}, "must rise"), ({"prompts": 0}, "prompts 0 must be at least 1")]
+    ("wrong", "message"),
+    [
+        ({"steps": (8, 4)}, "must rise"),
+        ({"prompts": 1, "group": 2}, "prompts 1 x group 2 is too little"),
+        ({"tune_prompts": 1}, "tune_prompts 1 must be at least 2"),
+        ({"goal": 0.0}, "goal 0.0 must be above 0"),
+        ({"keep": -1}, "keep -1 must be at least 0"),
+    ],
 )
 def test_impossible_settings_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from maskrl_jax.evaluate import canvas, pictures
+from maskrl_jax.sampling.maskgit import GIVEN
 
 
 def test_masked_cells_are_covered_and_shown_ones_untouched():
@@ -27,6 +28,14 @@ def test_grid_and_order_are_written(tmp_path):
     order = pictures.commit_order(tmp_path / "order.png", images, np.arange(12).reshape(3, 4) % 4, [4, 4, 4], "abc")
     for image, name in ((grid, "grid.png"), (order, "order.png")):
         assert image.shape[1] == round(canvas.WIDTH * 150) and (tmp_path / name).stat().st_size > 1000
+
+
+def test_given_tokens_are_shown_from_the_first_call_on(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(pictures, "_hide_masked", lambda image, shown_N: shown.append(shown_N) or image)
+    steps = np.array([[GIVEN, 0, 1, GIVEN]], np.uint8)
+    pictures.commit_order(tmp_path / "order.png", np.zeros((1, 4, 4, 3), np.uint8), steps, [2], ["a"])
+    np.testing.assert_array_equal(shown, [[True, True, False, True], [True] * 4])
 
 
 def test_tokens_must_form_a_square(tmp_path):

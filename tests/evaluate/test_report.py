@@ -77,7 +77,7 @@ def test_a_run_that_fails_says_so_first(make_point, tmp_path):
 @pytest.mark.parametrize(
     ("graded", "sentence"),
     [
-        (0.9, "The untrained passes it from 7.0 mean calls [7.0, 7.0] on."),
+        (0.9, "The untrained passes it at 7.0 mean calls [7.0, 7.0]."),
         (0.8, "The untrained passes it at no measured setting."),
     ],
 )

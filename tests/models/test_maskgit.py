@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskrl_jax.models.maskgit import MaskGIT, MaskGITConfig
+from maskrl_jax.models.maskgit import SIZES, MaskGIT, MaskGITConfig
 
 CONFIG = MaskGITConfig(
     num_tokens=9, codebook_size=6, cond_vocab=5, cond_length=2, width=8, depth=2, heads=2, mlp_width=8
@@ -93,7 +93,14 @@ def test_class_conditions_come_without_an_axis():
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"num_tokens": 8}, "num_tokens 8 is not a square"), ({"heads": 3}, "width 8 is not divisible by heads 3")],
+    [
+        ({"num_tokens": 8}, "num_tokens 8 is not a square"),
+        ({"heads": 3}, "width 8 is not divisible by heads 3"),
+        *(({name: 0}, f"^{name} 0 must be at least 1$") for name in SIZES),
+        ({"heads": -2}, "^heads -2 must be at least 1$"),
+        ({"pooled_width": -1}, "^pooled_width -1 must be at least 0$"),
+        ({"pooled_maps": 0}, "^pooled_maps 0 must be at least 1$"),
+    ],
 )
 def test_impossible_sizes_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):

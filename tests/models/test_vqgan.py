@@ -1,5 +1,7 @@
 """Patches, nearest codes and the straight-through tokenizer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,10 +63,6 @@ def test_quantiser_passes_the_gradient_straight_through():
     """The encoder gets the decoder's gradient at the quantised code; the codebook, kept by EMA, gets none."""
     model, params = tokenizer()
 
-    def loss(codes, codebook):
-        ids = nearest_code(codes, codebook)
-        return jnp.sin(model.apply(params, codebook[ids], method="decode")).sum()
-
     def whole(params, codebook):
         return jnp.sin(model.apply(params, IMAGES, codebook)[0]).sum()
 
@@ -79,3 +77,10 @@ def test_quantiser_passes_the_gradient_straight_through():
 def test_patch_must_divide_the_image():
     with pytest.raises(ValueError, match="image_size 8 is not divisible by patch 3"):
         TokenizerConfig(image_size=8, patch=3)
+
+
+@pytest.mark.parametrize("size", [field.name for field in dataclasses.fields(TokenizerConfig)])
+@pytest.mark.parametrize("value", [0, -1])
+def test_sizes_below_one_are_refused(size, value):
+    with pytest.raises(ValueError, match=f"^{size} {value} must be at least 1$"):
+        dataclasses.replace(CONFIG, **{size: value})

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -110,22 +111,32 @@ def test_low_quality_is_dropped_clipped_or_kept(rule, keep, third):
 
 @pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("rule", credit.LOW_QUALITY)
-def test_a_failed_score_drops_its_rollout_and_nothing_else(score, rule):
-    config = dataclasses.replace(CONFIG, low_quality=rule)
-    found = assign(config, QUALITY.at[0, 2].set(score))
-    clean = assign(config, QUALITY[:, jnp.array([0, 1, 3])], CALLS[:, jnp.array([0, 1, 3])])
-    assert found.keep.tolist() == [[1, 1, 0, 1]]
-    np.testing.assert_allclose(found.advantage[0, jnp.array([0, 1, 3])], clean.advantage[0], rtol=1e-5)
-    np.testing.assert_allclose(found.quality_std, clean.quality_std, rtol=1e-5)
-    assert float(found.advantage[0, 2]) == 0.0
-    assert np.isfinite(found.reward).all()
+@pytest.mark.parametrize("gate", credit.GATES)
+def test_a_failed_score_drops_its_group_and_nothing_else(score, rule, gate):
+    """The other group is treated, and the memory left, as if the failed one had never been."""
+    config = dataclasses.replace(CONFIG, speed="dual", low_quality=rule, gate=gate)
+    quality, reference = jnp.concatenate([QUALITY.at[0, 2].set(score), QUALITY]), REFERENCE.repeat(2, 0)
+    bonus = jnp.array([[score] * 4, [0.0] * 4])  # what spoilt the score may have spoilt the bonus, too
+    found = credit.assign(config, memory(config), jnp.int32(9), quality, CALLS.repeat(2, 0), reference, bonus)
+    clean = assign(config)
+    for name in ("advantage", "keep", "decision_advantage", "decision_keep", "reward", "gate", "std"):
+        np.testing.assert_allclose(getattr(found, name)[1], getattr(clean, name)[0], rtol=1e-6, err_msg=name)
+    assert (found.scored.tolist(), found.rejected.tolist()) == ([False, True], [True, False])
+    assert not found.dropped.any()
+    for name in ("advantage", "keep", "decision_advantage", "decision_keep"):
+        np.testing.assert_array_equal(getattr(found, name)[0], np.zeros(4), err_msg=name)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+    left = credit.remember(config, memory(config), found, quality, reference, jnp.int32(9))
+    kept = credit.remember(config, memory(config), clean, QUALITY, REFERENCE, jnp.int32(9))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), left, kept)
+    assert int(left.history.count) == 1
 
 
 @pytest.mark.parametrize(("bad", "rejected"), [(2, False), (3, True), (4, True)])
 def test_a_group_needs_half_of_its_rollouts(bad, rejected):
-    found = assign(quality=QUALITY.at[0, :bad].set(jnp.nan))
+    found = assign(quality=QUALITY.at[0, :bad].set(0.3))  # the floor is 1 - 3 x 0.2
     assert found.rejected.tolist() == [rejected]
-    assert found.scored.tolist() == [bad < 4]
+    assert found.scored.tolist() == [True]
     assert float(found.keep.sum()) == (0 if rejected else 4 - bad)
 
 
@@ -232,6 +243,8 @@ def test_a_first_batch_without_spread_does_not_set_sigma(nothing):
         ({"speed": "fast"}, "speed 'fast' is not one of schedule, dual, off"),
         ({"low_quality": "forgive"}, "low_quality 'forgive' is not one of drop, clip, off"),
         ({"gate": "ajar"}, "gate 'ajar' is not one of hard, soft, off"),
+        ({"percentile": -1.0}, r"percentile -1.0 must lie in \[0, 100\]"),
+        ({"percentile": 100.5}, r"percentile 100.5 must lie in \[0, 100\]"),
         ({"min_calls": 16}, "min_calls 16 must lie between 0 and max_calls 16"),
         ({"lambda_zero_until": 5}, "lambda_full_at 0 is before lambda_zero_until 5"),
     ],

@@ -107,7 +107,7 @@ def threshold_choice(logp, masked, action, call, priority):
     rule = (
         np.array([[i in masked for i in range(3)]]),
         np.log([1 / (1 + np.exp(-action))]),
-        CLOCK.constant_stride_counts(CALLS)[call : call + 1],
+        np.array([1]),  # of three positions in three calls
         np.array([call == CALLS - 1]),
     )
     if priority is None:
@@ -181,7 +181,8 @@ def stride_score(theta, table):
         table[name].ravel() for name in ("grid", "previous", "first", "decision", "decides")
     )
     logits = stride.decision_logits(theta["net"][grid], previous, theta["eta"], first)
-    return stride.decision_logp(logits, decision, decides).reshape(-1, CALLS).sum(-1)
+    logp = jnp.where(decides, stride.decision_logp(logits, decision), 0.0)
+    return logp.reshape(-1, CALLS).sum(-1)
 
 
 def interval_logp(theta, table):
@@ -201,8 +202,8 @@ def threshold_score(theta, old, table):
     density = np.exp(-0.5 * ((action - mean[..., None]) / std[..., None]) ** 2) * weight
     share = density / np.maximum(density.sum(-1, keepdims=True), 1e-30)
     grid = np.broadcast_to(table["grid"][..., None], action.shape).ravel()
-    decides = np.broadcast_to(table["decides"][..., None], action.shape).ravel()
-    logp = stride.threshold_logp(action.ravel(), theta["mean"][grid], jnp.exp(theta["log_std"])[grid], decides)
+    logp = stride.threshold_logp(action.ravel(), theta["mean"][grid], jnp.exp(theta["log_std"])[grid])
+    share = share * table["decides"][..., None]
     return (share * logp.reshape(action.shape)).sum((1, 2))
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskrl_jax.rl import kl
+from maskrl_jax.rl import kl, surrogate
 from maskrl_jax.sampling import draws
 
 POLICY = jnp.log(jnp.array([0.5, 0.3, 0.2]))
@@ -26,10 +26,15 @@ def test_forward_gradient_is_policy_minus_reference():
     np.testing.assert_allclose(logit_gradient(lambda logp: kl.forward_kl(logp, REFERENCE)), [-0.1, 0.0, 0.1], atol=1e-6)
 
 
-def test_mean_over_masked_positions_divides_the_gradient():
-    logits = jnp.stack([POLICY, POLICY])
-    gradient = jax.grad(lambda x: kl.forward_kl(jax.nn.log_softmax(x), jnp.stack([REFERENCE] * 2)).mean())(logits)
-    np.testing.assert_allclose(gradient, [[-0.05, 0, 0.05]] * 2, atol=1e-6)
+def test_mean_over_masked_positions_and_calls_divides_the_gradient():
+    """Two of three positions are masked in one of five calls: a tenth of the gradient each."""
+    weight = surrogate.kl_weight(jnp.array([[True, False, True]]), jnp.array([5]))
+
+    def penalty(logits):
+        return (kl.forward_kl(jax.nn.log_softmax(logits), jnp.stack([REFERENCE] * 3)[None]) * weight).sum()
+
+    gradient = jax.grad(penalty)(jnp.stack([POLICY] * 3)[None])
+    np.testing.assert_allclose(gradient, [[[-0.01, 0, 0.01], [0, 0, 0], [-0.01, 0, 0.01]]], atol=1e-7)
 
 
 def test_reverse_gradient():

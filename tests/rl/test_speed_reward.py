@@ -43,11 +43,17 @@ def test_lambda_ramp_must_not_run_backwards():
         sp.lambda_schedule(0, zero_until=5, full_at=4, value=1.0)
 
 
-def test_dual_lambda_follows_the_quality_surplus():
-    quality = jnp.array([[1.5, 2.5, jnp.nan]])
-    np.testing.assert_allclose(sp.dual_lambda(1.0, quality, jnp.array([[1.0]]), 0.5), np.exp(0.02 * 2), rtol=1e-6)
-    assert float(sp.dual_lambda(4.99, jnp.array([9.0]), jnp.array([0.0]), 0.5)) == 5.0
-    np.testing.assert_allclose(sp.dual_lambda(0.051, jnp.array([-9.0]), jnp.array([0.0]), 0.5), 0.05)
+def test_dual_lambda_follows_the_quality_surplus_of_the_valid_groups():
+    quality, reference = jnp.array([[1.5, 2.5], [9.0, jnp.nan]]), jnp.array([[1.0], [0.0]])
+    valid = jnp.array([True, False])
+    np.testing.assert_allclose(sp.dual_lambda(1.0, quality, reference, 0.5, valid), np.exp(0.02 * 2), rtol=1e-6)
+    assert float(sp.dual_lambda(1.0, quality, reference, 0.5, jnp.zeros(2, bool))) == 1.0
+
+
+@pytest.mark.parametrize(("weight", "surplus", "bound"), [(4.99, 9.0, 5.0), (0.051, -9.0, 0.05)])
+def test_dual_lambda_is_bounded(weight, surplus, bound):
+    found = sp.dual_lambda(weight, jnp.array([[surplus]]), jnp.array([[0.0]]), 0.5, jnp.array([True]))
+    np.testing.assert_allclose(found, bound)
 
 
 def test_total_reward_is_in_units_of_sigma():
@@ -60,7 +66,7 @@ def test_total_reward_is_in_units_of_sigma():
 def test_sigma_starts_at_the_first_batch_and_skips_invalid_groups():
     sigma = sp.update_sigma(jnp.float32(0), jnp.array([0.2, 0.4, 9.0]), jnp.array([True, True, False]))
     np.testing.assert_allclose(sigma, 0.3, rtol=1e-6)
-    sigma = sp.update_sigma(sigma, jnp.array([1.3, jnp.nan]), jnp.array([True, True]))
+    sigma = sp.update_sigma(sigma, jnp.array([1.3, jnp.nan]), jnp.array([True, False]))
     np.testing.assert_allclose(sigma, 0.99 * 0.3 + 0.01 * 1.3, rtol=1e-6)
     np.testing.assert_allclose(sp.update_sigma(sigma, jnp.array([9.0]), jnp.array([False])), sigma)
 

@@ -4,10 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_model
 from toy_update import (
     CALLS,
     LEARN,
+    MASK,
     MODEL,
+    NULL,
+    ONE_DEVICE,
     REFERENCE,
     ROWS,
     SPEED,
@@ -24,7 +28,9 @@ from toy_update import (
     policy_gradient,
 )
 
+from maskrl_jax.parallel import Parallel
 from maskrl_jax.rl import kl
+from maskrl_jax.rl.speed_reward import speed_reward
 from maskrl_jax.rl.speed_update import RECORD
 from maskrl_jax.rl.token_terms import token_terms
 from maskrl_jax.sampling import adaptive
@@ -79,7 +85,7 @@ def test_loss_of_the_first_update_counts_the_terms():
         pair, real = jnp.arange(ROWS * CALLS), valid.ravel()
         calls, _ = build(pair, real)
         free = SPEED._free_decisions(record, batch)
-        sums, *_ = token_terms(SPEED.tokens, MODEL, params["model"], None, REFERENCE, calls)
+        sums, *_ = token_terms(SPEED.tokens, MODEL, params["model"], None, REFERENCE, calls, ONE_DEVICE)
         return sums.token, SPEED._decision_terms(params["head"], None, record, batch, free)[0]
 
     made, commit = np.asarray(batch["calls"]), np.asarray(batch["commit_step"])
@@ -87,6 +93,47 @@ def test_loss_of_the_first_update_counts_the_terms():
     gain, decided = (np.asarray(batch[f"{kind}keep"] * batch[f"{kind}advantage"]) for kind in ("", "decision_"))
     expected = (gain * (1 + remasked / TOKENS)).sum(), (decided * made / CALLS).sum()
     np.testing.assert_allclose(terms(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("action", adaptive.ACTIONS)
+def test_done_and_forced_calls_add_exactly_nothing_to_decisions_and_gradient(action):
+    """Whatever the record holds there; the last call of the threshold action is forced."""
+    speed, params, batch = changed(policy={"action": action}), params_of(action), batch_of(action)
+    made = np.minimum(batch["calls"], CALLS - (action == "threshold"))
+    idle = np.arange(CALLS)[None] >= made[:, None]
+    assert idle.any(1).any() and not idle.all()
+    wild = {"features": np.where(idle[..., None], 9.0, batch["features"])}
+    wild |= {"decision": np.where(idle, 3, batch["decision"]), "action": np.where(idle, -7.0, batch["action"])}
+    wild = {name: jnp.asarray(value, batch[name].dtype) for name, value in wild.items()}
+    plain, found = (
+        gradients(speed, params, b, OLD | {"head": params["head"]}, REFERENCE, 0.1) for b in (batch, batch | wild)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
+
+
+@pytest.mark.parametrize(("likelihood", "biased"), [("transition", False), ("all", False), ("kept", True)])
+def test_speed_alone_moves_no_token_where_the_calls_are_given(likelihood, biased):
+    """Oracle 8 by Monte Carlo, with the sampler's noise: 100 rounds of 64 rollouts of 1, 2, 3 or 5 calls."""
+    speed = changed({"likelihood": likelihood}, {"kind": "fixed", "target_calls": CALLS})
+    params, rows = params_of() | {"head": {}}, 64
+    cond, calls = jnp.resize(jnp.arange(NULL), rows), jnp.resize(jnp.array([1, 2, 3, CALLS]), rows).sort()
+    gain = speed_reward(calls, CALLS, 1)
+    learn = {"cond": cond, "advantage": gain, "decision_advantage": gain, "prompt": cond, "round": cond}
+    learn |= dict.fromkeys(("keep", "decision_keep"), jnp.ones(rows))
+    sampler = speed.policy.sampler(TOKENS, keep_predictions=True)
+    logits, decide = toy_model.logits_of(MODEL, params["model"]), adaptive.given_strides(960 // calls)
+
+    def round_of(number):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(8), number), rows)
+        record = adaptive.rollout(logits, decide, keys, cond, MODEL.null, sampler, TOKENS, MASK)
+        batch = {name: getattr(record, name) for name in RECORD} | learn
+        return speed.gradients(params, None, params["model"], batch, 0.0, ONE_DEVICE)[0]["model"]
+
+    found = jax.jit(lambda: jax.lax.map(round_of, jnp.arange(100)))()
+    found = np.concatenate([np.asarray(x).reshape(100, -1) for x in jax.tree.leaves(found)], axis=1)
+    error = found.std(0, ddof=1) / 10
+    away = np.abs(found.mean(0)) / np.maximum(error, 1e-7)  # the unconditional branch has no gradient, nor error
+    assert away.max() > 6 if biased else away.max() < 4
 
 
 OLD = jax.tree.map(lambda x: x + 0.05 * jnp.cos(5 * x), params_of())
@@ -171,6 +218,20 @@ def test_old_parameters_make_the_ratio():
     clipped, terms = metrics["rl/clip_frac"]
     assert 0 < float(clipped) < float(terms)
     assert largest(jax.tree.map(jnp.subtract, moved, again)) > 1e-3
+
+
+def test_the_largest_ratio_error_is_that_of_all_devices():
+    """The second device has nothing to score, and an error of 0: a mean would be half of the first one's."""
+    parallel, keep = Parallel("pmap", jax.devices()[:2]), {"keep": jnp.array([1.0, 1.0, 0.0, 0.0])}
+
+    def fn(state, frozen, batch, axis):
+        return state, SPEED.gradients(*frozen, batch, jnp.float32(0), axis)[1]
+
+    batch, frozen = batch_of() | keep, parallel.replicate((params_of(), OLD, REFERENCE))
+    error, weight = parallel.update(fn)({"step": jnp.zeros(())}, frozen, batch)[1]["rl/ratio_max_err"]
+    expected = gradients(changed(), params_of(), batch, OLD)[1]["rl/ratio_max_err"][0]
+    assert float(expected) > 0.05
+    np.testing.assert_allclose(error / weight, expected, rtol=1e-5)
 
 
 def test_decisions_have_ratios_of_their_own():

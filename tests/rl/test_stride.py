@@ -33,24 +33,12 @@ def test_decisions_are_a_law_and_sticky_after_the_first_call():
     net = jnp.zeros((2, 3))
     logits = stride.decision_logits(net, jnp.array([1, 1]), jnp.float32(4.0), jnp.array([True, False]))
     np.testing.assert_array_equal(logits, [[0, 0, 0], [0, 4, 0]])
-    each = [stride.decision_logp(logits, jnp.full(2, d), jnp.ones(2, bool)) for d in range(3)]
+    each = [stride.decision_logp(logits, jnp.full(2, d)) for d in range(3)]
     np.testing.assert_allclose(np.exp(each).sum(0), [1.0, 1.0], rtol=1e-6)
 
 
-def test_finished_rows_add_exactly_nothing():
-    def total(net, active):
-        logits = stride.decision_logits(net, jnp.zeros(2, jnp.int32), jnp.float32(4.0), jnp.zeros(2, bool))
-        decisions = stride.decision_logp(logits, jnp.array([0, 2]), active) + stride.decision_entropy(logits, active)
-        return decisions.sum() + stride.threshold_logp(net[:, 0], net[:, 1], jnp.exp(net[:, 2]), active).sum()
-
-    value, gradient = jax.value_and_grad(total)(jnp.ones((2, 3)), jnp.zeros(2, bool))
-    assert float(value) == 0.0
-    np.testing.assert_array_equal(gradient, np.zeros((2, 3)))
-    assert np.abs(jax.grad(total)(jnp.ones((2, 3)), jnp.array([True, False]))[1]).max() == 0
-
-
 def test_decision_entropy_of_a_flat_head():
-    np.testing.assert_allclose(stride.decision_entropy(jnp.zeros((1, 11)), jnp.ones(1, bool)), [np.log(11)], rtol=1e-6)
+    np.testing.assert_allclose(stride.decision_entropy(jnp.zeros((1, 11))), [np.log(11)], rtol=1e-6)
 
 
 def prior_calls(prior, clock, rows):
@@ -87,7 +75,7 @@ def test_untrained_head_makes_about_sixteen_calls_and_always_ends():
 
 
 def test_threshold_action_is_scored_as_a_normal_law():
-    logp = stride.threshold_logp(jnp.array([1.0]), jnp.array([0.0]), jnp.array([2.0]), jnp.array([True]))
+    logp = stride.threshold_logp(jnp.array([1.0]), jnp.array([0.0]), jnp.array([2.0]))
     np.testing.assert_allclose(logp, [-0.125 - np.log(2) - 0.5 * np.log(2 * np.pi)], rtol=1e-6)
-    entropy = stride.threshold_entropy(jnp.array([2.0]), jnp.array([True]))
+    entropy = stride.threshold_entropy(jnp.array([2.0]))
     np.testing.assert_allclose(entropy, [0.5 * np.log(2 * np.pi * np.e * 4)], rtol=1e-6)

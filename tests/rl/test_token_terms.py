@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_model
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from maskrl_jax.parallel import AXIS, Axis
 from maskrl_jax.rl.step_likelihood import position_likelihood
 from maskrl_jax.rl.token_terms import Calls, TokenLoss, token_terms
 
 CODES, TOKENS, ROWS, NULL = 5, 4, 3, 2
-MODEL = toy_model.tabular(NULL + 1)
+MODEL, ONE = toy_model.tabular(NULL + 1), Axis(1)
 PARAMS = toy_model.tabular_params(TOKENS, CODES, NULL + 1)
 OTHER = jax.tree.map(lambda x: x - 0.1 * jnp.cos(7 * x), PARAMS)
 LOSS = TokenLoss(chunk=5, temperature=1.3)  # five positions: chunks cross the rows
@@ -46,12 +49,12 @@ CALLS = Calls(
 
 @functools.partial(jax.jit, static_argnames="loss")
 def terms(loss, params, old=None, reference=PARAMS, calls=CALLS):
-    return token_terms(loss, MODEL, params, old, reference, calls)
+    return token_terms(loss, MODEL, params, old, reference, calls, ONE)
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "part"))
 def gradient(loss, params, calls=CALLS, part="token"):
-    return jax.grad(lambda p: getattr(token_terms(loss, MODEL, p, None, PARAMS, calls)[0], part))(params)
+    return jax.grad(lambda p: getattr(token_terms(loss, MODEL, p, None, PARAMS, calls, ONE)[0], part))(params)
 
 
 def drawn_from(params, distribution, temperature=LOSS.temperature):
@@ -98,6 +101,30 @@ def test_chunks_change_neither_value_nor_gradient(chunk):
     whole = dataclasses.replace(LOSS, chunk=chunk)
     close(terms(whole, PARAMS, old=OTHER, reference=OTHER), terms(LOSS, PARAMS, old=OTHER, reference=OTHER), 1e-5)
     close(gradient(whole, PARAMS), gradient(LOSS, PARAMS))
+
+
+def test_over_the_rows_of_eight_devices_chunks_change_nothing_and_no_feature_travels():
+    """Every device scores its own positions: 2 calls of 4, in chunks of 5, 5 and padding."""
+    mesh = Mesh(np.array(jax.devices()), (AXIS,))
+    many = jax.tree.map(lambda x: jnp.resize(x, (16, *x.shape[1:])), CALLS)
+    placed = jax.device_put((PARAMS, OTHER), NamedSharding(mesh, P()))
+    split = jax.device_put(many, NamedSharding(mesh, P(AXIS)))
+
+    def program(axis):
+        def fn(params, old, calls):
+            def total(p):
+                found = token_terms(LOSS, MODEL, p, old, old, axis.split(calls), axis)
+                return found[0].token + found[0].penalty, found
+
+            return jax.grad(total, has_aux=True)(params)
+
+        return jax.jit(fn)
+
+    spread = program(Axis(mesh.size, mesh)).lower(*placed, split).compile()
+    found, expected = spread(*placed, split), program(ONE)(PARAMS, OTHER, many)
+    close(found, expected, 1e-5)
+    text = spread.as_text()
+    assert "all-reduce" in text and not any(name in text for name in ("all-gather", "all-to-all", "collective-permute"))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +186,7 @@ def test_kl_is_that_of_the_plain_conditional_branch(kind):
 
 def test_kl_leaves_the_reference_and_the_unconditional_branch_alone():
     def divergence(params, reference):
-        return token_terms(LOSS, MODEL, params, None, reference, CALLS)[0].penalty
+        return token_terms(LOSS, MODEL, params, None, reference, CALLS, ONE)[0].penalty
 
     to_params, to_reference = jax.jit(jax.grad(divergence, argnums=(0, 1)))(PARAMS, OTHER)
     assert np.abs(to_params["head"]).max() > 1e-4
@@ -205,4 +232,11 @@ def test_entropy_and_log_probabilities_are_of_what_is_drawn_from():
 def test_unknown_names_are_refused(wrong):
     (name, value), *_ = wrong.items()
     with pytest.raises(ValueError, match=f"{name} '{value}' is not one of"):
+        TokenLoss(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"clip_low": -0.1}, {"clip_low": 1.0}, {"clip_high": -0.1}, {"chunk": 0}])
+def test_impossible_numbers_are_refused(wrong):
+    (name, value), *_ = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} {value} "):
         TokenLoss(**wrong)

@@ -12,6 +12,7 @@ import toy_model
 from maskrl_jax.sampling import adaptive, draws
 from maskrl_jax.sampling.clock import Clock
 from maskrl_jax.sampling.maskgit import SamplerConfig, decode, make_plan
+from maskrl_jax.sampling.schedules import masked_after
 
 CODES, TOKENS, ROWS = 4, 16, 4
 MASK = CODES
@@ -23,6 +24,11 @@ COND, NULL = jnp.arange(ROWS) % 3, jnp.int32(3)
 
 def keys():
     return jax.random.split(jax.random.key(0), ROWS)
+
+
+def counts_of(num_steps):
+    """Newly unmasked tokens of each call of a cosine schedule."""
+    return -np.diff(masked_after("cosine", TOKENS, num_steps), prepend=TOKENS)
 
 
 def wandering(state):
@@ -67,7 +73,7 @@ def test_constant_stride_is_the_fixed_sampler():
         np.testing.assert_array_equal(record.commit_step, plan.commit_step)
         assert record.calls.tolist() == plan.calls.tolist() == [num_steps] * ROWS
         counts = np.bincount(record.commit_step[0], minlength=num_steps)
-        np.testing.assert_array_equal(counts, CLOCK.constant_stride_counts(num_steps))
+        np.testing.assert_array_equal(counts, counts_of(num_steps))
 
 
 def test_rebuilt_states_are_what_the_network_saw_and_the_loop_ends_with_the_slowest():
@@ -178,7 +184,7 @@ def test_threshold_commits_the_sure_at_once_and_else_the_least(tilt, calls):
     assert (np.asarray(record.z_star)[:, 0] <= np.log(0.5) + 1e-6).all()
     if calls == 8:
         counts = np.stack([np.bincount(row, minlength=8) for row in np.asarray(record.commit_step)])
-        np.testing.assert_array_equal(counts, np.tile(CLOCK.constant_stride_counts(8), (ROWS, 1)))
+        np.testing.assert_array_equal(counts, np.tile(counts_of(8), (ROWS, 1)))
         assert (np.asarray(record.z_star)[:, 7] == -np.inf).all()  # the last call is forced
 
 

@@ -167,10 +167,10 @@ def test_uncertain_goes_first_where_the_model_knows_least():
     np.testing.assert_array_equal(choices[choices > 1][open_order], np.tile([4] * 4 + [3] * 4 + [2] * 4, (3, 1)))
 
 
-@pytest.mark.parametrize(("mode", "threshold"), [("confidence", 0.0), ("threshold", 2.0), ("entropy", -1.0)])
+@pytest.mark.parametrize(("mode", "threshold"), [("confidence", 0.9), ("threshold", 1.0), ("entropy", 0.0)])
 def test_without_noise_the_surest_go_first(mode, threshold):
-    """Position i has 1 + i mod 4 equally likely codes: the fewer the surer, whichever is drawn."""
-    choices = 1 + np.arange(TOKENS) % 4
+    """Position i has 2 + i mod 3 equally likely codes: the fewer the surer, whichever is drawn."""
+    choices = 2 + np.arange(TOKENS) % 3
 
     def logits(ids, timestep, cond):
         open_NK = np.arange(CODES)[None] < choices[:, None]
@@ -223,6 +223,10 @@ def test_a_sample_is_the_same_in_any_batch(mode):
         ({"num_steps": 0}, "num_steps 0 must lie in"),
         ({"max_steps": 255}, "below 255"),
         ({"temperature": 0.0}, "temperature 0.0 must be positive"),
+        ({"gumbel": -1.0}, "gumbel -1.0 is a noise scale"),
+        ({"mode": "threshold", "threshold": 5.0}, "threshold 5.0 of mode threshold is a probability"),
+        ({"mode": "uncertain", "threshold": 0.0}, "threshold 0.0 of mode uncertain is a probability"),
+        ({"mode": "entropy", "threshold": -0.1}, "threshold -0.1 of mode entropy is in nats"),
     ],
 )
 def test_impossible_settings_are_refused(wrong, message):

@@ -54,7 +54,7 @@ def test_sample_keeps_what_is_outside_the_box(command, tmp_path):
     """Tokens of 8 pixels: the box covers the right half; the left comes back as the tokenizer sees it."""
     picture = np.full((32, 32, 3), 200, np.uint8)
     Image.fromarray(picture).save(tmp_path / "photo.png")
-    files = [f"--image={tmp_path / 'photo.png'}", f"--out={tmp_path / 'grid.png'}"]
+    files = [f"--image={tmp_path / 'photo.png'}", f"--out={tmp_path / 'grid.png'}", f"--order={tmp_path / 'order.png'}"]
     out = succeeds(
         command("sample", *files, "--box=0,16,32,32", "--num_images=2", "--num_steps=2", f"--prompt={PROMPT}")
     )
@@ -70,9 +70,15 @@ def test_sample_keeps_what_is_outside_the_box(command, tmp_path):
         (["--mode=threshold", "--threshold=5"], "threshold 5.0 of mode threshold is a probability"),
         (["--num_steps=4", "--dial=1"], "--dial is for a tuned policy alone"),
         (["--image=/nowhere.png"], "--image and --box belong together"),
+        (["--image=/nowhere.png", "--box=0,0,8,8"], "cannot read --image /nowhere.png"),
+        (["--image=docs/samples.png", "--box=0,0,8,8"], "pixels; this model makes 32 x 32"),
+        (["--image={photo}", "--box=0,0,8,64"], "must be top,left,bottom,right with 0 <= top < bottom <= 32"),
     ],
 )
 def test_sample_refuses_in_one_line(command, tmp_path, arguments, message):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(photo)
+    arguments = [argument.format(photo=photo) for argument in arguments]
     code, _, errors = command("sample", f"--out={tmp_path / 'grid.png'}", *arguments)
     assert code == 1 and errors.startswith("error: ") and errors.count("\n") == 1
     assert message in errors and not (tmp_path / "grid.png").exists()

@@ -1,10 +1,13 @@
 """A parent that `init` puts in the place of another: its own sizes count, and generators keep to their tokenizer."""
 
+import pathlib
+import shutil
+
 import jax
 import pytest
 import tiny
 
-from maskrl_jax import loop, runner
+from maskrl_jax import loop, runner, stored
 from maskrl_jax.errors import UserError
 
 
@@ -13,6 +16,7 @@ def built(monkeypatch):
     """Collect the tasks that would be trained."""
     tasks = []
     monkeypatch.setattr(loop, "train", lambda task, *args: tasks.append(task))
+    monkeypatch.setattr(runner, "_trained_id", lambda workdir: "nothing was trained")
     return tasks
 
 
@@ -38,6 +42,17 @@ def test_a_base_of_another_tokenizer_is_refused(trained, built, one_device, tmp_
     with one_device():
         runner.run(config, str(tmp_path / "run"), trained.store)
     assert len(built) == 1
+
+
+def test_a_tokenizer_of_the_same_config_with_other_parameters_is_refused(trained, built, one_device, tmp_path):
+    theirs = pathlib.Path(trained.parents["tokenizer"].workdir)
+    ours = tmp_path / "tokenizer"
+    shutil.copytree(theirs, ours)
+    stored.finish(str(ours), 4, "other parameters")
+    config = tiny.get_config("speed_rl")
+    config.init.tokenizer = str(ours)
+    with one_device(), pytest.raises(UserError, match=f"is not the one that the base .*init.tokenizer={theirs}"):
+        runner.run(config, str(tmp_path / "run"), trained.store)
 
 
 def test_a_base_whose_own_tokenizer_was_replaced_is_known_by_it(trained, built, one_device, tmp_path):

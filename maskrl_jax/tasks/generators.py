@@ -1,0 +1,123 @@
+"""What all stages that draw with a masked generator share: the model as functions, and how it is measured."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from maskrl_jax.data.dataset import Conditioning, Dataset, open_dataset
+from maskrl_jax.evaluate import measured
+from maskrl_jax.evaluate.bench import Bench, Evaluation
+from maskrl_jax.evaluate.measure import System
+from maskrl_jax.evaluate.systems import Engine, features_of, judge_scorer
+from maskrl_jax.models.maskgit import MaskGIT, MaskGITConfig
+from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
+from maskrl_jax.tasks import judge as judge_task
+from maskrl_jax.tasks import tokenizer as tokenizer_task
+from maskrl_jax.tasks.task import Context, Parent
+
+REAL_PICTURES = 2048  # about so many stand for the real ones
+DRAWN_BY = ("maskgit", "tokenizer")  # stages that pictures depend on
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A base model as functions of its parameters."""
+
+    logits: Callable[[Any], Callable]  # params -> logits_fn(ids, timestep, cond)
+    features: Callable[[Any], Callable]  # params -> feature_fn(ids, timestep, cond) [B,N,D]
+    head: Callable[[Any], Callable]  # params -> head_fn(features [...,D]) -> logits [...,K]
+
+
+def model_config(config: Any, tokenizer: Any, conditioning: Conditioning) -> MaskGITConfig:
+    """Sizes that follow from the tokenizer and the data, and those that the config names."""
+    sizes = tokenizer_task.TokenizerConfig(**tokenizer.model)
+    return MaskGITConfig(
+        num_tokens=sizes.num_tokens,
+        codebook_size=sizes.codebook_size,
+        cond_vocab=conditioning.vocab_size,
+        cond_length=max(conditioning.length, 1),
+        **config.model,
+    )
+
+
+def generator(config: MaskGITConfig) -> Generator:
+    """Wrap a MaskGIT of these sizes."""
+    model = MaskGIT(config)
+    return Generator(
+        logits=lambda p: lambda ids, timestep, cond: model.apply(p, ids, cond),
+        features=lambda p: lambda ids, timestep, cond: model.apply(p, ids, cond, method="features"),
+        head=lambda p: lambda features: model.apply(p, features, method="logits"),
+    )
+
+
+def check_steps(sampler: SamplerConfig, steps: Iterable[int], num_tokens: int) -> None:
+    """Raise ValueError for a number of steps that the sampler's tables or the grid do not hold.
+
+    Early, because a report asks for them when training is over.
+    """
+    for count in {sampler.num_steps, *steps}:
+        make_plan(dataclasses.replace(sampler, num_steps=count), num_tokens)
+
+
+def dataset_of(context: Context, split: str) -> Dataset:
+    """Open a split of the stage's data at the tokenizer's image size."""
+    data = context.config.data
+    size = context.config.parents.tokenizer.model.image_size
+    return open_dataset(data.name, split, context.data_dir, size, data.text_length)
+
+
+def engine_of(context: Context, sizes: MaskGITConfig, null: np.ndarray) -> Engine:
+    """What systems of this stage and of those above it generate with."""
+    codec = tokenizer_task.load(context.parents["tokenizer"])
+    return Engine(
+        parallel=context.parallel,
+        logits=generator(sizes).logits,
+        decode=codec.decode,
+        tokenizer=context.parallel.replicate(codec.params),
+        null=null,
+        num_tokens=sizes.num_tokens,
+        mask_id=sizes.mask_id,
+    )
+
+
+def kept(system: System, stages: Mapping[str, Parent], *settings: Any) -> System:
+    """A system of trained stages and settings alone, whose measurements all runs with the same stages share."""
+    trained = [(stages[name].params, stages[name].extra, str(stages[name].config.model)) for name in DRAWN_BY]
+    return dataclasses.replace(system, identity=measured.identity(trained, *settings))
+
+
+def _real_pictures(context: Context, validation: Dataset, held_out: bool) -> np.ndarray:
+    """Real pictures uint8 [M,H,W,3] that distances are measured against.
+
+    Of a caption set, pictures of the held-out captions, or of the others, in equal shares, as they are prompted; the
+    validation split has too few of each, so they come from the training split (as is usual for Frechet distances).
+    """
+    if validation.conditioning.kind == "class":
+        return validation.take(np.arange(min(REAL_PICTURES, len(validation))))["image"]
+    train, prompts = dataset_of(context, "train"), validation.describe(validation.pool(held_out=held_out))
+    return train.take(train.positions_of(prompts, each=max(REAL_PICTURES // len(prompts), 1)))["image"]
+
+
+def bench_of(context: Context) -> Bench:
+    """The measuring bench of a generator stage: held-out split, judge, exact verifier."""
+    held_out = dataset_of(context, "validation")
+    judge = judge_task.load(context.parents["judge"])
+    settings = Evaluation(**context.config.evaluation)
+
+    @functools.cache
+    def real_features(prompts_held_out: bool) -> np.ndarray:
+        pictures = _real_pictures(context, held_out, prompts_held_out)
+        return features_of(judge.read, judge.params, pictures)
+
+    return Bench(
+        dataset=held_out,
+        scorer=judge_scorer(judge.read, judge.params, judge.config.kind, held_out),
+        real_features=real_features,
+        settings=settings,
+        workdir=context.workdir,
+        measured_dir=context.measured_dir,
+        out=context.out,
+    )
