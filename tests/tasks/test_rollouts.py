@@ -151,7 +151,7 @@ def test_the_numbers_of_a_batch_leave_failed_scores_out(make):
     assert values["reward/quality"] == pytest.approx(0.15)
     assert values["sampling/images_per_sec"] > 0
     assert values["sampling/calls"] == 2.5 and values["sampling/calls_max"] == 4
-    assert values["rl/rejected"] == 0.25 and values["rl/dropped"] == 0.25
+    assert values["rl/rejected"] == values["reward/failed"] == 0.25 and values["rl/dropped"] == 0
     assert values["reward_heldout/strict"] == 0.0
     assert all(np.isfinite(value) for value in values.values())
 

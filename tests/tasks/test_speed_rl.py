@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from maskrl_jax import runner, stored
 from maskrl_jax.checkpoint import load_arrays
@@ -129,7 +130,7 @@ def test_a_policy_without_a_head_is_measured_at_numbers_of_steps(build):
     config = changed_config(VARIANTS["fixed, hard"][0])
     task = build(config)
     values, pictures = task.evaluate(task.init(jax.random.key(0)), 0)
-    assert values["eval/calls@2"] == values["raw/eval/calls@2"] == 2.0
+    assert values["glance/calls@2"] == values["raw/glance/calls@2"] == 2.0
     assert pictures["samples/grid"].dtype == np.uint8
 
 
@@ -159,11 +160,21 @@ def test_a_run_leaves_report_samples_and_every_tag(trained):
     tags = {tag for line in lines for tag in line}
     assert {line["step"] for line in lines} >= set(range(1, 7))
     assert tags >= {
-        *("reward/quality", "reward/speed", "reward/total", "reward_heldout/graded", "reward_heldout/strict"),
+        *(
+            "reward/judge",
+            "reward/judge_whole",
+            "reward/quality",
+            "reward/speed",
+            "reward/total",
+            "reward_heldout/graded",
+            "reward_heldout/strict",
+        ),
         *("rl/kl", "rl/clip_frac", "rl/ratio_max_err", "rl/adv_std", "rl/zero_std_ratio", "rl/rejected"),
-        *("sampling/calls", "perf/step_time", "train/grad_norm", "train/skipped"),
-        *("eval/fd_judge@0", "eval/graded@0", "raw/eval/graded@0", "eval/strict@4", "tuned/eval/graded@0"),
+        *("sampling/calls", "sampling/images_per_sec", "perf/step_time", "train/grad_norm", "train/skipped"),
+        *("glance/fd_judge@0", "glance/graded@0", "raw/glance/graded@0", "eval/strict@4", "tuned/eval/graded@0"),
     }
+    events = EventAccumulator(trained.workdir, size_guidance={"images": 0}).Reload()
+    assert {"samples/grid", "report/samples", "report/quality_vs_calls"} <= set(events.Tags()["images"])
 
 
 def test_the_curve_of_the_base_is_measured_once_for_both_reports(trained):
