@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maskrl_jax.evaluate.measure import System
-from maskrl_jax.tasks.maskgit import kept
+from maskrl_jax.tasks.generators import kept
 
 SYSTEM = System("base", "base", generate=None)
 
