@@ -43,6 +43,8 @@ def run(
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     if isinstance(error, SyntaxError):

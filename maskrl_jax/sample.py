@@ -52,9 +52,12 @@ def main() -> None:
     studio = stage.studio(context, params)
     prompts = PROMPT.value or studio.dataset.prompts(4, SEED.value)
     cond = studio.dataset.encode(prompts).repeat(NUM_IMAGES.value, axis=0)
+    wanted = len(cond)
+    # Filled up until the devices divide it.
+    cond = cond[np.arange(-(-wanted // context.parallel.num_devices) * context.parallel.num_devices) % wanted]
     system, setting, words = _system(studio)
     print(f"{words}, parameters of {context.config.name}")
-    made = system.generate(setting, cond, np.arange(len(cond), dtype=np.int32), SEED.value)
+    made = system.generate(setting, cond, np.arange(len(cond), dtype=np.int32), SEED.value).first(wanted)
     Image.fromarray(image_grid(made.images, columns=NUM_IMAGES.value)).save(OUT.value)
     for row, prompt in enumerate(prompts):
         calls = made.calls[row * NUM_IMAGES.value :][: NUM_IMAGES.value]

@@ -19,6 +19,10 @@ class Generated:
     calls: np.ndarray  # int32 [n], network calls that each sample needed (guidance branches count once)
     commit_step: np.ndarray  # uint8 [n, N], the call at which each token was committed, from 0
 
+    def first(self, count: int) -> "Generated":
+        """The first samples alone."""
+        return Generated(self.images[:count], self.calls[:count], self.commit_step[:count])
+
 
 @dataclasses.dataclass(frozen=True)
 class System:
