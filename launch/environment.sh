@@ -13,10 +13,10 @@ find_python() {
   return 1
 }
 
-# pip comes last, so a venv that was interrupted, or made where Python's venv package is missing, has none.
+# pip comes last, so a venv that was interrupted has none; made once more it is mended, and keeps what it holds.
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   python=$(find_python)
-  "$python" -m venv --clear .venv || {
+  "$python" -m venv .venv || {
     echo "error: $python cannot make a virtual environment; on Debian and Ubuntu install python3-venv" >&2
     exit 1
   }

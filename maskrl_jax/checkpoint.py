@@ -98,7 +98,8 @@ def load_arrays(workdir: str, names: Sequence[str]) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
             raise UserError(
                 f"checkpoint {step} under {folder} is damaged or not one of a stage ({_first_line(error)}); "
-                f"delete {workdir} to train it anew, or point init.<parent> to another workdir"
+                f"name another workdir, or delete {os.path.join(folder, str(step))} and, where it is there, "
+                f"{os.path.join(workdir, 'done')} and run that stage's training command again"
             ) from error
 
 

@@ -49,8 +49,8 @@ def _reason(error: Exception) -> str:
         error = error.args[0]
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {error.msg}"
-    # The text of args, since str of an error about a key is a quoted string.
-    text = str(error.args[0] if error.args else error)
+    # str of an error about a key is a quoted string.
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     # A config that refuses its argument, or is no file, comes wrapped in the flag's own story.
     text = re.split(r"\nValueError: |\[Errno \d+\] ", text)[-1]
     text = f"the config has no key {text}" if isinstance(error, KeyError) else text

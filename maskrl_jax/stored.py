@@ -23,7 +23,7 @@ RUNNING = ("name", "log_every", "eval_every", "save_every", "keep", "profile_at"
 NEUTRAL = (*RUNNING, "evaluation")
 # Keys whose change makes a stored checkpoint another model or another run, or one that does not fit.
 ARCHITECTURE = ("task", "seed", "model", "data", "parents", "init")
-OPTIMIZER_STATE = tuple(f"optimizer.{key}" for key in ("name", "rates", "clip_norm", "muon_skip"))
+OPTIMIZER_STATE = tuple(f"optimizer.{key}" for key in ("name", "rates", "muon_skip"))
 
 
 def stage_workdir(config: ConfigDict, store: str) -> str:
@@ -156,7 +156,8 @@ def _done(workdir: str) -> dict[str, Any]:
     if not os.path.exists(path):
         return {}
     with open(path) as file:
-        return json.load(file)
+        found = json.load(file)
+    return found if isinstance(found, dict) else {"step": found}  # of an earlier version: the step alone
 
 
 def write_places(workdir: str, parents: dict[str, str], store: str) -> None:

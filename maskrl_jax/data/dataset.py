@@ -66,7 +66,7 @@ class Dataset:
         A quarter of all captions, chosen by their text, is held out. Classes are too few to hold any out: both
         pools then are all classes.
         """
-        cond = np.unique(self.columns["cond"], axis=0)
+        cond = np.unique(np.asarray(self.columns["cond"]), axis=0)
         if self.conditioning.kind == "class":
             return cond
         return cond[[is_held_out(text) == held_out for text in self.describe(cond)]]
@@ -83,10 +83,10 @@ class Dataset:
 
     def positions_of(self, prompts: list[str], each: int) -> np.ndarray:
         """Positions of the first `each` samples of every distinct prompt: real pictures in equal shares."""
-        wanted = np.unique(self.encode(prompts), axis=0)
+        wanted, all_cond = np.unique(self.encode(prompts), axis=0), np.asarray(self.columns["cond"])
         found = []
         for cond in wanted:
-            same = (self.columns["cond"] == cond).reshape(len(self), -1).all(axis=1)
+            same = (all_cond == cond).reshape(len(self), -1).all(axis=1)
             found.append(np.flatnonzero(same)[:each])
         return np.concatenate(found)
 

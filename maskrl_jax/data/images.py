@@ -33,8 +33,13 @@ class StoredColumn:
             return self[[positions]][0]
         return np.stack([self._convert(record[self._feature]) for record in self._records.take(positions)])
 
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        """Give the whole column to numpy: read once, when first asked for."""
+        return self.in_memory if dtype is None else self.in_memory.astype(dtype)
+
+    @functools.cached_property
     def in_memory(self) -> np.ndarray:
-        """Return the whole column, read in pieces because the files may be far larger than the result."""
+        """The whole column, read in pieces because the files may be far larger than the result."""
         starts = range(0, len(self), CHUNK)
         values = np.concatenate([self[range(i, min(i + CHUNK, len(self)))] for i in starts])
         values.setflags(write=False)  # shared by all who open the set
@@ -50,12 +55,13 @@ def load(name: str, split: str, data_dir: str, image_size: int) -> tuple[dict, l
     builder = prepared(lambda: _builder(name, data_dir), name, data_dir)
     image, label = _features(builder.info.features, name)
     records = Records(builder, _split(builder, split), {image: tfds.decode.SkipDecoding()})
-    pictures = StoredColumn(records, image, functools.partial(square, size=image_size))
+    columns = {
+        "image": StoredColumn(records, image, functools.partial(square, size=image_size)),
+        "label": StoredColumn(records, label, np.int32),
+    }
     if len(records) * image_size**2 * 3 <= MEMORY_LIMIT:
-        pictures = pictures.in_memory()
-    # Labels are small, and whoever looks for a class goes through all of them.
-    labels = StoredColumn(records, label, np.int32).in_memory()
-    return {"image": pictures, "label": labels, "cond": labels}, builder.info.features[label].names
+        columns = {key: column.in_memory for key, column in columns.items()}
+    return columns | {"cond": columns["label"]}, builder.info.features[label].names
 
 
 def square(encoded: bytes, size: int) -> np.ndarray:

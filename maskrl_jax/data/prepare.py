@@ -54,8 +54,13 @@ class Records:
     def _read(self, read: Callable):
         try:
             return read()
-        except (RuntimeError, OSError) as error:  # array_record says RuntimeError of a file that it cannot read
+        except (RuntimeError, FileNotFoundError) as error:  # array_record says RuntimeError of what it cannot read
             raise _damaged(self._builder.name, self._builder.data_path, error) from None
+        except OSError as error:
+            path = self._builder.data_path
+            raise UserError(
+                f"cannot read data set {self._builder.name!r} in {path} ({error}); check data_dir"
+            ) from None
 
 
 def _damaged(name: str, path: epath.Path, error: Exception | str) -> UserError:

@@ -20,6 +20,7 @@ DIALS = flags.DEFINE_list("dials", None, "speed dials of the tuned curve")
 def main() -> None:
     """Evaluate as the flags say."""
     from maskrl_jax import runner, stored
+    from maskrl_jax.evaluate.bench import Evaluation
 
     overrides = {flag.name: flag.value for flag in (PROMPTS, GROUP, SEED) if flag.value is not None}
     overrides |= {
@@ -28,11 +29,12 @@ def main() -> None:
     context, params = runner.open_workdir(WORKDIR.value)
     if "evaluation" not in context.config:
         raise UserError(f"{WORKDIR.value} holds a {context.config.task!r} stage, which makes no images")
-    for name in set(overrides) - set(context.config.evaluation):
-        raise UserError(f"--{name} does not apply to a {context.config.task!r} stage")
+    if DIALS.value is not None and "dials" not in context.config.evaluation:
+        raise UserError(f"--dials is for a tuned policy, and {WORKDIR.value} holds a {context.config.task!r} stage")
     if not stored.is_finished(WORKDIR.value):
         raise UserError(f"{WORKDIR.value} is not trained to its end; run its training command again")
     context.config.evaluation.update(overrides)
+    Evaluation(**context.config.evaluation)  # refused before there is a folder
     if OUT.value and os.path.exists(OUT.value):
         raise UserError(f"--out {OUT.value} exists already; name a new folder")
     out = OUT.value or stored.new_evaluation(WORKDIR.value)

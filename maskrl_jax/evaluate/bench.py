@@ -137,7 +137,7 @@ class Bench:
         grids = [getattr(s, f"tune_{name}") for name in TUNED]
         key = measured.identity(system_of(sampler).identity, grids, s.reference, s.tune_prompts, s.margin, s.seed)
         # A process of several tunes again, to the same end: whether a file exists need not look the same to all.
-        if path.exists() and jax.process_count() == 1 and (self.out or json.loads(path.read_text())["key"] == key):
+        if path.exists() and jax.process_count() == 1 and (self.out or json.loads(path.read_text()).get("key") == key):
             return read_sampler(self.workdir, sampler)
         protocol = self.protocol(s.tune_prompts, group=2, seed=s.seed + 1, held_out=False)
         rows, chosen = [], dataclasses.replace(sampler, num_steps=s.reference)

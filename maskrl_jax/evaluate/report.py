@@ -118,8 +118,9 @@ def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
     measured = "The clock was not measured."
     if clock:
         measured = f"Measured on the clock: {', '.join(clock)}."
+        measured = _sentences(measured, findings.clock_note)
     verdict = f"**{curve.verdict(own, findings.goal)}**"
-    return _sentences(_warning(findings), verdict, untuned, *others, measured, findings.clock_note, runs)
+    return _sentences(_warning(findings), verdict, untuned, *others, measured, runs)
 
 
 def _sentences(*parts: str) -> str:
@@ -188,8 +189,9 @@ def _criteria(criteria: curve.Criteria) -> str:
         parts.append(f"within-prompt diversity is at least {criteria.diversity_ratio:g} × (point value)")
     rule = f"Equal quality means, for all of: {'; '.join(parts)}."
     return (
-        f"{rule} The setting is chosen on the prompts that judge it. Bounds of the fewest calls: the same test on every "
-        "draw of the prompts, the Fréchet ratio as measured."
+        f"{rule} The setting is chosen on the prompts that judge it. In brackets behind the fewest calls: their range "
+        "over 95 % of the draws of prompts, each of which takes the same test with the Fréchet ratio as measured; "
+        "`none`: a draw in which no measured setting passes."
     )
 
 

@@ -25,7 +25,7 @@ def witness(ours_BD: np.ndarray, real_RD: np.ndarray, others_GD: np.ndarray | No
     Minus half the slope of the energy distance in the share of such pictures: positive for what is generated
     too rarely, negative for what is too frequent, and in expectation equal for all where both are distributed
     alike and drawn independently. `others_GD` are the generated ones; without them, all of `ours_BD` but the
-    picture itself.
+    picture itself. A picture with a number that is not finite is worth NaN, and counts for no other.
 
     Rollouts of P captions in groups of G are not drawn independently: a picture's own caption has a share of
     (G-1)/(B-1) of the generated side and of 1/P of the real side, so a small systematic part remains that pays
@@ -33,16 +33,22 @@ def witness(ours_BD: np.ndarray, real_RD: np.ndarray, others_GD: np.ndarray | No
     0.0013, against 0.0004 with the own group left out; measured).
     """
     if others_GD is None:
-        generated = _distances(ours_BD, ours_BD).sum(1) / max(len(ours_BD) - 1, 1)
+        others = _finite(ours_BD)
+        generated = _distances(ours_BD, others).sum(1) / max(len(others) - 1, 1)
     else:
-        generated = _distances(ours_BD, others_GD).mean(1)
+        generated = _distances(ours_BD, _finite(others_GD)).mean(1)
     return np.float32(generated - _distances(ours_BD, real_RD).mean(1))
 
 
 def energy_distance(ours_BD: np.ndarray, real_RD: np.ndarray) -> float:
-    """Energy distance of two samples, unbiased; at least two of each."""
+    """Energy distance of two samples, unbiased; at least two finite rows of each."""
+    ours_BD = _finite(ours_BD)
     pairs = [_distances(x, x).sum() / (len(x) * (len(x) - 1)) for x in (ours_BD, real_RD)]
     return float(2 * _distances(ours_BD, real_RD).mean() - sum(pairs))
+
+
+def _finite(rows_BD: np.ndarray) -> np.ndarray:
+    return rows_BD[np.isfinite(rows_BD).all(1)]
 
 
 def _distances(left_AD: np.ndarray, right_BD: np.ndarray) -> np.ndarray:

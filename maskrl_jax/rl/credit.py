@@ -108,7 +108,7 @@ def assign(
     failed and drops its group: it is rejected and enters no memory. A group is rejected (weight 0), too, where
     F1's std is below the percentile of the history, or fewer than half survive F2.
     """
-    scored_P1 = jnp.isfinite(quality_PG).all(1, keepdims=True)
+    scored_P1 = jnp.isfinite(quality_PG + bonus_PG).all(1, keepdims=True)
     quality_PG = jnp.where(scored_P1, quality_PG, 0.0)  # selected before any arithmetic: 0 * NaN is NaN
     quality_std = advantages.group_std(quality_PG, scored_P1 & jnp.ones(quality_PG.shape, bool))
     first = speed_reward.update_sigma(state.sigma, quality_std, scored_P1[:, 0])

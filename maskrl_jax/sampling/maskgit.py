@@ -111,8 +111,9 @@ def decode(
     how the threshold modes save calls. Given tokens shrink every step's share in proportion.
     Published: order by confidence with Gumbel noise (arXiv 2202.04200), Halton order (arXiv 2503.17076). Our choice:
     the noise of step s is scale (1 - s/T), the one law of all samplers here (published forms reach 0 at the last step
-    or are one step ahead); threshold, entropy and uncertain, with the plan's counts as the least to commit. `uncertain` spends those on the places of
-    highest entropy: what is settled there makes the rest certain, where the surest tokens tell nothing new.
+    or are one step ahead); threshold, entropy and uncertain, with the plan's counts as the least to commit.
+    `uncertain` spends those on the places of highest entropy: what is settled there makes the rest certain, where the
+    surest tokens tell nothing new.
     """
     chex.assert_rank([given_BN, keys_B], [2, 1])
     batch, num_tokens = given_BN.shape

@@ -19,9 +19,10 @@ def masked_after(schedule: str, num_tokens: int, num_steps: int) -> np.ndarray:
 
     Cumulative rule (specs/maskgit.md section 4): floor(N * gamma((s+1)/T)), at least one token is
     committed a step and at least one stays masked before the last. gamma: cosine cos(pi r/2),
-    arccos 2/pi*arccos(r), linear 1-r, square 1-r^2. Cosine and Halton's arccos are published; here arccos is the share
-    left, not the share of each step as in the sampler of the same name in section 3. Linear, square: our choice. A whole N * gamma stays whole, as on the clock
-    (specs/speed_rl.md 4.1); the official float32 loses one token there (cosine, r = 2/3).
+    arccos 2/pi*arccos(r), linear 1-r, square 1-r^2. Cosine and Halton's arccos are published; here arccos is the
+    share left, not the share of each step as in the sampler of that name in section 3. Linear, square: our choice.
+    A whole N * gamma stays whole, as on the clock (specs/speed_rl.md 4.1); the official float32 loses one token
+    there (cosine, r = 2/3).
     """
     if schedule not in _SHARES:
         raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")

@@ -79,7 +79,12 @@ def test_a_large_set_stays_on_disk_and_reads_the_same(data_dir, monkeypatch):
     monkeypatch.setattr(images, "MEMORY_LIMIT", 0)
     stored = open_dataset("tiny_pictures", "train", data_dir, 8)
     assert isinstance(stored.columns["image"], images.StoredColumn)
-    assert isinstance(stored.columns["label"], np.ndarray) and stored.columns["cond"] is stored.columns["label"]
+    labels = stored.columns["cond"]
+    assert "in_memory" not in vars(labels)  # not read before somebody looks for a class
+    np.testing.assert_array_equal(stored.positions_of(["blue"], 3), kept.positions_of(["blue"], 3))
+    monkeypatch.setattr(images.StoredColumn, "__getitem__", lambda *_: pytest.fail("read once more"))
+    np.testing.assert_array_equal(stored.pool(held_out=False), kept.pool(held_out=False))
+    monkeypatch.undo()
     for name, values in stored.take(np.array([5, 3])).items():
         np.testing.assert_array_equal(values, kept.take(np.array([5, 3]))[name])
     np.testing.assert_array_equal(stored.get(7)["image"], kept.get(7)["image"])

@@ -27,6 +27,16 @@ def test_rounding_of_pictures_that_are_equal_does_not_count():
     assert np.abs(witness(equal, equal)).max() < 1e-7
 
 
+def test_a_spoilt_picture_counts_for_no_other():
+    pictures, real = plain(0.0, 0.5, 1.0), plain(0.0, 0.4)
+    spoilt = np.concatenate([pictures, np.full_like(pictures[:1], np.nan)])
+    for others in (None, spoilt):
+        found = witness(spoilt, real, others)
+        assert np.isnan(found[3])
+        np.testing.assert_array_equal(found[:3], witness(pictures, real, None if others is None else pictures))
+    assert energy_distance(spoilt, real) == energy_distance(pictures, real)
+
+
 def test_what_is_too_rare_scores_higher_and_a_match_is_neutral():
     real = plain(*[0.2] * 50, *[0.8] * 50)
     rare = witness(plain(*[0.2] * 30, *[0.8] * 70), real)
