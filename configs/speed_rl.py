@@ -1,6 +1,6 @@
 """Speed-RL-like tuning of the embedded base: fewer network calls at equal quality.
 
-python -m maskrl_jax.main --config=configs/speed_rl.py         # 12 minutes on two idle cores, parents included
+python -m maskrl_jax.main --config=configs/speed_rl.py         # a quarter of an hour on two idle cores, parents included
 python -m maskrl_jax.main --config=configs/speed_rl.py:full    # carries the claims
 python -m maskrl_jax.main --config=configs/speed_rl.py:smoke   # a few updates of everything: does it run?
 python -m maskrl_jax.main --config=configs/speed_rl.py:meissonic --dry_run=v5e:4x4   # published scale, compile only
@@ -143,10 +143,10 @@ def optimizer(arg: str, steps: int) -> dict:
 def evaluation(arg: str) -> dict:
     """How much the report measures: as of the base, whose curve is then measured once."""
     full, smoke = arg == "full", arg == "smoke"
-    dials = (0.0,) if smoke else (-1.0, -0.5, 0.0, 0.5, 1.0)
+    dials = {"smoke": (0.0,), "full": (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0)}
     return {
         **maskgit.evaluation(arg),
-        "dials": (-2.0, *dials) if full else dials,
+        "dials": dials.get(arg, (-1.0, -0.5, 0.0, 0.5)),
         "goal": 3.0 if full else 2.0,
         "timing_repeats": 0 if smoke else 5 if full else 3,
     }

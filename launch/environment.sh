@@ -23,6 +23,7 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
 fi
 # The stamp is a copy of what was installed: a killed install leaves none, a changed file differs.
 if ! cmp -s requirements.txt .venv/requirements.stamp; then
+  echo "installing requirements.txt into .venv, a minute or two"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
   cp requirements.txt .venv/requirements.stamp
 fi

@@ -108,6 +108,10 @@ def _stage(config, workdir, store, seconds):
             return
         began = time.monotonic()
         if jax.process_index() == 0:
+            if stored.is_finished(workdir):
+                print(
+                    f"{workdir} was finished and goes on with more steps; its report is replaced at the end", flush=True
+                )
             for line in stored.changes(config, workdir).values():
                 print(f"config changed since the last run: {line}", flush=True)
             stored.write(

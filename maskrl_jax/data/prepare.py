@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 from collections.abc import Callable, Iterable
 
 import tensorflow_datasets as tfds
@@ -73,8 +74,10 @@ def _write(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
         if builder.data_path.exists():
             raise _damaged(builder.name, builder.data_path, "it has no dataset_info.json")
         _remove_leftovers(builder.data_path)
+        print(f"writing data set {builder.name} to {builder.data_path}", flush=True)
         tfds.disable_progress_bar()
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download also where nothing is loaded
+            builder.download_and_prepare()
     return builder
 
 

@@ -227,7 +227,6 @@ class Bench:
             logged=writers.read_metrics(self.workdir),
             tuned=findings.tuned,
             equality=equality,
-            goal=findings.goal,
         )
         path = report.write(out, dataclasses.replace(findings, illustrations=drawn), facts)
         for point in findings.points:

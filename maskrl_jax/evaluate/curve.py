@@ -255,10 +255,14 @@ def verdict(equality: Equality, goal: float) -> str:
     target = f"equal quality in {goal:g}× fewer calls"
     if equality.best is None:
         near = of_the_verdict(equality)
+        wide = [
+            m for m, d in equality.criteria.margins.items() if near.differences[m].mean - near.differences[m].low > d
+        ]
+        undecided = f" Too few samples to tell: the bounds of {', '.join(wide)} are wider than the margin." * bool(wide)
         return (
             f"Not reached: {target}. No measured setting of {near.label} equals {reference}; the nearest, at "
             f"{near.calls_mean:.1f} mean calls, fails by: {'; '.join(near.failed)} "
-            f"(differences with 95 % bounds: {evidence(near, equality.criteria.margins)})."
+            f"(differences with 95 % bounds: {evidence(near, equality.criteria.margins)}).{undecided}"
         )
     best, speedup = equality.best, equality.speedup
     lower = [name for name in HEADLINE if name in best.differences and best.differences[name].high < 0]

@@ -38,14 +38,11 @@ def _nearest_calls(points: Sequence[Point], calls: float) -> Point:
     return min(points, key=lambda point: abs(point.calls_mean - calls))
 
 
-def shown_points(
-    points: Sequence[Point], reference: Point, tuned: str, best: curve.Comparison | None, goal: float
-) -> list[Point]:
+def shown_points(points: Sequence[Point], reference: Point, tuned: str, equality: curve.Equality | None) -> list[Point]:
     """Pick what is drawn as pictures, all of the reference's seed.
 
-    With a tuned system: the reference, the base at about the calls of the tuned one, the tuned one at T*
-    (where there is none: the nearest to `goal` times fewer calls than the reference). Without: the reference
-    and the base at a quarter of its calls or the nearest to it.
+    With a tuned system: the reference, the base at about the calls of the tuned one, the tuned one at the setting
+    that the verdict speaks of. Without: the reference and the base at a quarter of its calls or the nearest to it.
     """
     same_seed = [point for point in points if point.seed == reference.seed]
     base = [point for point in same_seed if point.system == reference.system]
@@ -53,8 +50,8 @@ def shown_points(
     if not own:
         few = _nearest_calls(base, reference.calls_mean / 4)
         return [reference] if few.setting == reference.setting else [reference, few]
-    target = reference.calls_mean / goal if best is None else best.calls_mean
-    chosen = _nearest_calls(own, target)
+    setting = curve.of_the_verdict(equality).setting
+    chosen = next(point for point in own if point.setting == setting)
     beside = _nearest_calls(base, chosen.calls_mean)
     return [reference, chosen] if beside.setting == reference.setting else [reference, beside, chosen]
 
@@ -93,7 +90,6 @@ def illustrate(
     *,
     tuned: str = "",
     equality: curve.Equality | None = None,
-    goal: float = 3.0,
     logged: Sequence[Mapping[str, float]] = (),
     panels: Mapping[str, Mapping[str, str]] = PANELS,
 ) -> list[Illustration]:
@@ -112,7 +108,7 @@ def illustrate(
     curves = "Quality against network calls. Bands: 95 % bootstrap bounds (of set distances: range over seeds)."
     metrics = tables.headline_metrics(points)
     add("quality_vs_calls.png", curves, figures.quality_curves, points, metrics, reference, equality)
-    shown = shown_points(points, reference[0], tuned, equality and equality.best, goal)
+    shown = shown_points(points, reference[0], tuned, equality)
     if all(len(point.kept["images"]) for point in shown):
         marks = " Marks: the exact verifier." if "strict" in shown[0].metrics else ""
         add("samples.png", f"Same prompts and same keys in every row.{marks}", _grid, shown, prompts)

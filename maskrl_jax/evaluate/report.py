@@ -103,9 +103,8 @@ def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
     own = found[findings.tuned]
     seeds = len(own.table[0].seeds)
     runs = "One seed: nothing is known about how it varies over training runs." if seeds == 1 else f"{seeds} seeds."
-    if base.best is None:
-        untuned = "The untuned base passes the same test at no measured setting."
-    else:
+    untuned = "The untuned base passes the same test with no fewer calls."
+    if base.best is not None and base.best.calls_mean < base.reference_calls:
         untuned = f"The untuned base passes the same test at {curve.fewest_calls(base)}."
     others = [
         f"The {equality.table[0].label} passes it "
@@ -117,7 +116,7 @@ def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
     clock = [f"{timing.speedup.median:.2f}× at batch {timing.batch_size}" for timing in findings.timings]
     measured = "The clock was not measured."
     if clock:
-        measured = f"Measured on the clock: {', '.join(clock)}."
+        measured = f"Measured on the clock, the same setting: {', '.join(clock)}."
         measured = _sentences(measured, findings.clock_note)
     verdict = f"**{curve.verdict(own, findings.goal)}**"
     return _sentences(_warning(findings), verdict, untuned, *others, measured, runs)

@@ -107,10 +107,9 @@ class Gallery:
         found = curve.first_equal(tuned_points, base_points[-1:], bench.criteria())
         timings = []
         if bench.settings.timing_repeats:
-            aim = bench.settings.reference / bench.settings.goal
-            chosen = found.best or min(found.table, key=lambda row: abs(row.calls_mean - aim))
+            setting = curve.of_the_verdict(found).setting
             sizes = (self.engine.parallel.num_devices, bench.settings.batch_size)
-            timings = bench.time((self.base, bench.settings.reference), (tuned, chosen.setting), sizes)
+            timings = bench.time((self.base, bench.settings.reference), (tuned, setting), sizes)
         findings = Findings(
             title=f"Speed-RL-like tuning on {config.data.name}: {policy.kind}",
             config=config.name,

@@ -34,6 +34,16 @@ def test_goal_that_is_missed_is_said_to_be_missed(make_point):
     assert curve.verdict(found, 2.0).startswith("Reached: equal quality in 2× fewer calls")
 
 
+def test_too_few_samples_are_said_to_be_too_few(make_point):
+    noisy = [make_point("tuned", 4, 4, BASE + np.tile([0.2, -0.2], 15))]  # no difference, bounds of 0.07
+    found = curve.first_equal(noisy, [make_point("base", 16, 16, BASE)], CRITERIA)
+    assert curve.verdict(found, 3.0).endswith(
+        "Too few samples to tell: the bounds of graded are wider than the margin."
+    )
+    worse = curve.first_equal(tuned_curve(make_point, [-0.3]), [make_point("base", 16, 16, BASE)], CRITERIA)
+    assert "Too few" not in curve.verdict(worse, 3.0)
+
+
 def test_bounds_of_the_fewest_calls(make_point):
     # At 4 calls the lower bound lies about on the margin, so half of the draws fail there and need 8 calls.
     noise = np.tile([0.2, -0.2], 15)
