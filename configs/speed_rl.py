@@ -1,6 +1,6 @@
 """Speed-RL-like tuning of the embedded base: fewer network calls at equal quality.
 
-python -m maskrl_jax.main --config=configs/speed_rl.py         # a quarter of an hour on two idle cores, parents included
+python -m maskrl_jax.main --config=configs/speed_rl.py         # README says how long, parents included
 python -m maskrl_jax.main --config=configs/speed_rl.py:full    # carries the claims
 python -m maskrl_jax.main --config=configs/speed_rl.py:smoke   # a few updates of everything: does it run?
 python -m maskrl_jax.main --config=configs/speed_rl.py:meissonic --dry_run=v5e:4x4   # published scale, compile only

@@ -233,7 +233,7 @@ def of_the_verdict(equality: Equality) -> Comparison:
 
 
 def fewest_calls(equality: Equality) -> str:
-    """Write T* with its bounds; "none" stands for more calls than were measured. Not for a curve without T*."""
+    """Write T* with its range; "none": a draw in which no measured setting passes. Not for a curve without T*."""
     low, high = (f"{bound:.1f}" if np.isfinite(bound) else "none" for bound in equality.bounds)
     return f"{equality.best.calls_mean:.1f} mean calls [{low}, {high}]"
 
@@ -255,10 +255,10 @@ def verdict(equality: Equality, goal: float) -> str:
     target = f"equal quality in {goal:g}× fewer calls"
     if equality.best is None:
         near = of_the_verdict(equality)
-        wide = [
-            m for m, d in equality.criteria.margins.items() if near.differences[m].mean - near.differences[m].low > d
-        ]
-        undecided = f" Too few samples to tell: the bounds of {', '.join(wide)} are wider than the margin." * bool(wide)
+        margins = equality.criteria.margins
+        # The mean is within the margin and the bound is not: worse has not been shown.
+        unsure = [m for m, d in margins.items() if near.differences[m].low < -d <= near.differences[m].mean]
+        undecided = f" Too few samples to tell: the mean of {', '.join(unsure)} is within the margin." * bool(unsure)
         return (
             f"Not reached: {target}. No measured setting of {near.label} equals {reference}; the nearest, at "
             f"{near.calls_mean:.1f} mean calls, fails by: {'; '.join(near.failed)} "
