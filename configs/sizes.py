@@ -44,3 +44,14 @@ def run(task: str, name: str, **keys) -> ConfigDict:
             **keys,
         }
     )
+
+
+def rewards(energy_distance: float = 0.0, **trained: float) -> dict:
+    """What a tuning stage is trained on, by weight, what it only watches, and when it is alarmed."""
+    return {
+        "rewards": trained,
+        "reward_scale": "raw",  # group: each reward in units of its spread within a group
+        "energy_distance": energy_distance,  # against collapse: pictures distributed like those of the training set
+        "rewards_heldout": {"graded": 1.0, "strict": 1.0},
+        "alarm": {"fast": 0.8, "slow": 0.95, "trend": 1.0, "drift": 0.5},
+    }

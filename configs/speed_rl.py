@@ -38,8 +38,7 @@ def embedded(arg: str):
         init={"tokenizer": "", "judge": "", "maskgit": ""},
         data={"name": "shapes", "text_length": 8},
         model={},
-        rewards={"judge": 1.0},
-        energy_distance=2.0,  # reward against collapse: pictures shall be distributed like those of the training set
+        **sizes.rewards(judge=1.0, energy_distance=2.0),
         policy=policy(arg),
         credit=credit(arg),
         resample={"rounds": 1, "groups": 1},

@@ -28,9 +28,11 @@ TASKS = {
     "judge": "maskrl_jax.tasks.judge",
     "maskgit": "maskrl_jax.tasks.maskgit",
     "speed_rl": "maskrl_jax.tasks.speed_rl",
+    "mask_grpo": "maskrl_jax.tasks.mask_grpo",
+    "maskfocus": "maskrl_jax.tasks.maskfocus",
 }
 REQUIRED = ("num_steps", "batch_size", "max_bad_steps", "optimizer", *stored.RUNNING, *stored.ARCHITECTURE)
-OPTIMIZER_KEYS = tuple(field.name for field in dataclasses.fields(OptimizerConfig))
+OPTIMIZER_KEYS = tuple({field.name for field in dataclasses.fields(OptimizerConfig)} - {"updates_per_step"})
 
 
 def run(config: ConfigDict, workdir: str, store: str) -> None:

@@ -40,7 +40,8 @@ class OptimizerConfig:
     The learning rate rises linearly over `warmup_steps` updates and, unless `decay` is "constant", falls to 0 at
     update `decay_steps` (counted from 0). `b1` and `b2` are Adam's (`b1` also sgd's momentum); Muon's momentum is
     optax's 0.95. Factor 0 freezes a parameter. Weight decay is decoupled and applies to arrays of two or more axes.
-    `clip_norm` 0 means no clipping.
+    `clip_norm` 0 means no clipping. The rate moves once in `updates_per_step` updates, and both counts above are of
+    such steps.
     """
 
     name: str = "adamw"
@@ -58,6 +59,7 @@ class OptimizerConfig:
     muon_skip: str = "embedding|position|head|table|maps|pool_out"  # matrices that are tables or outputs, not maps
     ema_decay: float = 0.999
     rates: tuple[tuple[str, float], ...] = ()
+    updates_per_step: int = 1
 
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
@@ -75,12 +77,12 @@ class OptimizerConfig:
             raise UserError(f"optimizer.ema_decay={self.ema_decay} is not in [0, 1); use 0 for no average")
 
 
-def optimizer_of(settings: Mapping[str, Any], num_updates: int) -> OptimizerConfig:
+def optimizer_of(settings: Mapping[str, Any], num_steps: int, updates_per_step: int = 1) -> OptimizerConfig:
     """Read a config's optimizer; `decay_steps` 0 stands for the length of the run."""
     settings = dict(settings)
     if settings.get("decay", "constant") != "constant":
-        settings["decay_steps"] = settings.get("decay_steps") or num_updates
-    return OptimizerConfig(**settings)
+        settings["decay_steps"] = settings.get("decay_steps") or num_steps
+    return OptimizerConfig(**settings, updates_per_step=updates_per_step)
 
 
 def learning_rate(cfg: OptimizerConfig, peak: float) -> optax.Schedule:
@@ -93,7 +95,8 @@ def learning_rate(cfg: OptimizerConfig, peak: float) -> optax.Schedule:
     }[cfg.decay]()
     # From 1/(warmup+1) on, not from 0: an update with rate 0 would be lost.
     warmup = optax.linear_schedule(peak / (cfg.warmup_steps + 1), peak, cfg.warmup_steps)
-    return optax.join_schedules([warmup, after], [cfg.warmup_steps]) if cfg.warmup_steps else after
+    schedule = optax.join_schedules([warmup, after], [cfg.warmup_steps]) if cfg.warmup_steps else after
+    return lambda count: schedule(count // cfg.updates_per_step)
 
 
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:

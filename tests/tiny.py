@@ -5,6 +5,8 @@ full step, which no two splits of a batch share.
 """
 
 from configs import judge as judge_config
+from configs import mask_grpo as mask_grpo_config
+from configs import maskfocus as maskfocus_config
 from configs import maskgit as maskgit_config
 from configs import speed_rl as speed_rl_config
 from configs import tokenizer as tokenizer_config
@@ -21,8 +23,9 @@ SPLIT_SIZES = {"train": 96, "validation": 64}  # of shapes; see tests/tasks/conf
 
 
 def get_config(stage: str = "speed_rl"):
-    """Return the config of a stage: tokenizer, judge, maskgit, digits (a maskgit of another set) or speed_rl."""
-    return {"tokenizer": tokenizer, "judge": judge, "maskgit": maskgit, "digits": digits, "speed_rl": speed_rl}[stage]()
+    """Return the config of a stage; `digits` is a maskgit of another set."""
+    stages = (tokenizer, judge, maskgit, digits, speed_rl, mask_grpo, maskfocus)
+    return {make.__name__: make for make in stages}[stage]()
 
 
 def tokenizer(argument: str = "smoke"):
@@ -86,4 +89,29 @@ def speed_rl():
     # Slow: untrained pictures are about equally bad, so that advantages multiply the rounding of their scores.
     config.optimizer = SGD | {"learning_rate": 0.02, "ema_decay": 0.5, "rates": (("^head", 3.0),)}
     config.evaluation.update({"prompts": 8, "steps": (2, 4), "keep": 2, "batch_size": 16})
+    return config
+
+
+def _on_tiny_base(config):
+    """Eight groups of two, four sampling steps."""
+    base = maskgit()
+    config.parents = {"tokenizer": base.parents.tokenizer, "judge": base.parents.judge, "maskgit": base}
+    config.update({"num_steps": 4, "batch_size": 16, "group": 2, "micro_batch": 4, "save_every": 2})
+    config.loss.chunk = 32
+    # A tiny base shows nothing that was asked for.
+    config.rewards = {"judge": 1.0, "judge_whole": 1.0}
+    config.optimizer = SGD | {"learning_rate": 0.02, "ema_decay": 0.5}
+    config.evaluation.update({"prompts": 8, "steps": (2, 4), "keep": 2, "batch_size": 16})
+    return config
+
+
+def maskfocus():
+    """Two of two candidate steps, or of three."""
+    return _on_tiny_base(maskfocus_config.get_config("smoke"))
+
+
+def mask_grpo():
+    """A filter that has a history from the first update on."""
+    config = _on_tiny_base(mask_grpo_config.get_config("smoke"))
+    config.filter.update({"percentile": 50.0, "history": 16, "history_min": 4})
     return config

@@ -211,8 +211,17 @@ class Bench:
             for size in batch_sizes
         ]
 
-    def write(self, findings: report.Findings, step: int, facts: dict[str, str]) -> None:
-        """Draw, write report.md and results.json, and log the same to TensorBoard; process 0 only."""
+    def write(
+        self,
+        findings: report.Findings,
+        step: int,
+        facts: dict[str, str],
+        draw: Callable[[str], Sequence[illustrate.Illustration]] | None = None,
+    ) -> None:
+        """Draw, write report.md and results.json, and log the same to TensorBoard; process 0 only.
+
+        `draw(folder)` adds figures of the stage's own.
+        """
         if jax.process_index() != 0:
             return
         reference = findings.reference
@@ -228,6 +237,7 @@ class Bench:
             tuned=findings.tuned,
             equality=equality,
         )
+        drawn += [] if draw is None else draw(out)
         path = report.write(out, dataclasses.replace(findings, illustrations=drawn), facts)
         for point in findings.points:
             measure.save_samples(pathlib.Path(out, "points"), point)

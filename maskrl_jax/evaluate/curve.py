@@ -98,7 +98,7 @@ def interval_over_seeds(points: Sequence[Point], metric: str) -> Interval | None
     return bootstrap.mean_interval(np.stack([point.per_prompt(metric) for point in points]))
 
 
-def _references_of(points: Sequence[Point], references: Sequence[Point]) -> list[Point]:
+def references_of(points: Sequence[Point], references: Sequence[Point]) -> list[Point]:
     """Return the reference of each point: that of the same seed, else the only one.
 
     Raises:
@@ -142,7 +142,7 @@ def compare(points: Sequence[Point], references: Sequence[Point], criteria: Crit
     Raises:
       ValueError: if a metric with a margin is missing, or prompts differ in number.
     """
-    paired = _references_of(points, references)
+    paired = references_of(points, references)
     shared = [name for name in points[0].metrics if all(name in other.metrics for other in (*points, *paired))]
     absent = sorted(set(criteria.margins) - set(shared))
     if absent:
@@ -199,7 +199,7 @@ def _fewest_calls_bounds(groups, references, table, criteria) -> tuple[float, fl
     """
     fewest_R = np.full(bootstrap.RESAMPLES, np.inf)
     for points, row in zip(groups, table, strict=True):
-        paired = _references_of(points, references)
+        paired = references_of(points, references)
         passed_R = np.full(bootstrap.RESAMPLES, _frechet_holds(criteria, row.frechet_ratio))
         for metric, margin in criteria.margins.items():
             found = row.differences[metric]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from maskrl_jax.evaluate import bootstrap, curve, tables
+from maskrl_jax.evaluate import bootstrap, curve, gain, tables
 from maskrl_jax.evaluate.illustrate import Illustration
 from maskrl_jax.evaluate.measure import Point
 from maskrl_jax.evaluate.timing import Timing
@@ -30,6 +30,7 @@ class Findings:
     criteria: curve.Criteria
     tuned: str = ""
     goal: float = 3.0  # times fewer calls that the run was to reach
+    aim: gain.Goal | None = None  # better at the same calls, where that was the aim instead
     trained_on: Sequence[str] = ()  # rewards that training saw
     held_out: Sequence[str] = ()  # measures and prompts that it did not
     notes: Sequence[str] = ()  # deviations and caveats, a sentence each
@@ -95,6 +96,13 @@ def same_calls(findings: Findings) -> list[tuple[curve.Comparison, float]]:
     return rows
 
 
+def gained(findings: Findings) -> gain.Gain:
+    """Compare the tuned system with the base at T_ref."""
+    setting = findings.reference[0].setting
+    own = [point for point in findings.points if (point.system, point.setting) == (findings.tuned, setting)]
+    return gain.gain(own, findings.reference, findings.aim)
+
+
 def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
     """Return the first paragraph: measured numbers, and for a tuned system the verdict with its limits."""
     base = found[findings.reference[0].system]
@@ -118,6 +126,11 @@ def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
     if clock:
         measured = f"Measured on the clock, the same setting: {', '.join(clock)}."
         measured = _sentences(measured, findings.clock_note)
+    if findings.aim is not None:
+        fewer = (
+            "" if own.best is None else f"With {curve.fewest_calls(own)} it still equals the base within the margins."
+        )
+        return _sentences(_warning(findings), f"**{gain.verdict(gained(findings))}**", fewer, *others, runs)
     verdict = f"**{curve.verdict(own, findings.goal)}**"
     return _sentences(_warning(findings), verdict, untuned, *others, measured, runs)
 
@@ -261,6 +274,7 @@ def results(findings: Findings, found: Mapping[str, curve.Equality], facts: Mapp
             "points": [point.to_json() for point in findings.points],
             "equality": {name: equality.to_json() for name, equality in found.items()},
             "same_calls": [{"base_calls": calls, **dataclasses.asdict(row)} for row, calls in matched],
+            "gain": None if findings.aim is None else gained(findings).to_json(),
             "timings": [timing.to_json() for timing in findings.timings],
             "trained_on": list(findings.trained_on),
             "held_out": list(findings.held_out),

@@ -35,7 +35,8 @@ def score(kind: str, outputs: dict[str, Array], target: Array) -> dict[str, Arra
     class: the probability of the class. cells: the mean of presence, relation and both at once, times how whole
     the picture looks, times 1 - |objects too many or too few|. Nothing makes up for an object too many or a torn
     one: a mean in which they only cost their share is hacked by doubling objects until the relation holds
-    (measured). The mean of the rest keeps groups from having no spread.
+    (measured). The mean of the rest keeps groups from having no spread. Beside it two of its parts, and
+    `compositional`, whether all is right.
     """
     if kind == "class":
         chance = jax.nn.softmax(outputs["class"])
@@ -52,7 +53,22 @@ def score(kind: str, outputs: dict[str, Array], target: Array) -> dict[str, Arra
     holds = jnp.where(pair, _relation(map_a, map_b, relation), there_a)
     whole = jnp.exp(jax.nn.log_sigmoid(-outputs["mixed"]).sum((1, 2)) / WHOLE_SCALE)
     shown = (presence + holds + there_a * there_b * holds) / 3
-    return {"judge": whole * exact * shown, "judge_shown": shown, "judge_whole": whole}
+    correct = _correct(outputs["cells"], first, second, relation)
+    return {"judge": whole * exact * shown, "judge_shown": shown, "judge_whole": whole, "compositional": correct}
+
+
+def _correct(cells: Array, first: Array, second: Array, relation: Array) -> Array:
+    """Whether exactly the caption's objects are detected, and as it relates them; 0 or 1, [B].
+
+    The reward of GenEval (arXiv 2310.11513) with the judge as detector: a cell shows what is likeliest there.
+    """
+    seen = jax.nn.one_hot(cells.argmax(-1), cells.shape[-1])  # [B,S,S,1+kinds]
+    pair = second > 0
+    found = seen[..., 1:].sum((1, 2, 3))
+    map_a, map_b = _map_of(seen, first), _map_of(seen, second)
+    holds = _relation(map_a, map_b, relation) > 0
+    both = map_a.any((1, 2)) & map_b.any((1, 2)) & holds & (found == 2)
+    return jnp.where(pair, both, map_a.any((1, 2)) & (found == 1)).astype(jnp.float32)
 
 
 def _map_of(chance: Array, kind: Array) -> Array:
@@ -83,4 +99,4 @@ def _relation_table(side: int) -> np.ndarray:
 
 def names(kind: str) -> tuple[str, ...]:
     """Scores that a judge of this kind gives."""
-    return ("judge",) if kind == "class" else ("judge", "judge_shown", "judge_whole")
+    return ("judge",) if kind == "class" else ("judge", "judge_shown", "judge_whole", "compositional")

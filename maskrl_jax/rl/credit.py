@@ -104,7 +104,7 @@ def assign(
 ) -> Credit:
     """Rewards, filters and advantages of a batch; the memory is only read (see `remember`).
 
-    R = (r_q + bonus) / sigma_w + lambda g r_s; the gate and F2 judge r_q alone. A score that is not finite has
+    R = (r_q + bonus) / sigma_w + lambda g r_s, without a speed reward r_q + bonus; the gate and F2 judge r_q alone. A score that is not finite has
     failed and drops its group: it is rejected and enters no memory. A group is rejected (weight 0), too, where
     F1's std is below the percentile of the history, or fewer than half survive F2.
     """
@@ -124,7 +124,9 @@ def assign(
     speed = speed_reward.speed_reward(calls_PG, config.max_calls, config.min_calls)
     weight = _speed_weight(config, state, step)
     paid_PG = jnp.where(scored_P1, quality_PG + bonus_PG, 0.0)
-    reward = speed_reward.total_reward(paid_PG, sigma, speed, gate, weight)
+    reward = paid_PG  # in its own units where nothing is weighed against it
+    if config.speed != "off":
+        reward = speed_reward.total_reward(paid_PG, sigma, speed, gate, weight)
     std = quality_std if config.std_of_quality else advantages.group_std(reward, keep)
     rejected = ~advantages.enough_survivors(keep)
     if config.percentile > 0:

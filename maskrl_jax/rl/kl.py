@@ -7,6 +7,8 @@ stop-gradient. Values and gradients: speed_rl spec 5.3.
 import jax
 import jax.numpy as jnp
 
+K3_BOUND = 20.0  # of the exponent, our choice: a code that the policy has lost must not overflow
+
 
 def forward_kl(logp: jax.Array, logp_ref: jax.Array) -> jax.Array:
     """KL(ref || pi) = CE - H(ref) = sum_v ref(v) (log ref(v) - log pi(v)); exactly 0 where both are equal.
@@ -32,4 +34,4 @@ def k3(logp: jax.Array, logp_ref: jax.Array, ids: jax.Array) -> jax.Array:
     """
     index = ids[..., None]
     difference = jnp.take_along_axis(jax.lax.stop_gradient(logp_ref) - logp, index, axis=-1)[..., 0]
-    return jnp.expm1(difference) - difference
+    return jnp.expm1(jnp.minimum(difference, K3_BOUND)) - difference

@@ -28,6 +28,7 @@ class Policy:
     ticks: int = 960
     max_calls: int = 16  # T_max
     noise: float = 2.0  # Gumbel scale at the start of the clock
+    noise_schedule: str = "linear"  # of the Gumbel scale over the clock, or "compounded" (fixed: Mask-GRPO's)
     divisors: tuple[int, ...] = (16, 12, 10, 8, 6, 5, 4, 3, 2, 1)
     centre: float = 8.0
     width: float = 0.4
@@ -50,6 +51,10 @@ class Policy:
                 f"policy.temperature {self.temperature} must be above 0, noise {self.noise} at least 0, "
                 f"levels {self.levels} at least 1"
             )
+        if self.noise_schedule not in ("linear", "compounded"):
+            raise ValueError(f"policy.noise_schedule {self.noise_schedule!r} is not one of linear, compounded")
+        if self.noise_schedule == "compounded" and self.kind != "fixed":
+            raise ValueError("a compounded noise schedule needs one number of calls: policy.kind=fixed")
         if not 0 < self.kappa < 1 or self.kappa_std <= 0:
             raise ValueError(f"policy.kappa {self.kappa} must lie in (0, 1), kappa_std {self.kappa_std} above 0")
         if not 0 <= self.opening < self.max_calls:
@@ -72,7 +77,8 @@ class Policy:
 
     def sampler(self, num_tokens: int, *, keep_predictions: bool = False) -> adaptive.AdaptiveConfig:
         """The clocked sampler of these settings; ValueError where a T does not fit clock or grid."""
-        clock = Clock(num_tokens, ticks=self.ticks, noise_scale=self.noise)
+        compounded = self.target_calls if self.noise_schedule == "compounded" else 0
+        clock = Clock(num_tokens, ticks=self.ticks, noise_scale=self.noise, compounded=compounded)
         for steps in self.steps():
             clock.stride(steps)
         if max(self.steps()) > self.max_calls:

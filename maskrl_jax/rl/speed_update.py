@@ -40,6 +40,7 @@ class SpeedUpdate:
     first_call_tokens: float = 1.0  # of its token terms
     first_call_kl: float = 1.0  # of its KL
     per_rollout_mean: bool = False
+    scored_calls: tuple[int, int] | None = None  # first and one past the last call that the loss reads; None: all
 
     @property
     def sampler(self) -> adaptive.AdaptiveConfig:
@@ -51,7 +52,8 @@ class SpeedUpdate:
     ) -> tuple[Any, dict]:
         """Gradient of the loss over the whole batch, and metrics as (sum, weight), both all-reduced.
 
-        `params` and `old` are {"model", "head"}; `old` is None where they are the behaviour's own.
+        `params` and `old` are {"model", "head"}; `old` is None where they are the behaviour's own, `reference`
+        where there is no KL.
         """
         record = adaptive.Record(**{name: batch[name] for name in RECORD})
         budget = self.policy.kind == "budget"
@@ -94,8 +96,8 @@ class SpeedUpdate:
         (model, stats), error = accumulate(part, valid, self.micro_batch * axis.size)
         head, head_entropy = jax.grad(decision_loss, has_aux=True)(params["head"])
         grads, stats, head_entropy = axis.all_reduce(({"model": model, "head": head}, stats, head_entropy))
-        metrics = {
-            "rl/kl": (stats["kl"], totals.survivors),
+        metrics = {} if reference is None else {"rl/kl": (stats["kl"], totals.survivors)}
+        metrics |= {
             "rl/clip_frac": stats["clip"],
             "rl/entropy": stats["entropy"],
             "rl/head_entropy": (head_entropy, totals.decisions),
@@ -107,7 +109,9 @@ class SpeedUpdate:
     def _policy_calls(self, record: adaptive.Record, batch: dict):
         """Pairs of `adaptive` and `fixed`: every call that a rollout made."""
         length, num_tokens = self.policy.max_calls, self.num_tokens
-        valid = jnp.arange(length)[None] < record.calls[:, None]
+        call = jnp.arange(length)[None]
+        first_call, end = self.scored_calls or (0, length)
+        valid = (call < record.calls[:, None]) & (call >= first_call) & (call < end)
 
         def build(pair, real):
             row, call = pair // length, pair % length

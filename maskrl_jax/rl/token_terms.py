@@ -41,8 +41,8 @@ class TokenLoss:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}")
-        if not (0 <= self.clip_low < 1 and self.clip_high >= 0):
-            raise ValueError(f"clip_low {self.clip_low} must lie in [0, 1), clip_high {self.clip_high} be at least 0")
+        if not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
+            raise ValueError(f"clip_low {self.clip_low} must lie in [0, 1], clip_high {self.clip_high} be at least 0")
         if self.chunk < 1:
             raise ValueError(f"chunk {self.chunk} must be at least 1")
 
@@ -87,7 +87,8 @@ def token_terms(loss: TokenLoss, model: Model, params: Any, old: Any, reference:
     """Return (Sums, largest |ratio - 1|, log pi(y) of every position [M,N]).
 
     `old` holds the behaviour parameters, or None where they are the current ones (one update a rollout):
-    then the ratio is exactly 1. Log-probabilities and ratios are float32. `axis.size` divides M.
+    then the ratio is exactly 1. `reference` None leaves the KL out, and its forward. Log-probabilities and ratios
+    are float32. `axis.size` divides M.
     """
     null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape).astype(c.dtype), model.null, calls.cond)
     guided = loss.guided and loss.distribution != "cond"
@@ -103,7 +104,7 @@ def token_terms(loss: TokenLoss, model: Model, params: Any, old: Any, reference:
     positions = {
         "new": features(params),
         "old": None if old is None else features(old),
-        "reference": model.features(reference)(calls.inputs, calls.timestep, calls.cond),
+        "reference": None if reference is None else model.features(reference)(calls.inputs, calls.timestep, calls.cond),
         "ids": calls.ids,
         "committed": calls.committed,
         "remasked": calls.remasked,
@@ -150,7 +151,10 @@ def _chunk(loss, model, guided, params, old, reference, x):
     bounds = {"low": loss.clip_low, "high": loss.clip_high}
     token = surrogate.clipped_surrogate(new, before, x["advantage"], weight, **bounds)
     clip = surrogate.clip_fraction(new, before, x["advantage"], weight, **bounds)
-    divergence = _divergence(loss, logp_cond, jax.nn.log_softmax(model.head(reference)(x["reference"])), x["ids"])
+    divergence = jnp.zeros(weight.shape)
+    if reference is not None:
+        logp_ref = jax.nn.log_softmax(model.head(reference)(x["reference"]))
+        divergence = _divergence(loss, logp_cond, logp_ref, x["ids"])
     masked = (x["committed"] | x["remasked"]).astype(jnp.float32) * (x["kl_weight"] > 0)
     entropy = jax.lax.stop_gradient((draws.entropy(logp) * masked).sum())
     drawn = jnp.take_along_axis(logp, jnp.minimum(x["ids"], logp.shape[-1] - 1)[:, None], axis=-1)[:, 0]

@@ -20,12 +20,15 @@ class Clock:
       ticks: C, length of the clock; choose it divisible by every step count in use.
       timesteps: range of the model's timestep condition, which does not depend on T.
       noise_scale: Gumbel scale at tick 0; it falls linearly to 0 at tick C.
+      compounded: T of Mask-GRPO's official noise instead (specs/speed_rl.md section 8): call k of T has the scale
+        times the product of 1 - (i+1)/T over i < k. 0: linear.
     """
 
     num_tokens: int
     ticks: int = 960
     timesteps: int = 64
     noise_scale: float = 2.0
+    compounded: int = 0
 
     def __post_init__(self):
         if min(self.num_tokens, self.ticks, self.timesteps) < 1:
@@ -47,8 +50,12 @@ class Clock:
 
     @functools.cached_property
     def noise(self) -> np.ndarray:
-        """Tabulate the Gumbel scale noise_scale (1 - c/C), float32 [C + 1]."""
+        """Tabulate the Gumbel scale at every tick, float32 [C + 1]: noise_scale (1 - c/C) unless compounded."""
         fraction = np.arange(self.ticks + 1, dtype=np.float64) / self.ticks
+        if self.compounded:
+            left = np.cumprod(1 - np.arange(1, self.compounded + 1) / self.compounded)
+            call = np.minimum((fraction * self.compounded + 1e-9).astype(int), self.compounded)
+            return (self.noise_scale * np.concatenate([[1.0], left])[call]).astype(np.float32)
         return (self.noise_scale * (1 - fraction)).astype(np.float32)
 
     def stride(self, num_steps: int) -> int:

@@ -71,7 +71,7 @@ class Gallery:
 
     def trained_on(self) -> tuple[str, ...]:
         """All that entered the reward, in words."""
-        rewards = tuple(f"{name} x {weight:g}" for name, weight in self.wiring.rewards.items())
+        rewards = tuple(f"{name} x {weight:g}" for name, weight in self.wiring.base.rewards.items())
         weight = self.config.energy_distance
         size = f"{energy_distance.SIDE} x {energy_distance.SIDE}"
         match = f"energy distance to pictures of the training set, {size} block means, x {weight:g} (against collapse)"

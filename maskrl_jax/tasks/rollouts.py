@@ -14,13 +14,18 @@ from maskrl_jax.data.batches import batch_at
 from maskrl_jax.data.dataset import Dataset
 from maskrl_jax.evaluate import measure, measured
 from maskrl_jax.evaluate.measure import Protocol, Scorer, System
-from maskrl_jax.rewards import energy_distance, mix
+from maskrl_jax.rewards import alarm, energy_distance, mix, statistics
 from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.rl import credit
 from maskrl_jax.tasks.task import Context
 
 Array = jax.Array
 REAL_PICTURES = 2048  # at least so many stand for the real ones, where the set has them
+
+
+def memory_of(config: credit.CreditConfig) -> dict:
+    """What rollouts remember between updates, empty: the filters with the scale of the reward, and the alarm."""
+    return {"credit": credit.create(config), "alarm": alarm.create(len(statistics.NAMES))}
 
 
 class Rollouts:
@@ -42,30 +47,37 @@ class Rollouts:
         real = train.take(train.positions_of(texts, -(-REAL_PICTURES // len(texts))))["image"]
         self.real = energy_distance.blocks(np.float32(real) / 255)
         self.program = context.parallel.map(wiring.rollout)
+        self.rounds = self.config.resample.rounds if "resample" in self.config else 0
         # Groups of a resampling program: those asked for, filled up until the devices divide their rollouts.
         least = self.parallel.num_devices // math.gcd(self.parallel.num_devices, self.config.group)
-        self.resampled = -(-self.config.resample.groups // least) * least
+        self.resampled = -(-self.config.resample.groups // least) * least if self.rounds else 0
         self.assign = jax.jit(functools.partial(credit.assign, wiring.credit))
         self.record = jax.jit(credit.record)
+        self.watch = jax.jit(functools.partial(alarm.watch, wiring.base.alarm))
         self.images_per_sec = 0.0  # of the last first round
         self.remember = jax.jit(functools.partial(credit.remember, wiring.credit))
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Rollout requests of an update, all processes' rows; a pure function of the step."""
         config, wiring = self.config, self.wiring
-        prompts = batch_at(self.prompts, step, wiring.groups, slice(0, wiring.groups), config.seed)
+        prompts = batch_at(self.prompts, step, wiring.base.groups, slice(0, wiring.base.groups), config.seed)
         cond = prompts["cond"]
         texts = self.train.describe(cond)
-        target = judge_reward.targets(wiring.judge_sizes.kind, cond, texts)
+        target = judge_reward.targets(wiring.base.judge_sizes.kind, cond, texts)
         reference = np.asarray([self.reference_of[c.tobytes()] for c in cond], np.float32)
         rows = {"cond": cond, "target": target, "prompt": prompts["index"], "reference": reference}
         rows = {name: value.repeat(config.group, axis=0) for name, value in rows.items()}
         place = np.arange(config.batch_size, dtype=np.int32)
-        steps = wiring.policy.steps() if wiring.policy.kind != "adaptive" else (1,)
-        return rows | {
-            "index": (step * config.batch_size + place).astype(np.int32),
-            "jump": (wiring.policy.ticks // np.asarray(steps, np.int32))[place % len(steps)],
-        }
+        return rows | {"index": (step * config.batch_size + place).astype(np.int32)} | wiring.settings(place)
+
+    def shown(self, params: Any) -> tuple[dict, list[str]]:
+        """Rollouts of the first batch of prompts with other noise than any update had, and their captions."""
+        batch = self.batch(0)
+        request = batch | {"round": np.full(len(batch["index"]), np.iinfo(np.int32).max, np.int32)}
+        rows = self.parallel.rows(len(batch["index"]))
+        mine = {name: value[rows] for name, value in request.items()}
+        out = self.parallel.gather(self.program(params, self.frozen, mine))
+        return out, self.train.describe(batch["cond"])
 
     def collect(self, state: Any, batch: dict, step: int) -> tuple[dict, credit.Credit, Any, dict]:
         """Roll out, score and filter: (rollouts, credit, the filters' memory, shares rejected before and after).
@@ -85,7 +97,7 @@ class Rollouts:
             before = before.replace(sigma=memory.sigma)
         rejected = jax.device_get(result.rejected)
         first = rejected.mean()
-        for attempt in range(1, self.config.resample.rounds + 1):
+        for attempt in range(1, self.rounds + 1):
             groups = np.flatnonzero(rejected)[: self.config.resample.groups]
             if not len(groups):
                 break
@@ -106,10 +118,10 @@ class Rollouts:
         return self.assign(memory, jax.device_put(np.int32(step)), *grouped, bonus)
 
     def _grouped(self, values: np.ndarray) -> Array:
-        return jax.device_put(np.reshape(values, (self.wiring.groups, self.config.group)))
+        return jax.device_put(np.reshape(values, (self.wiring.base.groups, self.config.group)))
 
     def _reference(self, batch: dict) -> Array:
-        return jax.device_put(batch["reference"].reshape(self.wiring.groups, -1)[:, :1])
+        return jax.device_put(batch["reference"].reshape(self.wiring.base.groups, -1)[:, :1])
 
     def _run(self, state, batch, step, attempt, others=None):
         """Roll out a batch with the keys of an attempt; rows of all processes.
@@ -117,11 +129,15 @@ class Rollouts:
         `others` are the generated pictures that these are compared with, if not themselves.
         """
         size = len(batch["index"])
-        number = step * (self.config.resample.rounds + 1) + attempt
+        number = step * (self.rounds + 1) + attempt
         request = batch | {"round": np.full(size, number, np.int32)}
         rows = self.parallel.rows(size)
         mine = {name: value[rows] for name, value in request.items()}
         out = self.parallel.gather(self.program(state.params, self.frozen, mine))
+        if self.config.reward_scale == "group":
+            scores = {name: out[f"reward/{name}"] for name in self.wiring.base.rewards}
+            spread = mix.standardised(scores, self.config.group)
+            out["quality"] = np.float32(mix.weighted_sum(spread, self.wiring.base.rewards))
         blocks = energy_distance.blocks(np.asarray(out["images"]))
         return out | {"blocks": blocks, "witness": energy_distance.witness(blocks, self.real, others)}
 
@@ -136,40 +152,64 @@ class Rollouts:
             value[rows[: len(groups) * size]] = fresh[name][: len(groups) * size]
         return out
 
-    def statistics(self, out: dict, result: credit.Credit, memory: Any, filtered: dict, batch: dict) -> dict:
-        """Numbers of a batch of rollouts for the logs; the exact verifier is read, never trained on."""
+    def statistics(
+        self, state: Any, out: dict, result: credit.Credit, memory: Any, filtered: dict, batch: dict
+    ) -> tuple[dict, Any]:
+        """Numbers of a batch of rollouts for the logs, and the alarm's memory; held-out measures are only read."""
         result, memory = jax.device_get((result, memory))
         calls, scored = out["calls"], result.scored
         seen = np.repeat(scored, self.config.group)  # a failed score drops its group
         values = {
             "reward/quality": _mean(out["quality"][seen]),
-            **{name: _mean(score[seen]) for name, score in out.items() if name.startswith("reward/")},
             "reward/failed": 1 - scored.mean(),
             "reward/energy_distance": energy_distance.energy_distance(out["blocks"], self.real),
-            "reward/speed": _mean(result.speed[scored]),
             "reward/total": _mean(result.reward[scored]),
-            "reward/gate": _mean(result.gate[scored]),
             "reward/sigma": memory.sigma,
             "sampling/images_per_sec": self.images_per_sec,
             "sampling/calls": calls.mean(),
-            "sampling/calls_sd": calls.std(),
-            "sampling/calls_max": calls.max(),
-            "rl/speed_weight": result.speed_weight,
             "rl/adv_std": _std(result.advantage, result.keep),
-            "rl/decision_adv_std": _std(result.decision_advantage, result.decision_keep),
             "rl/zero_std_ratio": _mean(result.std[scored] == 0),
             "rl/rejected": filtered["rejected"],
             "rl/rejected_first": filtered["rejected_first"],
             "rl/dropped": result.dropped.mean(),
             "rl/updated": result.keep.mean(),
-            "rl/decided": result.decision_keep.mean(),
         }
+        if self.wiring.credit.speed != "off":
+            values |= {
+                "reward/speed": _mean(result.speed[scored]),
+                "reward/gate": _mean(result.gate[scored]),
+                "sampling/calls_sd": calls.std(),
+                "sampling/calls_max": calls.max(),
+                "rl/speed_weight": result.speed_weight,
+                "rl/decision_adv_std": _std(result.decision_advantage, result.decision_keep),
+                "rl/decided": result.decision_keep.mean(),
+            }
         if self.wiring.credit.reads_reference:
             values["reward/surplus"] = _mean((out["quality"] - batch["reference"])[seen])
+        values |= self._rewards(out, batch, seen)
+        looks = statistics.describe(out["images"][seen], out["ids"][seen], out["blocks"][seen], self.config.group)
+        values |= {f"pictures/{name}": value for name, value in looks.items()}
+        held_out = sum(w * values[f"reward_heldout/{name}"] for name, w in self.wiring.base.held_out.items())
+        watched = np.float32([values["reward/trained"], held_out, *looks.values()])
+        alarm_memory, alarms = self.watch(jax.device_put(jax.device_get(state.extra["alarm"])), jax.device_put(watched))
+        values |= {f"alarm/{name}": fired for name, fired in jax.device_get(alarms).items()}
+        return {name: float(value) for name, value in values.items()}, alarm_memory
+
+    def _rewards(self, out: dict, batch: dict, seen: np.ndarray) -> dict[str, float]:
+        """Every reward by name: means, and the spread within groups of those that are trained on."""
+        base, values = self.wiring.base, {}
+        scores = {name.removeprefix("reward/"): x for name, x in out.items() if name.startswith("reward/")}
+        for name, score in scores.items():
+            if name not in base.held_out:
+                values[f"reward/{name}"] = _mean(score[seen])
+        for name in base.rewards:
+            grouped = scores[name][seen].reshape(-1, self.config.group)
+            values[f"reward/{name}_std"] = _mean(grouped.std(1, ddof=1))
         if self.train.verify is not None:
-            verdict = self.train.verify(out["images"], self.train.describe(batch["cond"]))
-            values |= {f"reward_heldout/{name}": verdict[name].mean() for name in ("graded", "strict", "coherence")}
-        return {name: float(value) for name, value in values.items()}
+            scores |= self.train.verify(out["images"], self.train.describe(batch["cond"]))
+        values |= {f"reward_heldout/{name}": _mean(scores[name][seen]) for name in base.held_out}
+        values["reward/trained"] = sum(w * values[f"reward/{name}"] for name, w in base.rewards.items())
+        return values
 
 
 def _mean(values: np.ndarray) -> float:

@@ -13,27 +13,24 @@ import numpy as np
 
 from maskrl_jax import state as train_state
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
-from maskrl_jax.evaluate.bench import Evaluation, read_sampler
+from maskrl_jax.evaluate.bench import read_sampler
 from maskrl_jax.evaluate.studio import Studio
 from maskrl_jax.evaluate.systems import clocked_program, clocked_system, judge_scorer
 from maskrl_jax.keys import ROLLOUT, sample_keys
-from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.parallel import Axis
 from maskrl_jax.phase import Phase
-from maskrl_jax.rewards import judge as judge_reward
-from maskrl_jax.rewards import mix
 from maskrl_jax.rl import credit
 from maskrl_jax.rl.policy import Head, Policy
 from maskrl_jax.rl.speed_update import RECORD, SpeedUpdate
-from maskrl_jax.rl.token_terms import Model, TokenLoss
+from maskrl_jax.rl.token_terms import TokenLoss
 from maskrl_jax.sampling import adaptive
 from maskrl_jax.sampling.maskgit import SamplerConfig
-from maskrl_jax.tasks import generators, speed_checks
+from maskrl_jax.tasks import checks, generators
 from maskrl_jax.tasks import judge as judge_task
 from maskrl_jax.tasks import maskgit as maskgit_task
-from maskrl_jax.tasks import tokenizer as tokenizer_task
+from maskrl_jax.tasks.base import Base
 from maskrl_jax.tasks.gallery import Gallery
-from maskrl_jax.tasks.rollouts import Rollouts, reference_quality
+from maskrl_jax.tasks.rollouts import Rollouts, memory_of, reference_quality
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
@@ -44,15 +41,7 @@ class Wiring:
     """The stage's pure functions, closed over its static configuration."""
 
     def __init__(self, config: Any, conditioning: Conditioning):
-        self.config = config
-        base = config.parents.maskgit
-        speed_checks.same_tokenizer(config.parents.tokenizer, base.parents.tokenizer)
-        self.sizes = generators.model_config(base, base.parents.tokenizer, conditioning)
-        self.generator = generators.generator(self.sizes)
-        self.codec = tokenizer_task.codec(tokenizer_task.TokenizerConfig(**base.parents.tokenizer.model), None)
-        self.judge_sizes = JudgeConfig(**config.parents.judge.model)
-        self.judge = Judge(self.judge_sizes)
-        self.null = conditioning.null
+        self.config, self.base = config, Base(config, conditioning)
         self.policy = Policy(**config.policy)
         self.head = Head(self.policy)
         self.speed = SpeedUpdate(
@@ -64,15 +53,16 @@ class Wiring:
                 temperature=1.0 if self.policy.kind == "budget" else self.policy.temperature,
                 guided=self.policy.guidance != 1.0 and self.policy.kind != "budget",
             ),
-            model=Model(self.generator.features, self.generator.head, self.null),
-            num_tokens=self.sizes.num_tokens,
-            mask_id=self.sizes.mask_id,
+            model=self.base.model,
+            num_tokens=self.base.sizes.num_tokens,
+            mask_id=self.base.sizes.mask_id,
             seed=config.seed,
             micro_batch=config.micro_batch,
             kl_coefficient=config.loss.kl_coefficient,
             first_call_tokens=config.loss.first_call_tokens,
             first_call_kl=config.loss.first_call_kl,
             per_rollout_mean=config.loss.per_rollout_mean,
+            scored_calls=tuple(config.loss.scored_calls) if "scored_calls" in config.loss else None,
         )
         self.sampler = self.speed.sampler
         # Policy `fixed` has no speed reward (specs/speed_rl.md 4.2).
@@ -82,42 +72,39 @@ class Wiring:
             max_calls=self.policy.max_calls,
             std_of_quality=self.policy.kind == "budget",
         )
-        settings = Evaluation(**config.evaluation)
-        generators.check_steps(SamplerConfig(**base.sampler), settings.steps, self.sizes.num_tokens)
-        self.rewards = dict(config.rewards)
-        mix.check(self.rewards, judge_reward.names(self.judge_sizes.kind))
         self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps * config.inner_updates)
         self.tx = train_state.make_optimizer(self.optimizer)
-        self.groups = speed_checks.groups(config)
-        speed_checks.settings(config, self.policy, self.credit, self.speed.tokens)
+        checks.speed(config, self.policy, self.credit, self.speed.tokens)
 
     def init(self, key: Array, params: Any) -> train_state.TrainState:
         """State that starts from the base model's parameters."""
         params = {"model": params, "head": self.head.init(key)}
-        return train_state.create(params, self.tx, extra={"credit": credit.create(self.credit)})
+        return train_state.create(params, self.tx, extra=memory_of(self.credit))
 
     # Rollout
 
     def rollout(self, params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
         """Sample, decode and score a batch of rollouts; per-sample outputs."""
         keys_B = sample_keys(self.config.seed, ROLLOUT, batch["round"][0], batch["index"])
-        logits = self.generator.logits(params["model"])
+        logits = self.base.generator.logits(params["model"])
         setting = jnp.zeros(len(keys_B)) if self.policy.kind == "adaptive" else self.policy.ticks / batch["jump"]
         record = adaptive.rollout(
             logits,
             self.decide(params, setting),
             keys_B,
             batch["cond"],
-            self.null,
+            self.base.null,
             self.sampler,
-            self.sizes.num_tokens,
-            self.sizes.mask_id,
+            self.base.sizes.num_tokens,
+            self.base.sizes.mask_id,
         )
-        images = self.codec.decode(frozen["tokenizer"], record.ids)
-        scores = judge_reward.score(self.judge_sizes.kind, self.judge.apply(frozen["judge"], images), batch["target"])
         fields = {name: getattr(record, name) for name in RECORD}
-        parts = {f"reward/{name}": score for name, score in scores.items()}
-        return fields | parts | {"quality": mix.weighted_sum(scores, self.rewards), "images": images}
+        return fields | self.base.score(frozen, record.ids, batch["target"])
+
+    def settings(self, place: np.ndarray) -> dict[str, np.ndarray]:
+        """What a request asks of the sampler, by a rollout's place in the batch."""
+        steps = self.policy.steps() if self.policy.kind != "adaptive" else (1,)
+        return {"jump": (self.policy.ticks // np.asarray(steps, np.int32))[place % len(steps)]}
 
     def decide(self, params: Any, setting_B: Array):
         """Decision function of the policy at a setting: speed dial of the head, or number of steps."""
@@ -134,9 +121,10 @@ class Wiring:
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
         """`inner_updates` optimizer steps on recorded rollouts; the state's step counts batches of rollouts."""
         first, old, infos = state, state.params if self.config.inner_updates > 1 else None, []
+        reference = frozen["reference"] if self.config.loss.kl_coefficient else None  # whose forward costs a quarter
         entropy = _linear(self.config.loss.head_entropy, state.step, self.config.num_steps)
         for _ in range(self.config.inner_updates):
-            grads, metrics = self.speed.gradients(state.params, old, frozen["reference"], batch, entropy, axis)
+            grads, metrics = self.speed.gradients(state.params, old, reference, batch, entropy, axis)
             state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
             infos.append(info)
         weight = jnp.float32(len(infos))
@@ -154,27 +142,13 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     conditioning = conditioning_of(config.data.name, config.data.text_length)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
-    base = maskgit_task.abstract_params(config.parents.maskgit, conditioning)
-    size = config.parents.tokenizer.model.image_size
-    frozen = {
-        "tokenizer": maskgit_task.abstract_codec(config.parents.tokenizer),
-        "judge": jax.eval_shape(wiring.judge.init, jax.random.key(0), jnp.zeros((1, size, size, 3))),
-        "reference": base,
-    }
+    base, frozen, request = wiring.base.abstract(conditioning)
     state = jax.eval_shape(wiring.init, jax.random.key(0), base)
-    struct, rows = jax.ShapeDtypeStruct, config.batch_size
-    whole = struct((rows,), jnp.int32)
-    target = struct((rows, 3), jnp.int32) if wiring.judge_sizes.kind == "cells" else whole
-    request = {
-        "cond": struct((rows, *conditioning.null.shape), jnp.int32),
-        "target": target,
-        "index": whole,
-        "round": whole,
-        "jump": whole,
-    }
+    whole = request["index"]
+    request["jump"] = whole
     axis = Axis(1)
     made = jax.eval_shape(functools.partial(wiring.rollout, axis=axis), state.params, frozen, request)
-    share = struct((rows,), jnp.float32)
+    share = jax.ShapeDtypeStruct(whole.shape, jnp.float32)
     learn = {name: made[name] for name in RECORD} | dict.fromkeys(CREDIT, share)
     learn |= {"cond": request["cond"], "prompt": whole, "round": whole}
     calls = config.policy.max_calls
@@ -215,8 +189,8 @@ def build(context: Context) -> Task:
     train = generators.dataset_of(context, "train")
     wiring = Wiring(config, train.conditioning)
     base = context.parents["maskgit"]
-    speed_checks.same_codes({name: parent.workdir for name, parent in context.parents.items()})
-    engine = generators.engine_of(context, wiring.sizes, wiring.null)
+    checks.same_codes({name: parent.workdir for name, parent in context.parents.items()})
+    engine = generators.engine_of(context, wiring.base.sizes, wiring.base.null)
     sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
     frozen = {
         "tokenizer": engine.tokenizer,
@@ -227,10 +201,23 @@ def build(context: Context) -> Task:
     judge = judge_task.load(context.parents["judge"])
     scorer = dataclasses.replace(judge_scorer(judge.read, judge.params, judge.config.kind, train), verify=None)
     if wiring.credit.reads_reference:
-        reference = reference_quality(context, train, gallery.base, sampler.num_steps, scorer, wiring.rewards)
+        reference = reference_quality(context, train, gallery.base, sampler.num_steps, scorer, wiring.base.rewards)
     else:
         reference = np.zeros(len(train.pool(held_out=False)), np.float32)
     rollouts = Rollouts(context, wiring, train, frozen, reference)
+    step = stepper(context, wiring, rollouts, frozen)
+    return Task(
+        init=lambda key: parallel.init(wiring.init, key, base.params),
+        batch=rollouts.batch,
+        step=step,
+        evaluate=gallery.evaluate,
+        report=gallery.report,
+    )
+
+
+def stepper(context: Context, wiring: Wiring, rollouts: Rollouts, frozen: Any):
+    """Return the stage's step: roll out, score and filter on the host, update."""
+    config, parallel = context.config, context.parallel
     update = parallel.update(wiring.update)
 
     def step(state, batch):
@@ -242,15 +229,9 @@ def build(context: Context) -> Task:
         learn |= {name: batch[name] for name in ("cond", "prompt")}
         learn |= {"round": np.full(config.batch_size, number, np.int32)}
         learn = parallel.put({name: value[rows] for name, value in learn.items()})
-        statistics = rollouts.statistics(out, result, memory, filtered, batch)  # the update takes the memory
-        state = state.replace(extra={"credit": parallel.replicate(memory)})
+        values, alarm = rollouts.statistics(state, out, result, memory, filtered, batch)  # the update takes the memory
+        state = state.replace(extra=parallel.replicate({"credit": memory, "alarm": alarm}))
         state, metrics = update(state, frozen, learn)
-        return state, metrics | statistics
+        return state, metrics | values
 
-    return Task(
-        init=lambda key: parallel.init(wiring.init, key, base.params),
-        batch=rollouts.batch,
-        step=step,
-        evaluate=gallery.evaluate,
-        report=gallery.report,
-    )
+    return step

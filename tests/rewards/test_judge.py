@@ -53,7 +53,8 @@ def test_targets_of_captions_and_classes():
     ],
 )
 def test_a_picture_is_paid_for_what_it_shows(prompt, objects, shown, exact):
-    np.testing.assert_allclose(scores(prompt, objects), [shown * exact, shown, 1.0], atol=1e-6)
+    correct = shown == exact == 1
+    np.testing.assert_allclose(scores(prompt, objects), [shown * exact, shown, 1.0, correct], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_a_torn_picture_loses_all_in_proportion():
     """Nine cells that are torn with probability 1/2: exp(-9 ln 2 / 8)."""
     whole = 2 ** (-9 / 8)
     found = scores("a yellow cross", {(2, 2): YELLOW_CROSS}, seam=0.0)
-    np.testing.assert_allclose(found, [whole, 1.0, whole], rtol=1e-5)
+    np.testing.assert_allclose(found, [whole, 1.0, whole, 1.0], rtol=1e-5)
 
 
 def test_doubt_is_counted_in_expectation():

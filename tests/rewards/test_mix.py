@@ -39,3 +39,20 @@ def test_known_rewards_pass():
 def test_unknown_or_no_rewards_are_refused(weights, message):
     with pytest.raises(UserError, match=message):
         mix.check(weights, tuple(SCORES))
+
+
+def test_standardised_rewards_have_the_same_spread_in_every_group():
+    scores = {"judge": np.array([0.0, 1.0, 5.0, 5.0]), "geneval": np.array([0.0, 100.0, 1.0, 0.0])}
+    found = mix.standardised(scores, 2)
+    np.testing.assert_allclose(found["judge"], [-0.70700, 0.70700, 0, 0], atol=2e-4)
+    np.testing.assert_allclose(found["geneval"], [-0.70711, 0.70711, 0.70700, -0.70700], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [(("beauty",), "unknown held-out reward 'beauty'; there are: judge"), (("judge",), "trained on and held out")],
+)
+def test_what_is_held_out_exists_and_is_not_trained_on(held_out, message):
+    with pytest.raises(UserError, match=message):
+        mix.check_held_out(held_out, {"judge": 1.0}, tuple(SCORES))
+    mix.check_held_out(("judge_whole", "judge"), {"judge": 0.0}, tuple(SCORES))

@@ -10,9 +10,8 @@ import tiny
 from maskrl_jax.data.dataset import open_dataset
 from maskrl_jax.evaluate.measure import Generated, Scorer, System
 from maskrl_jax.rewards import energy_distance
-from maskrl_jax.rl import credit
 from maskrl_jax.tasks import speed_rl
-from maskrl_jax.tasks.rollouts import Rollouts, reference_quality
+from maskrl_jax.tasks.rollouts import Rollouts, memory_of, reference_quality
 
 GROUP = 4
 ONES = np.ones((1, 32, 32, 3), np.float32)
@@ -45,7 +44,8 @@ def made_up(quality_of):
         place = batch["index"] % 16
         quality = np.array([quality_of(r, i) for r, i in zip(batch["round"], place, strict=True)], np.float32)
         images = np.zeros((len(place), 32, 32, 3), np.float32)
-        return {"quality": quality, "calls": 1 + place % 4, "ids": batch["round"].copy(), "images": images}
+        out = {"quality": quality, "reward/judge": quality, "calls": 1 + place % 4}
+        return out | {"ids": batch["round"].copy(), "images": images}
 
     return rollout
 
@@ -69,9 +69,12 @@ def make(train):
 
 def collect(rollouts, step=0):
     """Roll out with an empty memory."""
-    memory = credit.create(rollouts.wiring.credit)
-    state = types.SimpleNamespace(params={}, extra={"credit": memory})
-    return jax.device_get(rollouts.collect(state, rollouts.batch(step), step))
+    return jax.device_get(rollouts.collect(empty(rollouts), rollouts.batch(step), step))
+
+
+def empty(rollouts):
+    """Return a state that has seen nothing."""
+    return types.SimpleNamespace(params={}, extra=memory_of(rollouts.wiring.credit))
 
 
 def some_rejected(number, place):
@@ -147,7 +150,7 @@ def test_every_group_holds_the_step_counts_of_the_policy(make, kind, jumps):
 def test_the_numbers_of_a_batch_leave_failed_scores_out(make):
     rollouts = make(made_up(lambda number, place: np.nan if place // GROUP == 2 else 0.1 * (place % GROUP)))
     out, result, memory, shares = collect(rollouts)
-    values = rollouts.statistics(out, result, memory, shares, rollouts.batch(0))
+    values, _ = rollouts.statistics(empty(rollouts), out, result, memory, shares, rollouts.batch(0))
     assert values["reward/quality"] == pytest.approx(0.15)
     assert values["sampling/images_per_sec"] > 0
     assert values["sampling/calls"] == 2.5 and values["sampling/calls_max"] == 4
@@ -175,7 +178,7 @@ def test_what_is_generated_too_often_earns_less(make):
     # Distances to the 15 others less those to the real ones: half of either kind, 0.5 apart.
     common, rare = 0.5 * 4 / 15 - 0.25, 0.5 * 12 / 15 - 0.25
     np.testing.assert_allclose(gain, 2 * np.array([common, rare, common, common]), atol=2e-3)
-    values = rollouts.statistics(out, result, memory, shares, rollouts.batch(0))
+    values, _ = rollouts.statistics(empty(rollouts), out, result, memory, shares, rollouts.batch(0))
     assert values["reward/energy_distance"] > 0.02
 
 

@@ -1,22 +1,19 @@
-"""What stage `speed_rl` refuses: settings that do not go together, and a base of another tokenizer."""
+"""What tuning stages refuse: settings that do not go together, and a base of another tokenizer."""
 
 from typing import Any
 
 from maskrl_jax import stored
 from maskrl_jax.errors import UserError
-from maskrl_jax.rewards import energy_distance
 from maskrl_jax.rl.credit import CreditConfig
 from maskrl_jax.rl.policy import Policy
 from maskrl_jax.rl.token_terms import TokenLoss
 
 
-def settings(config: Any, policy: Policy, credit: CreditConfig, tokens: TokenLoss) -> None:
+def speed(config: Any, policy: Policy, credit: CreditConfig, tokens: TokenLoss) -> None:
     """Raise UserError for settings that do not go together."""
     for name in ("micro_batch", "inner_updates", "reference_samples"):
         if config[name] < 1:
             raise UserError(f"{name} {config[name]} must be at least 1")
-    if config.data.to_dict() != config.parents.maskgit.data.to_dict():
-        raise UserError("data of speed_rl and of its base differ; change both, as in --config.parents.maskgit.data")
     if len(config.loss.head_entropy) != 2:
         raise UserError("loss.head_entropy needs two numbers, its weight at the start and at the end of the run")
     if config.credit.down_sample > config.group:
@@ -24,6 +21,9 @@ def settings(config: Any, policy: Policy, credit: CreditConfig, tokens: TokenLos
             f"credit.down_sample {config.credit.down_sample} exceeds the {config.group} rollouts of a group; "
             "lower it, or 0 for all"
         )
+    groups = config.batch_size // config.group
+    if groups > config.credit.history:
+        raise UserError(f"credit.history {config.credit.history} does not hold the {groups} groups of an update")
     if policy.kind == "budget" and credit.gate == "off" and credit.speed != "off":
         raise UserError(
             "policy budget learns whatever is made in few calls unless a gate asks for quality; set credit.gate=hard"
@@ -40,11 +40,6 @@ def settings(config: Any, policy: Policy, credit: CreditConfig, tokens: TokenLos
             f"group {config.group} is not divisible by the {len(policy.step_set)} step counts of "
             "policy.step_set; every group holds each of them equally often"
         )
-    size = config.parents.tokenizer.model.image_size
-    if size % energy_distance.SIDE:
-        raise UserError(
-            f"pictures of {size} pixels do not divide into {energy_distance.SIDE} x {energy_distance.SIDE} blocks"
-        )
 
 
 def groups(config: Any) -> int:
@@ -54,10 +49,24 @@ def groups(config: Any) -> int:
             f"batch_size {config.batch_size} rollouts do not fill groups of {config.group}; "
             "make it a multiple of group (at least 2)"
         )
-    groups = config.batch_size // config.group
-    if groups > config.credit.history:
-        raise UserError(f"credit.history {config.credit.history} does not hold the {groups} groups of an update")
-    return groups
+    return config.batch_size // config.group
+
+
+def whole_groups(config: Any, parallel: Any) -> None:
+    """Raise UserError where a device would see a part of a group: its samples are routed among themselves."""
+    if config.batch_size % (config.group * parallel.num_devices):
+        raise UserError(
+            f"batch_size {config.batch_size} does not give each of {parallel.num_devices} devices whole groups of "
+            f"{config.group}; make it a multiple of {config.group * parallel.num_devices}"
+        )
+
+
+def same_data(config: Any) -> None:
+    """Raise UserError where a tuning stage would prompt its base with other data than it was trained on."""
+    if config.data.to_dict() != config.parents.maskgit.data.to_dict():
+        raise UserError(
+            f"data of {config.task} and of its base differ; change both, as in --config.parents.maskgit.data"
+        )
 
 
 def same_tokenizer(ours: Any, theirs: Any) -> None:

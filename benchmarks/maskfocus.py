@@ -1,0 +1,185 @@
+"""MaskFocus against its base, its ablations and Mask-GRPO (specs/maskfocus.md section 12), in one resumable command.
+
+python benchmarks/maskfocus.py                                  # the ablation: every arm, three seeds
+python benchmarks/maskfocus.py --only=critical --only=all       # trains these, writes what is finished
+python benchmarks/maskfocus.py --claim --out=benchmarks/maskfocus_claim   # the default config as it is, three seeds
+
+Arms of the ablation run equally many iterations with one optimizer update each (`accumulate`), so that arms that
+optimise more steps do not get more updates; `all, equal compute` and `mask-grpo, equal compute` get as many
+iterations as the compute model of section 11 allows for the same number of forwards. What is finished is in
+<out>.json with a number a prompt, and is not done again, on whatever machine the command goes on. Bounds: 95 %
+paired bootstrap over prompts and seeds.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from absl import app, flags
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configs import maskfocus as maskfocus_config  # noqa: E402
+from maskrl_jax.evaluate import bootstrap, measure  # noqa: E402
+
+SEEDS = flags.DEFINE_multi_integer("seeds", [0, 1, 2], "seed of a run, once for each; the base is shared")
+ITERATIONS = flags.DEFINE_integer("iterations", 30, "rounds of rollouts of an arm of the ablation")
+CLAIM = flags.DEFINE_bool("claim", False, "train the default config instead of the ablation")
+RUNS = flags.DEFINE_string("runs", "runs/maskfocus-arms", "where the runs go")
+STORE = flags.DEFINE_string("store", "runs/stages", "where trained parents are")
+OUT = flags.DEFINE_string("out", "benchmarks/maskfocus", "result files without their ending")
+
+ARMS = {
+    "critical": {},
+    "random early": {"steps.select": "random_early"},
+    "random all": {"steps.select": "random"},
+    "first": {"steps.select": "first"},
+    "first 20 %": {"steps.select": "first_20"},
+    "all": {"steps.select": "all"},
+    "all, equal compute": {"steps.select": "all"},
+    "routing off": {"rollout.routing": "off"},
+    "routing all": {"rollout.routing": "all_explore"},
+    "trajectory masks": {"loss.remask": "trajectory"},
+    "mask-grpo, equal compute": {},
+}
+ONLY = flags.DEFINE_multi_enum("only", None, list(ARMS), "train this arm; the table holds what is finished")
+METRICS = ("graded", "strict", "judge", "diversity")
+
+
+def forwards(slots: int, guided: bool, per_slot: int) -> float:
+    """Forward passes of an image in one iteration (section 11; a backward counts two)."""
+    steps = maskfocus_config.SAMPLING_STEPS[""]
+    return steps * (2 if guided else 1) + slots * per_slot
+
+
+def iterations(arm: str) -> int:
+    """Rounds of an arm."""
+    config = maskfocus_config.get_config("")
+    steps, guided = config.rollout.num_steps, config.rollout.guidance != 1
+    ours = forwards(config.steps.count, guided, 4)  # reference, forward, backward
+    theirs = {
+        "all, equal compute": forwards(steps - 1, guided, 4),
+        "mask-grpo, equal compute": forwards(steps, False, 4),
+    }
+    return max(round(ITERATIONS.value * ours / theirs[arm]), 1) if arm in theirs else ITERATIONS.value
+
+
+def main(_: list[str]) -> None:
+    """Train what is missing, write after every run."""
+    out = (ROOT / OUT.value).with_suffix(".json")
+    done = json.loads(out.read_text()) if out.exists() else {"runs": {}}
+    arms = ["claim"] if CLAIM.value else [arm for arm in ARMS if ONLY.value is None or arm in ONLY.value]
+    for seed in SEEDS.value:
+        for arm in arms:
+            if f"{arm}, seed {seed}" not in done["runs"]:
+                workdir = _train(arm, seed)
+                done["runs"][f"{arm}, seed {seed}"] = _numbers(workdir)
+                done.setdefault("base", _points(workdir, "base"))
+                out.write_text(json.dumps(done, indent=0) + "\n")
+    _write(done, out.with_suffix(".md"))
+
+
+def _train(arm: str, seed: int) -> pathlib.Path:
+    workdir = ROOT / RUNS.value / f"{arm.replace(' ', '_').replace(',', '')}-seed{seed}"
+    command = [sys.executable, "-m", "maskrl_jax.main", f"--workdir={workdir}", f"--store={STORE.value}"]
+    command += [f"--config.seed={seed}"]
+    if arm == "claim":
+        command += ["--config=configs/maskfocus.py"]
+    elif arm.startswith("mask-grpo"):
+        command += ["--config=configs/mask_grpo.py", f"--config.num_steps={iterations(arm)}"]
+    else:
+        command += ["--config=configs/maskfocus.py", f"--config.num_steps={iterations(arm)}"]
+        changes = {"loss.update_mode": "accumulate", **ARMS[arm]}
+        command += [f"--config.{key}={value}" for key, value in changes.items()]
+    print(" ".join(command), flush=True)
+    subprocess.run(command, cwd=ROOT, check=True)
+    return workdir
+
+
+def _points(workdir: pathlib.Path, system: str) -> dict[str, list[float]]:
+    """A number a prompt at T_ref, and the Frechet distance."""
+    results = json.loads((workdir / "results.json").read_text())
+    setting = results["reference"][0]["setting"]
+    plain = next(p for p in results["points"] if (p["system"], p["setting"]) == (system, setting))
+    point = measure.load_point(workdir / "points", plain)
+    values = {name: np.round(point.per_prompt(name), 4).tolist() for name in METRICS}
+    return values | {"frechet": [point.frechet]}
+
+
+def _numbers(workdir: pathlib.Path) -> dict:
+    """What is kept of a run."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    updates = [line for line in lines if "rl/clip_frac" in line]
+    last = updates[-max(len(updates) // 4, 1) :]
+    logged = {
+        name: float(np.mean([line[name] for line in last if line.get(name) is not None]))
+        for name in ("rl/kl", "rl/clip_frac", "reward/quality", "reward_heldout/graded")
+        if any(line.get(name) is not None for line in last)
+    }
+    seconds = [line["perf/step_time"] for line in updates[1:]]  # the first compiles
+    facts = json.loads((workdir / "results.json").read_text())["facts"]
+    return {
+        "tuned": _points(workdir, "tuned"),
+        "iterations": updates[-1]["step"],
+        "seconds_an_iteration": float(np.median(seconds)) if seconds else None,
+        "alarms": sum(bool(line.get("alarm/held_out")) for line in updates),
+        "last_quarter": logged,
+        "commit": facts["commit"],
+        "machine": facts["machine"],
+    }
+
+
+def _write(done: dict, path: pathlib.Path) -> None:
+    base = done["base"]
+    arms: dict[str, list[dict]] = {}
+    for name, run in done["runs"].items():
+        arms.setdefault(name.rsplit(", seed", 1)[0], []).append(run)
+    prompts = len(base["graded"])
+    lines = [
+        f"# {'MaskFocus, the default config' if 'claim' in arms else 'MaskFocus: ablation'} on the embedded task",
+        "",
+        f"At T = {maskfocus_config.SAMPLING_STEPS['']} with the base's best sampler, {prompts} held-out prompts x "
+        f"{maskfocus_config.evaluation('')['group']} samples, the same keys for all. Base: graded "
+        f"{np.mean(base['graded']):.3f}, strict {np.mean(base['strict']):.3f}, diversity "
+        f"{np.mean(base['diversity']):.2f}, Frechet distance {base['frechet'][0]:.1f}. Commits: "
+        f"{', '.join(sorted({run['commit'] for runs in arms.values() for run in runs}))}. Machine: "
+        f"{', '.join(sorted({run['machine'] for runs in arms.values() for run in runs}))}.",
+        "",
+        "| arm | seeds | iterations | s / iteration | graded | strict | gap closed [95 %] | each seed "
+        "| diversity ratio | FD ratio | KL | alarms |",
+        "|---|---:|---:|---:|---:|---:|---|---|---:|---:|---:|---:|",
+    ]
+    lines += [_row(arm, runs, base) for arm, runs in arms.items()]
+    path.write_text("\n".join(lines) + "\n")
+    print(f"wrote {path}", flush=True)
+
+
+def _row(arm: str, runs: list[dict], base: dict) -> str:
+    scores = {name: np.array([run["tuned"][name] for run in runs]) for name in (*METRICS, "frechet")}
+    below = np.broadcast_to(1 - np.array(base["graded"]), scores["graded"].shape)
+    left = bootstrap.paired_ratio(1 - scores["graded"], below)
+    alone = [1 - (1 - row).mean() / below[0].mean() for row in scores["graded"]]
+    seconds = [run["seconds_an_iteration"] for run in runs if run["seconds_an_iteration"]]
+    kl = [run["last_quarter"].get("rl/kl") for run in runs]
+    cells = [
+        arm,
+        str(len(runs)),
+        "/".join(str(i) for i in sorted({run["iterations"] for run in runs})),
+        f"{np.mean(seconds):.1f}" if seconds else "",
+        f"{scores['graded'].mean():.3f}",
+        f"{scores['strict'].mean():.3f}",
+        f"{100 * (1 - left.mean):.0f} % [{100 * (1 - left.high):.0f}, {100 * (1 - left.low):.0f}]",
+        ", ".join(f"{100 * share:.0f} %" for share in alone),
+        f"{scores['diversity'].mean() / np.mean(base['diversity']):.2f}",
+        f"{scores['frechet'].mean() / base['frechet'][0]:.2f}",
+        f"{np.mean([x for x in kl if x is not None]):.4f}" if any(x is not None for x in kl) else "",
+        str(sum(run["alarms"] for run in runs)),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    app.run(main)

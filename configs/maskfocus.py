@@ -1,0 +1,126 @@
+"""MaskFocus: better images from the same number of calls, by tuning on critical steps (arXiv 2512.18766).
+
+python -m maskrl_jax.main --config=configs/maskfocus.py            # embedded task; README says how long
+python -m maskrl_jax.main --config=configs/maskfocus.py:faithful   # the official algorithm without its accidents
+python -m maskrl_jax.main --config=configs/maskfocus.py:smoke      # a few updates of everything: does it run?
+python -m maskrl_jax.main --config=configs/maskfocus.py:meissonic --dry_run=v5e:4x4   # published scale, compile only
+
+specs/maskfocus.md section 7 says which numbers are published; those of the embedded task are our choice.
+"""
+
+from configs import maskgit, sizes
+
+STEPS = {"": 100, "faithful": 100, "smoke": 3, "meissonic": 1200}
+BASE_STEPS = {"": 800, "faithful": 800}  # a shorter training than the base's own config: it leaves a gap to close
+SAMPLING_STEPS = {"": 16, "faithful": 16, "smoke": 4, "meissonic": 64}
+
+
+def get_config(arg: str = ""):
+    """Sizes: default, `faithful`, `smoke`; `meissonic` holds the published-scale settings."""
+    sizes.check(arg, tuple(STEPS))
+    return published_scale() if arg == "meissonic" else embedded(arg)
+
+
+def base(arg: str):
+    """The base generator and its parents."""
+    config = maskgit.get_config("smoke" if arg == "smoke" else "")
+    config.num_steps = BASE_STEPS.get(arg, config.num_steps)
+    steps = SAMPLING_STEPS[arg]
+    config.sampler.num_steps = config.sampler.max_steps = steps
+    config.evaluation.steps = (steps // 2, steps)
+    config.evaluation.glance_steps = steps
+    return config
+
+
+def embedded(arg: str):
+    """The embedded task."""
+    smoke, generator = arg == "smoke", base(arg)
+    return sizes.run(
+        "maskfocus",
+        "configs/maskfocus.py" + (f":{arg}" if arg else ""),
+        num_steps=STEPS[arg],
+        batch_size=8 if smoke else 96,  # rollouts of an update
+        group=4 if smoke else 8,
+        micro_batch=8 if smoke else 32,  # images that a device scores at a time
+        log_every=1 if smoke else 2,
+        save_every=20,
+        parents={"tokenizer": generator.parents.tokenizer, "judge": generator.parents.judge, "maskgit": generator},
+        init={"tokenizer": "", "judge": "", "maskgit": ""},
+        data={"name": "shapes", "text_length": 8},
+        model={},
+        **sizes.rewards(judge=1.0, compositional=1.0),
+        zero_spread="kl_only" if arg == "faithful" else "drop",
+        rollout_noise="fresh",
+        rollout={
+            "num_steps": SAMPLING_STEPS[arg],
+            "routing": "on",
+            "noise": 1.0,
+            "guidance": 1.7,
+            "temperature": 1.0,
+            "amplitude": 2.5,
+            "decay": 3.0,
+            "floor": 0.7,
+        },
+        steps={
+            "count": 2,  # about 0.09 T, at least 2
+            "select": "critical",
+            "scope": "group",
+            "timestep_offset": 0 if arg == "faithful" else 1,  # this base reads no timestep, Meissonic does
+        },
+        loss=loss(arg),
+        optimizer={
+            "name": "muon",
+            "learning_rate": 1e-4,
+            "muon_learning_rate": 1e-3,
+            "b1": 0.9,
+            "b2": 0.95,
+            "warmup_steps": 1,
+            "decay": "linear",
+            "decay_steps": 0,  # over the whole run
+            "ema_decay": 0.9,
+        },
+        aim={"closed": 0.40, "closed_low": 0.20, "diversity": 0.85},
+        evaluation=evaluation(arg),
+    )
+
+
+def loss(arg: str) -> dict:
+    """Masks, clipping, KL and how a rollout's steps are updated."""
+    faithful = arg == "faithful"
+    return {
+        "remask": "random_group",
+        "update_mode": "sequential",
+        "norm": "step_mean",
+        "clip_eps": None if faithful else 0.2,
+        "kl": "k3",
+        "kl_coefficient": 0.01,
+        "chunk": 512,
+    }
+
+
+def evaluation(arg: str) -> dict:
+    """How much the report measures: as of the base, whose curve is then measured once."""
+    steps = SAMPLING_STEPS[arg]
+    return {**maskgit.evaluation("smoke" if arg == "smoke" else ""), "steps": (steps // 2, steps)}
+
+
+def published_scale():
+    """Meissonic's sizes and the published settings; serves --dry_run until its weights load."""
+    from configs import speed_rl
+
+    config = embedded("")
+    config.name = "configs/maskfocus.py:meissonic"
+    config.num_steps = STEPS["meissonic"]
+    config.parents = speed_rl.published_scale().parents
+    generator = config.parents.maskgit
+    generator.sampler.num_steps = generator.sampler.max_steps = 64
+    generator.evaluation.steps = (16, 32, 64)
+    config.data.text_length = 77
+    config.batch_size, config.group, config.micro_batch = 128, 8, 1
+    config.parallel = "sharded"
+    config.log_every, config.save_every = 1, 50
+    config.rollout.update({"num_steps": 64, "noise": 2.0, "guidance": 5.0})
+    config.steps.count = 6
+    config.optimizer.update({"name": "adamw", "learning_rate": 2e-6, "b2": 0.999, "warmup_steps": 0})
+    config.evaluation.update({"steps": (16, 32, 64), "batch_size": 32})
+    return config

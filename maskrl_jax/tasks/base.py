@@ -1,0 +1,80 @@
+"""The base that a tuning stage starts from, and the rewards of what it makes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maskrl_jax.data.dataset import Conditioning
+from maskrl_jax.errors import UserError
+from maskrl_jax.evaluate.bench import Evaluation
+from maskrl_jax.models.judge import Judge, JudgeConfig
+from maskrl_jax.rewards import energy_distance, mix
+from maskrl_jax.rewards import judge as judge_reward
+from maskrl_jax.rewards.alarm import AlarmConfig
+from maskrl_jax.rl.token_terms import Model
+from maskrl_jax.sampling.maskgit import SamplerConfig
+from maskrl_jax.tasks import checks, generators
+from maskrl_jax.tasks import maskgit as maskgit_task
+from maskrl_jax.tasks import tokenizer as tokenizer_task
+
+Array = jax.Array
+VERIFIED = ("graded", "strict", "presence", "shape", "colour", "binding", "position", "coherence")
+SCALES = ("raw", "group")
+
+
+class Base:
+    """The pure functions that tuning stages share, closed over a stage's static configuration."""
+
+    def __init__(self, config: Any, conditioning: Conditioning):
+        base = config.parents.maskgit
+        self.config, self.trained_with, self.null = config, base, conditioning.null
+        checks.same_tokenizer(config.parents.tokenizer, base.parents.tokenizer)
+        self.sizes = generators.model_config(base, base.parents.tokenizer, conditioning)
+        self.generator = generators.generator(self.sizes)
+        self.model = Model(self.generator.features, self.generator.head, self.null)
+        self.codec = tokenizer_task.codec(tokenizer_task.TokenizerConfig(**base.parents.tokenizer.model), None)
+        self.judge_sizes = JudgeConfig(**config.parents.judge.model)
+        self.judge = Judge(self.judge_sizes)
+        checks.same_data(config)
+        self.groups = checks.groups(config)
+        settings = Evaluation(**config.evaluation)
+        generators.check_steps(SamplerConfig(**base.sampler), settings.steps, self.sizes.num_tokens)
+        self.rewards, self.held_out = dict(config.rewards), dict(config.rewards_heldout)
+        names = judge_reward.names(self.judge_sizes.kind)
+        mix.check(self.rewards, names)
+        verified = VERIFIED if conditioning.kind == "caption" else ()
+        mix.check_held_out(tuple(self.held_out), self.rewards, (*names, *verified))
+        if config.reward_scale not in SCALES:
+            raise UserError(f"reward_scale {config.reward_scale!r} is not one of {', '.join(SCALES)}")
+        self.alarm = AlarmConfig(**config.alarm)
+        size = config.parents.tokenizer.model.image_size
+        if size % energy_distance.SIDE:
+            raise UserError(
+                f"pictures of {size} pixels do not divide into {energy_distance.SIDE} x {energy_distance.SIDE} blocks"
+            )
+
+    def score(self, frozen: Any, ids_BN: Array, target: Array) -> dict[str, Array]:
+        """Decode and score token grids: images, every score of the judge, and their weighted sum `quality`."""
+        images = self.codec.decode(frozen["tokenizer"], ids_BN)
+        scores = judge_reward.score(self.judge_sizes.kind, self.judge.apply(frozen["judge"], images), target)
+        parts = {f"reward/{name}": score for name, score in scores.items()}
+        return parts | {"quality": mix.weighted_sum(scores, self.rewards), "images": images}
+
+    def abstract(self, conditioning: Conditioning) -> tuple[Any, Any, dict]:
+        """Shapes of (base parameters, frozen, a request), without training anything."""
+        config, base = self.config, maskgit_task.abstract_params(self.trained_with, conditioning)
+        size, rows = config.parents.tokenizer.model.image_size, config.batch_size
+        frozen = {
+            "tokenizer": maskgit_task.abstract_codec(config.parents.tokenizer),
+            "judge": jax.eval_shape(self.judge.init, jax.random.key(0), jnp.zeros((1, size, size, 3))),
+            "reference": base,
+        }
+        whole = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        request = {
+            "cond": jax.ShapeDtypeStruct((rows, *conditioning.null.shape), jnp.int32),
+            "target": jax.ShapeDtypeStruct((rows, 3), jnp.int32) if self.judge_sizes.kind == "cells" else whole,
+            "index": whole,
+            "round": whole,
+        }
+        return base, frozen, request
