@@ -53,14 +53,21 @@ def embedded(arg: str):
 
 
 def published_scale():
-    """Meissonic's sizes with the settings of Mask-GRPO's paper; serves --dry_run until its weights load."""
+    """Meissonic's sizes with Mask-GRPO's published settings (of Show-o); serves --dry_run until its weights load."""
     other = maskfocus.published_scale()
     config = embedded("")
     config.name = "configs/mask_grpo.py:meissonic"
     config.num_steps = STEPS["meissonic"]
-    for name in ("parents", "data", "batch_size", "group", "micro_batch", "parallel", "log_every", "save_every"):
+    for name in ("parents", "data", "micro_batch", "parallel", "log_every", "save_every"):
         config[name] = other[name]
-    config.evaluation, config.optimizer = other.evaluation, other.optimizer
+    config.evaluation = other.evaluation
+    config.batch_size, config.group = 96, 6
+    config.optimizer.update(
+        {
+            **{"name": "adamw", "learning_rate": 3e-6, "b1": 0.9, "b2": 0.95, "weight_decay": 0.02},
+            **{"clip_norm": 0.0, "warmup_steps": 0, "decay": "cosine", "ema_decay": 0.995},
+        }
+    )
     config.rollout.update({"num_steps": 20, "noise": 1.0, "noise_schedule": "compounded"})  # "unmasking reduction"
-    config.loss.update({"likelihood": "hard", "kl_coefficient": 0.0})
+    config.loss.update({"likelihood": "hard", "kl_coefficient": 0.0, "clip_low": 0.1, "clip_high": 0.1})
     return config

@@ -52,6 +52,6 @@ def rewards(energy_distance: float = 0.0, **trained: float) -> dict:
         "rewards": trained,
         "reward_scale": "raw",  # group: each reward in units of its spread within a group
         "energy_distance": energy_distance,  # against collapse: pictures distributed like those of the training set
-        "rewards_heldout": {"graded": 1.0, "strict": 1.0},
+        "rewards_heldout": {"graded": 1.0, "strict": 1.0, "coherence": 0.0},  # weights of the alarm
         "alarm": {"fast": 0.8, "slow": 0.95, "trend": 1.0, "drift": 0.5},
     }

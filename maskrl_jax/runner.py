@@ -32,7 +32,7 @@ TASKS = {
     "maskfocus": "maskrl_jax.tasks.maskfocus",
 }
 REQUIRED = ("num_steps", "batch_size", "max_bad_steps", "optimizer", *stored.RUNNING, *stored.ARCHITECTURE)
-OPTIMIZER_KEYS = tuple({field.name for field in dataclasses.fields(OptimizerConfig)} - {"updates_per_step"})
+OPTIMIZER_KEYS = tuple(sorted({field.name for field in dataclasses.fields(OptimizerConfig)} - {"updates_per_step"}))
 
 
 def run(config: ConfigDict, workdir: str, store: str) -> None:

@@ -40,8 +40,8 @@ class OptimizerConfig:
     The learning rate rises linearly over `warmup_steps` updates and, unless `decay` is "constant", falls to 0 at
     update `decay_steps` (counted from 0). `b1` and `b2` are Adam's (`b1` also sgd's momentum); Muon's momentum is
     optax's 0.95. Factor 0 freezes a parameter. Weight decay is decoupled and applies to arrays of two or more axes.
-    `clip_norm` 0 means no clipping. The rate moves once in `updates_per_step` updates, and both counts above are of
-    such steps.
+    `clip_norm` 0 means no clipping. The rate moves once in `updates_per_step` updates (those made, a skipped one is
+    none), and both counts above are of such steps.
     """
 
     name: str = "adamw"

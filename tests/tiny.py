@@ -106,7 +106,7 @@ def _on_tiny_base(config):
 
 
 def maskfocus():
-    """Two of two candidate steps, or of three."""
+    """Two of four candidate steps."""
     return _on_tiny_base(maskfocus_config.get_config("smoke"))
 
 

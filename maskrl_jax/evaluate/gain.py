@@ -24,6 +24,12 @@ class Goal:
     closed_low: float = 0.20
     diversity: float = 0.85
 
+    def __post_init__(self):
+        if not 0 <= self.closed_low <= self.closed <= 1:
+            raise ValueError(f"aim.closed_low {self.closed_low} and closed {self.closed} must rise within [0, 1]")
+        if self.diversity < 0:
+            raise ValueError(f"aim.diversity {self.diversity} must be at least 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class Gain:

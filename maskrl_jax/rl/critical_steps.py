@@ -106,8 +106,8 @@ def choose(choice: StepChoice, keys_B: Array, similarity_BS: Array, group: int) 
     else:
         steps = np.arange(slots)
         if choice.select == "first_20":
-            steps = steps * choice.candidates // slots
-        steps = jnp.broadcast_to(jnp.asarray(steps), (batch, slots))
+            steps = np.round(steps * (choice.candidates - 1) / max(slots - 1, 1))
+        steps = jnp.broadcast_to(jnp.asarray(steps, jnp.int32), (batch, slots))
     return jnp.sort(steps, axis=-1).astype(jnp.int32)
 
 

@@ -30,7 +30,7 @@ class FocusUpdate:
 
     A batch holds ids and commit_step [B,N], similarity [B,T-1], cond, advantage [B], keep [B] (0: the sample
     enters neither term), index int32 [B] (of the sample among all of the run's, groups are neighbours) and
-    round int32 [B] (the same for all: the update's number).
+    round int32 [B] (the same for all: the update's number); for `gradients` also steps int32 [B,K].
     """
 
     choice: StepChoice
@@ -117,7 +117,7 @@ class FocusUpdate:
             )
             sums, error, _ = token_terms(self.tokens, self.model, params, old, reference, axis.split(calls), axis)
             total = self.kl_coefficient * sums.penalty - sums.token
-            stats = {"loss": total, "kl": sums.kl, "clip": sums.clip, "entropy": sums.entropy}
+            stats = {"loss": total, "kl": sums.kl, "clip": sums.clip, "moved": sums.moved, "entropy": sums.entropy}
             return total, (stats, error)
 
         def part(pair, real):
@@ -130,6 +130,7 @@ class FocusUpdate:
         metrics |= {
             "train/loss": (stats["loss"], jnp.float32(1)),
             "rl/clip_frac": stats["clip"],
+            "rl/approx_kl": stats["moved"],
             "rl/entropy": stats["entropy"],
         }
         return grads, metrics, axis.largest(error)

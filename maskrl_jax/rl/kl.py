@@ -7,7 +7,7 @@ stop-gradient. Values and gradients: speed_rl spec 5.3.
 import jax
 import jax.numpy as jnp
 
-K3_BOUND = 20.0  # of the exponent, our choice: a code that the policy has lost must not overflow
+K3_BOUND = 20.0  # of d, our choice: a code that the policy has lost must not overflow, and has no gradient
 
 
 def forward_kl(logp: jax.Array, logp_ref: jax.Array) -> jax.Array:
@@ -34,4 +34,5 @@ def k3(logp: jax.Array, logp_ref: jax.Array, ids: jax.Array) -> jax.Array:
     """
     index = ids[..., None]
     difference = jnp.take_along_axis(jax.lax.stop_gradient(logp_ref) - logp, index, axis=-1)[..., 0]
-    return jnp.expm1(jnp.minimum(difference, K3_BOUND)) - difference
+    difference = jnp.minimum(difference, K3_BOUND)
+    return jnp.expm1(difference) - difference

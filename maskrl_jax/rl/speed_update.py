@@ -84,6 +84,7 @@ class SpeedUpdate:
             stats = {
                 "kl": sums.kl,
                 "clip": sums.clip,
+                "moved": sums.moved,
                 "entropy": sums.entropy,
                 "gap": (jnp.where(seen > 0, gap, 0.0).sum(), seen.sum()),
             }
@@ -99,6 +100,7 @@ class SpeedUpdate:
         metrics = {} if reference is None else {"rl/kl": (stats["kl"], totals.survivors)}
         metrics |= {
             "rl/clip_frac": stats["clip"],
+            "rl/approx_kl": stats["moved"],
             "rl/entropy": stats["entropy"],
             "rl/head_entropy": (head_entropy, totals.decisions),
             "rl/ratio_max_err": (axis.largest(error), jnp.float32(1)),
@@ -130,7 +132,8 @@ class SpeedUpdate:
             first = call == 0
             exact = self.tokens.likelihood == "hard" and self.sampler.action == "stride"
             tick = record.tick[row, call]
-            kl_weight = surrogate.kl_weight(committed | remasked, record.calls[row]) * real[:, None]
+            scored = jnp.clip(record.calls[row], first_call, end) - first_call
+            kl_weight = surrogate.kl_weight(committed | remasked, scored) * real[:, None]
             calls = Calls(
                 inputs=record.state_before(call, self.mask_id, row),
                 timestep=jnp.asarray(self.sampler.clock.timestep)[tick],

@@ -41,6 +41,16 @@ def clip_fraction(logp, logp_old, advantage, weight, *, low: float, high: float)
     return (counted * clipped).sum(), counted.sum()
 
 
+def approximate_kl(logp, logp_old, weight):
+    """Mean of ratio - 1 - log ratio over the terms that count, as (sum, weight): how far the policy has moved.
+
+    An unbiased, nonnegative estimate of KL(old || new) where the terms were drawn from the old policy.
+    """
+    log_ratio = _log_ratio(logp, logp_old, weight)
+    counted = (weight != 0).astype(jnp.float32)
+    return (counted * (jnp.expm1(log_ratio) - log_ratio)).sum(), counted.sum()
+
+
 def ratio_error(logp, logp_old, weight):
     """Largest |ratio - 1| over the terms that count, float32 scalar; 0 before the first update."""
     return jnp.abs(jnp.expm1(_log_ratio(logp, logp_old, weight))).max()

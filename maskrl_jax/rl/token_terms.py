@@ -80,6 +80,7 @@ class Sums(NamedTuple):
     penalty: Array  # KL as the loss weighs it
     kl: Array
     clip: tuple[Array, Array]
+    moved: tuple[Array, Array]  # approximate KL from the behaviour
     entropy: tuple[Array, Array]
 
 
@@ -159,7 +160,8 @@ def _chunk(loss, model, guided, params, old, reference, x):
     entropy = jax.lax.stop_gradient((draws.entropy(logp) * masked).sum())
     drawn = jnp.take_along_axis(logp, jnp.minimum(x["ids"], logp.shape[-1] - 1)[:, None], axis=-1)[:, 0]
     penalty, mean = ((divergence * x[name]).sum() for name in ("penalty_weight", "kl_weight"))
-    sums = Sums(token, penalty, jax.lax.stop_gradient(mean), clip, (entropy, masked.sum()))
+    moved = jax.lax.stop_gradient(surrogate.approximate_kl(new, before, weight))
+    sums = Sums(token, penalty, jax.lax.stop_gradient(mean), clip, moved, (entropy, masked.sum()))
     return sums, surrogate.ratio_error(new, before, weight), jax.lax.stop_gradient(drawn)
 
 

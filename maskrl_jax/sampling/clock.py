@@ -21,7 +21,7 @@ class Clock:
       timesteps: range of the model's timestep condition, which does not depend on T.
       noise_scale: Gumbel scale at tick 0; it falls linearly to 0 at tick C.
       compounded: T of Mask-GRPO's official noise instead (specs/speed_rl.md section 8): call k of T has the scale
-        times the product of 1 - (i+1)/T over i < k. 0: linear.
+        times the product of 1 - (i+1)/T over i <= k. 0: linear.
     """
 
     num_tokens: int
@@ -54,8 +54,8 @@ class Clock:
         fraction = np.arange(self.ticks + 1, dtype=np.float64) / self.ticks
         if self.compounded:
             left = np.cumprod(1 - np.arange(1, self.compounded + 1) / self.compounded)
-            call = np.minimum((fraction * self.compounded + 1e-9).astype(int), self.compounded)
-            return (self.noise_scale * np.concatenate([[1.0], left])[call]).astype(np.float32)
+            call = np.minimum((fraction * self.compounded + 1e-9).astype(int), self.compounded - 1)
+            return (self.noise_scale * left[call]).astype(np.float32)
         return (self.noise_scale * (1 - fraction)).astype(np.float32)
 
     def stride(self, num_steps: int) -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from maskrl_jax.data.dataset import Conditioning
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Evaluation
+from maskrl_jax.evaluate.systems import Engine
 from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.rewards import energy_distance, mix
 from maskrl_jax.rewards import judge as judge_reward
@@ -17,6 +18,7 @@ from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import checks, generators
 from maskrl_jax.tasks import maskgit as maskgit_task
 from maskrl_jax.tasks import tokenizer as tokenizer_task
+from maskrl_jax.tasks.task import Context
 
 Array = jax.Array
 VERIFIED = ("graded", "strict", "presence", "shape", "colour", "binding", "position", "coherence")
@@ -40,19 +42,34 @@ class Base:
         self.groups = checks.groups(config)
         settings = Evaluation(**config.evaluation)
         generators.check_steps(SamplerConfig(**base.sampler), settings.steps, self.sizes.num_tokens)
-        self.rewards, self.held_out = dict(config.rewards), dict(config.rewards_heldout)
+        # Runs of before there were alarms have none of these keys.
+        self.rewards, self.held_out = dict(config.rewards), dict(config.get("rewards_heldout", {}))
         names = judge_reward.names(self.judge_sizes.kind)
         mix.check(self.rewards, names)
         verified = VERIFIED if conditioning.kind == "caption" else ()
         mix.check_held_out(tuple(self.held_out), self.rewards, (*names, *verified))
-        if config.reward_scale not in SCALES:
-            raise UserError(f"reward_scale {config.reward_scale!r} is not one of {', '.join(SCALES)}")
-        self.alarm = AlarmConfig(**config.alarm)
+        self.reward_scale = config.get("reward_scale", "raw")
+        if self.reward_scale not in SCALES:
+            raise UserError(f"reward_scale {self.reward_scale!r} is not one of {', '.join(SCALES)}")
+        self.alarm = AlarmConfig(**config.get("alarm", {}))
         size = config.parents.tokenizer.model.image_size
         if size % energy_distance.SIDE:
             raise UserError(
                 f"pictures of {size} pixels do not divide into {energy_distance.SIDE} x {energy_distance.SIDE} blocks"
             )
+
+    def frozen(self, engine: Engine, context: Context) -> dict:
+        """Constants of the stage's programs: tokenizer, judge and the base itself as the reference."""
+        judge, base = (context.parallel.replicate(context.parents[name].params) for name in ("judge", "maskgit"))
+        return {"tokenizer": engine.tokenizer, "judge": judge, "reference": base}
+
+    def trained_on(self) -> tuple[str, ...]:
+        """All that enters the reward, in words."""
+        rewards = tuple(f"{name} x {weight:g}" for name, weight in self.rewards.items())
+        weight = self.config.energy_distance
+        size = f"{energy_distance.SIDE} x {energy_distance.SIDE}"
+        match = f"energy distance to pictures of the training set, {size} block means, x {weight:g} (against collapse)"
+        return (*rewards, match) if weight else rewards
 
     def score(self, frozen: Any, ids_BN: Array, target: Array) -> dict[str, Array]:
         """Decode and score token grids: images, every score of the judge, and their weighted sum `quality`."""

@@ -21,6 +21,10 @@ def speed(config: Any, policy: Policy, credit: CreditConfig, tokens: TokenLoss) 
             f"credit.down_sample {config.credit.down_sample} exceeds the {config.group} rollouts of a group; "
             "lower it, or 0 for all"
         )
+    if credit.reads_reference and config.get("reward_scale", "raw") != "raw":
+        raise UserError(
+            "gate, low_quality and the dual rule compare qualities with the base's: reward_scale must be raw"
+        )
     groups = config.batch_size // config.group
     if groups > config.credit.history:
         raise UserError(f"credit.history {config.credit.history} does not hold the {groups} groups of an update")

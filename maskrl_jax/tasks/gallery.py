@@ -10,7 +10,6 @@ from maskrl_jax.evaluate.bench import CHOICE, Bench, tuning_notes
 from maskrl_jax.evaluate.measure import Point, System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Engine, clocked_program, clocked_system, fixed_program, fixed_system
-from maskrl_jax.rewards import energy_distance
 from maskrl_jax.rl.policy import Policy
 from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import generators
@@ -69,14 +68,6 @@ class Gallery:
         raw, _ = self.bench.glance(self.tuned(state.params), setting)
         return values | {f"raw/{name}": value for name, value in raw.items()}, {"samples/grid": picture}
 
-    def trained_on(self) -> tuple[str, ...]:
-        """All that entered the reward, in words."""
-        rewards = tuple(f"{name} x {weight:g}" for name, weight in self.wiring.base.rewards.items())
-        weight = self.config.energy_distance
-        size = f"{energy_distance.SIDE} x {energy_distance.SIDE}"
-        match = f"energy distance to pictures of the training set, {size} block means, x {weight:g} (against collapse)"
-        return (*rewards, match) if weight else rewards
-
     def _biases(self) -> tuple[str, ...]:
         """Name what of the settings gives the policy a biased gradient (specs/speed_rl.md sections 3 and 5.2)."""
         policy, tokens, found = self.wiring.policy, self.wiring.speed.tokens, []
@@ -118,7 +109,7 @@ class Gallery:
             criteria=bench.criteria(),
             tuned="tuned",
             goal=bench.settings.goal,
-            trained_on=self.trained_on(),
+            trained_on=self.wiring.base.trained_on(),
             held_out=(
                 "the exact verifier",
                 "the prompts (the policy never trains on them; the base has seen their pictures)",

@@ -1,8 +1,9 @@
 """Stage `mask_grpo`: group-relative policy optimisation of every sampling step (Mask-GRPO, arXiv 2510.13418).
 
-The baseline of MaskFocus, without the defects of the released trainer (specs/speed_rl.md section 8): real ratios
-against the behaviour, a float threshold, a reference that is not the policy itself, the sample filter, gradients
-all-reduced, ratios of tokens instead of joint ones. Its maths is Speed-RL's with a fixed number of calls.
+The baseline of MaskFocus, without the defects of the released trainer (specs/speed_rl.md section 8): a float
+threshold, a reference that is not the policy itself, the sample filter, gradients all-reduced, ratios of tokens
+instead of joint ones. With one update of a rollout the ratio is 1 and the clip idle, as published; `inner_updates`
+above 1 uses both. Its maths is Speed-RL's with a fixed number of calls.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from maskrl_jax.errors import UserError
+from maskrl_jax.evaluate import gain
 from maskrl_jax.evaluate.bench import read_sampler
 from maskrl_jax.evaluate.studio import Studio
 from maskrl_jax.phase import Phase
@@ -33,6 +35,7 @@ LIKELIHOODS = {
 def speed_config(config: Any) -> ConfigDict:
     """The same stage in the terms of `speed_rl`: policy `fixed`, no speed reward, no gate."""
     rollout, loss = config.rollout, config.loss
+    gain.Goal(**config.aim)  # refused here rather than when training is over
     if loss.reduction not in REDUCTIONS:
         raise UserError(f"loss.reduction {loss.reduction!r} is not one of {', '.join(REDUCTIONS)}")
     if loss.reduction != "none" and not 1 <= loss.reduced_calls <= rollout.num_steps:
@@ -53,7 +56,7 @@ def speed_config(config: Any) -> ConfigDict:
         "first_call_tokens": 1.0,
         "first_call_kl": 1.0,
         "head_entropy": (0.0, 0.0),
-        "per_rollout_mean": True,  # harmless: the number of calls is given
+        "per_rollout_mean": False,  # the number of calls is given
         "scored_calls": scored_calls(loss.reduction, loss.reduced_calls, rollout.num_steps),
     }
     own.reference_samples = 1
@@ -85,11 +88,7 @@ def build(context: Context) -> Task:
     checks.same_codes({name: parent.workdir for name, parent in context.parents.items()})
     base = context.parents["maskgit"]
     engine = generators.engine_of(context, wiring.base.sizes, wiring.base.null)
-    frozen = {
-        "tokenizer": engine.tokenizer,
-        "judge": parallel.replicate(context.parents["judge"].params),
-        "reference": parallel.replicate(base.params),
-    }
+    frozen = wiring.base.frozen(engine, context)
     rollouts = Rollouts(context, wiring, train, frozen, np.zeros(len(train.pool(held_out=False)), np.float32))
     rollout, loss = config.rollout, config.loss
     show = Showcase(
@@ -102,7 +101,7 @@ def build(context: Context) -> Task:
         facts={
             "rollouts": f"{rollout.num_steps} steps, guidance {rollout.guidance:g}, Gumbel {rollout.noise:g} "
             f"({rollout.noise_schedule}), temperature {rollout.temperature:g}",
-            "optimised": f"all steps, reduction {loss.reduction}, KL {loss.kl_coefficient:g}",
+            "optimised": f"{config.inner_updates} updates of a rollout, steps {wiring.speed.scored_calls}, reduction {loss.reduction}, KL {loss.kl_coefficient:g}",
         },
         notes=(
             "The published results are of Show-o with CLIP as reward; no parity is claimed.",

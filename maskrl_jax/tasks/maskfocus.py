@@ -16,7 +16,7 @@ import numpy as np
 from maskrl_jax import state as train_state
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.errors import UserError
-from maskrl_jax.evaluate import figures, pictures, step_figures
+from maskrl_jax.evaluate import figures, gain, pictures, step_figures
 from maskrl_jax.evaluate.bench import read_sampler
 from maskrl_jax.evaluate.illustrate import Illustration
 from maskrl_jax.evaluate.studio import Studio
@@ -43,13 +43,13 @@ LEARN = ("ids", "commit_step")  # of a rollout, what an update reads
 NOISES = ("fresh", "frozen")
 ZERO_SPREAD = ("drop", "kl_only")
 CAPTIONS = {
-    "chosen_steps": "Share of prompts that had a sampling step among their optimised ones, over training.",
+    "chosen_steps": "Share of samples that had a sampling step among their optimised ones, over training.",
     "information_gain": "How alike the prediction of a step and the final image are, and how much a step moves that.",
     "exploring": "Routed rollouts of the tuned model on training prompts: of a group what explored most and least.",
 }
 NOTES = (
     "The published results are of Meissonic with other rewards; no parity is claimed.",
-    "By design the likelihood is of the final image under random masks, not of what the sampler did.",
+    "By design the likelihood is of the final image, masked anew, not of what the sampler did.",
 )
 
 
@@ -63,7 +63,9 @@ class Wiring:
             num_steps=self.routing.num_steps, num_tokens=self.base.sizes.num_tokens, **config.steps
         )
         loss = config.loss
-        clip = UNCLIPPED if loss.clip_eps is None else {"clip_low": loss.clip_eps, "clip_high": loss.clip_eps}
+        if not 0 <= loss.clip_eps < 1:
+            raise UserError(f"loss.clip_eps {loss.clip_eps} must lie in [0, 1); 0 clips nothing")
+        clip = {"clip_low": loss.clip_eps, "clip_high": loss.clip_eps} if loss.clip_eps else UNCLIPPED
         self.focus = FocusUpdate(
             choice=self.choice,
             tokens=TokenLoss(
@@ -98,6 +100,9 @@ class Wiring:
         ):
             if value not in allowed:
                 raise UserError(f"{name} {value!r} is not one of {', '.join(allowed)}")
+        gain.Goal(**config.aim)  # refused here rather than when training is over
+        if self.base.sizes.codebook_size > 2**16:
+            raise UserError(f"predictions are kept as uint16; {self.base.sizes.codebook_size} codes are too many")
         if config.micro_batch < 1:
             raise UserError(f"micro_batch {config.micro_batch} must be at least 1")
 
@@ -192,11 +197,7 @@ def build(context: Context) -> Task:
     checks.same_codes({name: parent.workdir for name, parent in context.parents.items()})
     base = context.parents["maskgit"]
     engine = generators.engine_of(context, wiring.base.sizes, wiring.base.null)
-    frozen = {
-        "tokenizer": engine.tokenizer,
-        "judge": parallel.replicate(context.parents["judge"].params),
-        "reference": parallel.replicate(base.params),
-    }
+    frozen = wiring.base.frozen(engine, context)
     rollouts = Rollouts(context, wiring, train, frozen, np.zeros(len(train.pool(held_out=False)), np.float32))
     show = Showcase(
         context,
@@ -245,7 +246,7 @@ def _facts(wiring: Wiring) -> dict[str, str]:
     return {
         "rollouts": f"{routed.num_steps} steps, routing {routed.routing}, guidance {routed.guidance:g}, Gumbel "
         f"{routed.noise:g}, temperature {routed.temperature:g}",
-        "optimised": f"{choice.slots} of {choice.candidates} steps, {choice.select} by {choice.scope}, masks "
+        "optimised": f"{choice.slots} of {choice.candidates} steps, {choice.select} (scope {choice.scope}), masks "
         f"{focus.remask}, {focus.mode} ({focus.updates} optimizer updates a round)",
     }
 
@@ -270,10 +271,10 @@ def _figures(context: Context, wiring: Wiring, rollouts: Rollouts, params: Any) 
             "information_gain": step_figures.information_gain(
                 place / "information_gain.png", series, counts / counts[0]
             ),
-            "exploring": pictures.sample_grid(
-                place / "exploring.png", rows, [captions[i * wiring.config.group] for i in first]
-            ),
         }
+        if wiring.routing.routing == "on":  # else all samples explore alike
+            names = [captions[i * wiring.config.group] for i in first]
+            drawn["exploring"] = pictures.sample_grid(place / "exploring.png", rows, names)
         return [
             Illustration(f"figures/{name}.png", CAPTIONS[name], image)
             for name, image in drawn.items()
@@ -291,6 +292,6 @@ def _focus_statistics(wiring: Wiring, out: dict, steps: np.ndarray) -> dict[str,
     values |= {f"critical/similarity@{step:03d}": x for step, x in enumerate(similarity)}
     explored, quality = (out[name].reshape(-1, wiring.config.group) for name in ("explored", "quality"))
     most = explored > np.median(explored, axis=1, keepdims=True)
-    if most.any() and not most.all():
+    if most.any() and not most.all() and np.isfinite(quality).all():
         values |= {"reward/mostly_exploring": quality[most].mean(), "reward/mostly_exploiting": quality[~most].mean()}
     return {name: float(value) for name, value in values.items()}

@@ -20,6 +20,10 @@ from maskrl_jax.rl import credit
 from maskrl_jax.tasks.task import Context
 
 Array = jax.Array
+ALARMS = {
+    "alarm/held_out": "the trained reward rises while the held-out one falls",
+    "alarm/pictures": "a statistic of the pictures has drifted far from where it began",
+}
 REAL_PICTURES = 2048  # at least so many stand for the real ones, where the set has them
 
 
@@ -54,6 +58,7 @@ class Rollouts:
         self.assign = jax.jit(functools.partial(credit.assign, wiring.credit))
         self.record = jax.jit(credit.record)
         self.watch = jax.jit(functools.partial(alarm.watch, wiring.base.alarm))
+        self.warned: set[str] = set()
         self.images_per_sec = 0.0  # of the last first round
         self.remember = jax.jit(functools.partial(credit.remember, wiring.credit))
 
@@ -71,7 +76,7 @@ class Rollouts:
         return rows | {"index": (step * config.batch_size + place).astype(np.int32)} | wiring.settings(place)
 
     def shown(self, params: Any) -> tuple[dict, list[str]]:
-        """Rollouts of the first batch of prompts with other noise than any update had, and their captions."""
+        """Rollouts of the first batch of prompts with the noise of the last round there can be, and their captions."""
         batch = self.batch(0)
         request = batch | {"round": np.full(len(batch["index"]), np.iinfo(np.int32).max, np.int32)}
         rows = self.parallel.rows(len(batch["index"]))
@@ -134,7 +139,7 @@ class Rollouts:
         rows = self.parallel.rows(size)
         mine = {name: value[rows] for name, value in request.items()}
         out = self.parallel.gather(self.program(state.params, self.frozen, mine))
-        if self.config.reward_scale == "group":
+        if self.wiring.base.reward_scale == "group":
             scores = {name: out[f"reward/{name}"] for name in self.wiring.base.rewards}
             spread = mix.standardised(scores, self.config.group)
             out["quality"] = np.float32(mix.weighted_sum(spread, self.wiring.base.rewards))
@@ -160,7 +165,6 @@ class Rollouts:
         calls, scored = out["calls"], result.scored
         seen = np.repeat(scored, self.config.group)  # a failed score drops its group
         values = {
-            "reward/quality": _mean(out["quality"][seen]),
             "reward/failed": 1 - scored.mean(),
             "reward/energy_distance": energy_distance.energy_distance(out["blocks"], self.real),
             "reward/total": _mean(result.reward[scored]),
@@ -190,10 +194,18 @@ class Rollouts:
         looks = statistics.describe(out["images"][seen], out["ids"][seen], out["blocks"][seen], self.config.group)
         values |= {f"pictures/{name}": value for name, value in looks.items()}
         held_out = sum(w * values[f"reward_heldout/{name}"] for name, w in self.wiring.base.held_out.items())
-        watched = np.float32([values["reward/trained"], held_out, *looks.values()])
+        watched = np.float32([values["reward/quality"], held_out, *looks.values()])
         alarm_memory, alarms = self.watch(jax.device_put(jax.device_get(state.extra["alarm"])), jax.device_put(watched))
         values |= {f"alarm/{name}": fired for name, fired in jax.device_get(alarms).items()}
+        self._warn(values)
         return {name: float(value) for name, value in values.items()}, alarm_memory
+
+    def _warn(self, values: dict[str, float]) -> None:
+        """Say once a run and kind that the alarm fires."""
+        for name, words in ALARMS.items():
+            if values[name] and name not in self.warned and jax.process_index() == 0:
+                self.warned.add(name)
+                print(f"warning: reward hacking? {words}; see {name} and reward_heldout/ in TensorBoard", flush=True)
 
     def _rewards(self, out: dict, batch: dict, seen: np.ndarray) -> dict[str, float]:
         """Every reward by name: means, and the spread within groups of those that are trained on."""
@@ -208,7 +220,7 @@ class Rollouts:
         if self.train.verify is not None:
             scores |= self.train.verify(out["images"], self.train.describe(batch["cond"]))
         values |= {f"reward_heldout/{name}": _mean(scores[name][seen]) for name in base.held_out}
-        values["reward/trained"] = sum(w * values[f"reward/{name}"] for name, w in base.rewards.items())
+        values["reward/quality"] = sum(w * values[f"reward/{name}"] for name, w in base.rewards.items())
         return values
 
 

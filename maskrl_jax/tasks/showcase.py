@@ -10,9 +10,9 @@ from maskrl_jax.evaluate.illustrate import Illustration
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Engine, fixed_program, fixed_system
-from maskrl_jax.rewards import energy_distance
 from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import generators
+from maskrl_jax.tasks.rollouts import ALARMS
 from maskrl_jax.tasks.task import Context
 from maskrl_jax.writers import read_metrics
 
@@ -55,14 +55,6 @@ class Showcase:
         )
         return values, {"samples/grid": picture}
 
-    def trained_on(self) -> tuple[str, ...]:
-        """All that entered the reward, in words."""
-        rewards = tuple(f"{name} x {weight:g}" for name, weight in self.base_of.rewards.items())
-        weight = self.config.energy_distance
-        size = f"{energy_distance.SIDE} x {energy_distance.SIDE}"
-        match = f"energy distance to pictures of the training set, {size} block means, x {weight:g} (against collapse)"
-        return (*rewards, match) if weight else rewards
-
     def report(self, params: Any) -> None:
         """Curves of base and tuned, the gain at T_ref, figures, report.md."""
         bench, config = self.bench, self.config
@@ -79,7 +71,7 @@ class Showcase:
             criteria=bench.criteria(),
             tuned="tuned",
             aim=gain.Goal(bench.metric, **config.aim),
-            trained_on=self.trained_on(),
+            trained_on=self.base_of.trained_on(),
             held_out=(
                 *(self.base_of.held_out or ("no reward",)),
                 "the prompts (never trained on here; the base has seen their pictures)",
@@ -102,13 +94,9 @@ class Showcase:
 
 def alarm_note(logged: Sequence[dict]) -> str:
     """Say when the reward-hacking alarm fired."""
-    kinds = {
-        "alarm/held_out": "the trained reward rose while the held-out one fell",
-        "alarm/pictures": "a statistic of the pictures had drifted from where it began",
-    }
     fired = []
-    for tag, words in kinds.items():
+    for tag, words in ALARMS.items():
         steps = [line["step"] for line in logged if line.get(tag)]
         if steps:
-            fired.append(f"{words} ({len(steps)} times, first at update {steps[0]})")
+            fired.append(f"{words} (first in what was logged at update {steps[0]})")
     return f"The reward-hacking alarm fired: {'; '.join(fired)}." if fired else "The reward-hacking alarm never fired."

@@ -192,11 +192,7 @@ def build(context: Context) -> Task:
     checks.same_codes({name: parent.workdir for name, parent in context.parents.items()})
     engine = generators.engine_of(context, wiring.base.sizes, wiring.base.null)
     sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
-    frozen = {
-        "tokenizer": engine.tokenizer,
-        "judge": parallel.replicate(context.parents["judge"].params),
-        "reference": parallel.replicate(base.params),
-    }
+    frozen = wiring.base.frozen(engine, context)
     gallery = Gallery(context, wiring, engine, sampler, frozen["reference"])
     judge = judge_task.load(context.parents["judge"])
     scorer = dataclasses.replace(judge_scorer(judge.read, judge.params, judge.config.kind, train), verify=None)

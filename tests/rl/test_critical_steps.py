@@ -54,7 +54,7 @@ def test_scopes_average_before_the_modulus():
 def test_choices_that_read_no_image():
     similarity = np.zeros((2, 19))  # T = 20
     assert chosen(similarity, select="first", count=3) == [[0, 1, 2]] * 2
-    assert chosen(similarity, select="first_20", count=2) == [[0, 2]] * 2
+    assert chosen(similarity, select="first_20", count=2) == [[0, 3]] * 2
     assert chosen(similarity, select="first_20", count=4) == [[0, 1, 2, 3]] * 2
     assert chosen(similarity, select="all") == [list(range(19))] * 2
 

@@ -85,6 +85,8 @@ def test_kl_by_hand():
     found = kl.k3(logp, jnp.zeros((4, 2)), jnp.zeros(4, jnp.int32))
     np.testing.assert_allclose(found[:3], [0.306853, 0.193147, 0.005171], atol=2e-6)
     assert np.isfinite(found[3])
+    lost = jax.grad(lambda x: kl.k3(jnp.array([x, 0.0]), jnp.zeros(2), jnp.int32(0)))
+    assert lost(-3.0) < 0 and lost(-90.0) == 0  # towards the reference, or not at all
     found = kl.reverse_kl(jnp.log(jnp.array([0.5, 0.3, 0.2])), jnp.log(jnp.array([0.4, 0.4, 0.2])))
     np.testing.assert_allclose(found, 0.025267, atol=1e-6)
 
@@ -168,9 +170,17 @@ def test_gradient_is_that_of_the_formula(norm, remask):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
 
 
-def test_no_logits_give_the_uniform_law():
-    """ln 8192 nats a token."""
-    assert float(jax.nn.log_softmax(jnp.zeros(8192))[0]) == pytest.approx(-9.010913, abs=1e-6)
+def test_a_model_without_preference_scores_ln_of_the_codes():
+    """All-zero logits of 8192 codes: every token costs 9.010913 nats."""
+    codes = 8192
+    blank = Model(
+        lambda p: lambda ids, t, c: p["x"] * jnp.ones((*ids.shape, codes)), lambda p: lambda x: x, np.int32(0)
+    )
+    focus = dataclasses.replace(FOCUS, model=blank, tokens=tokens(**UNCLIPPED), mask_id=codes)
+    _, metrics, _ = gradients(focus, {"x": jnp.zeros(())}, None, None, rolled()[0], jnp.arange(2))
+    # The entropy of its law, which is what it scores.
+    total, weight = metrics["rl/entropy"]
+    assert float(total / weight) == pytest.approx(9.010913, abs=1e-5)
 
 
 @pytest.mark.parametrize(

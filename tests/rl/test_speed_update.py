@@ -261,3 +261,17 @@ def test_fixed_policy_has_no_decision_terms_and_no_action():
     speed = changed(policy={"kind": "fixed", "action": "threshold", "target_calls": 3})
     found = policy_gradient(speed, params_of() | {"head": {}}, batch_of())[0]
     close(found["model"], policy_gradient(changed(), params_of(), batch_of())[0]["model"])
+
+
+def test_reduced_calls_sum_to_all():
+    """The token gradients of the first two and of the other calls add up to that of all (no KL)."""
+    batch, params = batch_of(), params_of()
+
+    def tokens_of(scored_calls):
+        found, metrics = gradients(changed(scored_calls=scored_calls), params, batch, None, None)
+        assert "rl/kl" not in metrics
+        return found["model"]
+
+    first, last, every = (tokens_of(calls) for calls in ((0, 2), (2, CALLS), None))
+    assert largest(first) > 1e-3 and largest(last) > 1e-3
+    close(jax.tree.map(jnp.add, first, last), every)

@@ -84,3 +84,10 @@ def test_impossible_step_counts_are_refused(num_steps, message):
 def test_empty_grid_is_refused():
     with pytest.raises(ValueError, match="positive"):
         Clock(0)
+
+
+def test_compounded_noise_of_mask_grpo():
+    """0.98, 0.73, 0.31, 0.068 and 0.007 after 1, 5, 10, 15 and 20 of 50 calls; none at the last."""
+    clock = Clock(1024, ticks=50, noise_scale=1.0, compounded=50)
+    np.testing.assert_allclose(clock.noise[[0, 4, 9, 14, 19]], [0.98, 0.73, 0.31, 0.068, 0.007], atol=5e-3)
+    assert clock.noise[49] == clock.noise[50] == 0.0

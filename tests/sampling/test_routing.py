@@ -136,6 +136,26 @@ def test_states_of_a_rollout(steps):
     assert made.explore.any() and not made.explore[0].any() and not made.explore.all()
 
 
+def test_predictions_are_drawn_from_the_states_that_the_commit_steps_tell():
+    """M(z_k) = {commit step >= k}: the network, shown these states again, draws the recorded predictions again."""
+    config = routing.RoutingConfig(num_steps=5, routing="off", guidance=1.0)
+    made, model = roll(config), toy_model.contextual(CODES)
+    for step in range(5):
+        masked = made.commit_step >= step
+        state = jnp.where(masked, MASK, made.ids)
+        logp = jax.nn.log_softmax(model(state, jnp.full(ROWS, config.timestep[step]), COND))
+        keys = draws.step_keys(sample_keys(0, ROLLOUT, 0, jnp.arange(ROWS)), step, draws.TOKENS)
+        drawn, _ = draws.draw_tokens(keys, logp)
+        np.testing.assert_array_equal(made.predictions[step], jnp.where(masked, drawn, made.ids))
+
+
+def test_confidence_noise_is_standard_gumbel():
+    """-log(-log u): -3.829765 at u = 1e-20, and mean 0.577216, sd 1.282550 over many draws."""
+    assert -np.log(-np.log(1e-20)) == pytest.approx(-3.829765, abs=1e-6)
+    noise = np.asarray(draws.gumbel(jax.random.split(jax.random.key(0), 64), 4096))
+    assert noise.mean() == pytest.approx(0.577216, abs=0.01) and noise.std() == pytest.approx(1.282550, abs=0.01)
+
+
 def test_each_routing():
     shares = {}
     for kind in routing.ROUTINGS:

@@ -1,38 +1,15 @@
 """Tiny speed_rl in processes of its own: a signal, and two processes that train together."""
 
-import os
-import pathlib
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+from cluster import start, two_processes
+from resumed import FIELDS
 
 from maskrl_jax.checkpoint import load_arrays
-
-TESTS = pathlib.Path(__file__).parent.parent
-FIELDS = ("step", "params", "opt_state", "ema", "extra", "bad_steps", "bad_total")
-# As in this process (conftest.QUICK), with one device.
-SETTINGS = {
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_NUM_CPU_DEVICES": "1",
-}
-
-
-def start(trained, workdir, *arguments, program="tiny_main.py"):
-    flags = [f"--config={TESTS / 'tiny.py'}:speed_rl", f"--workdir={workdir}", f"--store={trained.store}", *arguments]
-    return subprocess.Popen(
-        [sys.executable, str(TESTS / program), *flags],
-        env={**os.environ, **SETTINGS},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.mark.slow
@@ -58,16 +35,8 @@ def test_sigterm_saves_and_exits_143_and_the_same_command_ends_in_the_same_bits(
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["pmap", "sharded"])
 def test_two_processes_equal_one(trained, tmp_path, strategy):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    cluster = ["--distributed", f"--coordinator=localhost:{port}", "--num_processes=2", f"--config.parallel={strategy}"]
     workdir = tmp_path / "two"
-    quick = ["--config.evaluation.timing_repeats=0"]
-    processes = [start(trained, workdir, *cluster, *quick, f"--process_id={i}") for i in range(2)]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    two_processes(trained, workdir, strategy)
     expected, found = (load_arrays(str(path), FIELDS) for path in (trained.workdir, workdir))
     for name in ("params", "ema"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found[name], expected[name])
