@@ -60,7 +60,7 @@ def published_scale():
     config.num_steps = STEPS["meissonic"]
     for name in ("parents", "data", "micro_batch", "parallel", "log_every", "save_every"):
         config[name] = other[name]
-    config.evaluation = other.evaluation
+    config.evaluation, config.energy_distance = other.evaluation, 0.0
     config.batch_size, config.group = 96, 6
     config.optimizer.update(
         {
