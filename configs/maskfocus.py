@@ -70,8 +70,8 @@ def embedded(arg: str):
         loss=loss(arg),
         optimizer={
             "name": "muon",
-            "learning_rate": 5e-5,
-            "muon_learning_rate": 5e-4,
+            "learning_rate": 1.5e-4,
+            "muon_learning_rate": 1.5e-3,
             "b1": 0.9,
             "b2": 0.95,
             "warmup_steps": 1,
