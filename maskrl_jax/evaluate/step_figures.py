@@ -42,7 +42,7 @@ def chosen_steps(
     axes.set_ylabel("sampling step")
     axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.grid(visible=False)
-    figure.colorbar(mesh, ax=axes, label="share of prompts", pad=0.01)
+    figure.colorbar(mesh, ax=axes, label="share of samples", pad=0.01)
     return canvas.save(figure, path)
 
 
