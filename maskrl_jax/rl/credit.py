@@ -104,9 +104,9 @@ def assign(
 ) -> Credit:
     """Rewards, filters and advantages of a batch; the memory is only read (see `remember`).
 
-    R = (r_q + bonus) / sigma_w + lambda g r_s, without a speed reward r_q + bonus; the gate and F2 judge r_q alone. A score that is not finite has
-    failed and drops its group: it is rejected and enters no memory. A group is rejected (weight 0), too, where
-    F1's std is below the percentile of the history, or fewer than half survive F2.
+    R = (r_q + bonus) / sigma_w + lambda g r_s, without a speed reward r_q + bonus; the gate and F2 judge r_q
+    alone. A score that is not finite has failed and drops its group: it is rejected and enters no memory. A group
+    is rejected (weight 0), too, where F1's std is below the percentile of the history, or fewer than half survive F2.
     """
     scored_P1 = jnp.isfinite(quality_PG + bonus_PG).all(1, keepdims=True)
     quality_PG = jnp.where(scored_P1, quality_PG, 0.0)  # selected before any arithmetic: 0 * NaN is NaN

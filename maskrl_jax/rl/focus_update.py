@@ -14,14 +14,13 @@ from maskrl_jax.keys import MASKS, STEPS, sample_keys
 from maskrl_jax.rl import critical_steps
 from maskrl_jax.rl.critical_steps import StepChoice
 from maskrl_jax.rl.pairs import accumulate
-from maskrl_jax.rl.token_terms import Calls, Model, TokenLoss, token_terms
+from maskrl_jax.rl.token_terms import Model, TokenLoss, masked_images, token_terms
 from maskrl_jax.sampling.draws import commit_top
 
 Array = jax.Array
 REMASKS = ("random_group", "random_batch", "random_per_sample", "trajectory")
 MODES = ("sequential", "accumulate")
 NORMS = ("step_mean", "token_mean")
-UNCLIPPED = {"clip_low": 1.0, "clip_high": float("inf")}  # the official code parses an epsilon and never uses it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,21 +98,9 @@ class FocusUpdate:
             else:
                 weight = 1.0 / jnp.maximum(masked.sum(-1) * samples * len(slots), 1.0)
             weight = masked * (kept_B[row] * weight)[:, None]
-            zero, ids = jnp.zeros(row.shape), batch["ids"][row]
-            calls = Calls(
-                inputs=jnp.where(masked, self.mask_id, ids),
-                timestep=timestep,
-                cond=jax.tree.map(lambda c: c[row], batch["cond"]),
-                ids=ids,
-                committed=masked,
-                remasked=jnp.zeros(masked.shape, bool),
-                z_star=zero,
-                tau=zero,
-                scale=zero + 1,
-                advantage=batch["advantage"][row],
-                token_weight=weight,
-                kl_weight=weight,
-                penalty_weight=weight,
+            cond = jax.tree.map(lambda c: c[row], batch["cond"])
+            calls = masked_images(
+                batch["ids"][row], masked, self.mask_id, timestep, cond, batch["advantage"][row], weight, weight
             )
             sums, error, _ = token_terms(self.tokens, self.model, params, old, reference, axis.split(calls), axis)
             total = self.kl_coefficient * sums.penalty - sums.token

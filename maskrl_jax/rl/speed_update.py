@@ -10,7 +10,7 @@ from maskrl_jax.keys import MASKS, sample_keys
 from maskrl_jax.rl import surrogate
 from maskrl_jax.rl.pairs import accumulate
 from maskrl_jax.rl.policy import Head, Policy
-from maskrl_jax.rl.token_terms import Calls, Model, TokenLoss, token_terms
+from maskrl_jax.rl.token_terms import Calls, Model, TokenLoss, masked_images, token_terms
 from maskrl_jax.sampling import adaptive
 from maskrl_jax.sampling.draws import commit_top
 
@@ -175,23 +175,10 @@ class SpeedUpdate:
             masked = commit_top(score, jnp.ones(score.shape, bool), count) & real[:, None]
             tick = jnp.minimum(share * clock.ticks, clock.ticks - 1).astype(jnp.int32)
             kl_weight = surrogate.budget_weight(masked, levels) * real[:, None]
-            ids, zero = batch["ids"][row], jnp.zeros(row.shape)
-            calls = Calls(
-                inputs=jnp.where(masked, self.mask_id, ids),
-                timestep=jnp.asarray(clock.timestep)[tick],
-                cond=batch["cond"][row],
-                ids=ids,
-                committed=masked,
-                remasked=jnp.zeros(masked.shape, bool),
-                z_star=zero,
-                tau=zero,
-                scale=zero + 1,
-                advantage=batch["advantage"][row],
-                token_weight=surrogate.budget_weight(masked, levels) * (batch["keep"][row] * real)[:, None],
-                kl_weight=kl_weight,
-                penalty_weight=kl_weight,
-            )
-            return calls, zero
+            token_weight = surrogate.budget_weight(masked, levels) * (batch["keep"][row] * real)[:, None]
+            timestep, cond = jnp.asarray(clock.timestep)[tick], batch["cond"][row]
+            of_row = (batch["ids"][row], masked, self.mask_id, timestep, cond, batch["advantage"][row])
+            return masked_images(*of_row, token_weight, kl_weight), jnp.zeros(row.shape)
 
         return valid, build
 

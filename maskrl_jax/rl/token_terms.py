@@ -24,6 +24,7 @@ class TokenLoss:
     kl: str = "forward"
     clip_low: float = 0.1
     clip_high: float = 0.2
+    clipped: bool = True  # False: the plain ratio times the advantage
     temperature: float = 1.0
     guided: bool = True
     chunk: int = 512  # positions whose [chunk, K] arrays exist at a time on a device
@@ -41,8 +42,8 @@ class TokenLoss:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}")
-        if not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
-            raise ValueError(f"clip_low {self.clip_low} must lie in [0, 1], clip_high {self.clip_high} be at least 0")
+        if not (0 <= self.clip_low < 1 and self.clip_high >= 0):
+            raise ValueError(f"clip_low {self.clip_low} must lie in [0, 1), clip_high {self.clip_high} be at least 0")
         if self.chunk < 1:
             raise ValueError(f"chunk {self.chunk} must be at least 1")
 
@@ -63,6 +64,26 @@ class Calls(NamedTuple):
     token_weight: Array  # float32 [M,N]
     kl_weight: Array  # float32 [M,N], of the mean that is logged
     penalty_weight: Array  # float32 [M,N], the same in the loss
+
+
+def masked_images(ids_MN, masked_MN, mask_id: int, timestep_M, cond, advantage_M, token_weight, kl_weight) -> Calls:
+    """Calls on images of which some tokens are masked anew, scored there on the conditional branch as it is."""
+    zero_M = jnp.zeros(timestep_M.shape)
+    return Calls(
+        inputs=jnp.where(masked_MN, mask_id, ids_MN),
+        timestep=timestep_M,
+        cond=cond,
+        ids=ids_MN,
+        committed=masked_MN,
+        remasked=jnp.zeros(masked_MN.shape, bool),
+        z_star=zero_M,
+        tau=zero_M,
+        scale=zero_M + 1,
+        advantage=advantage_M,
+        token_weight=token_weight,
+        kl_weight=kl_weight,
+        penalty_weight=kl_weight,
+    )
 
 
 class Model(NamedTuple):
@@ -149,7 +170,7 @@ def _chunk(loss, model, guided, params, old, reference, x):
         loss.likelihood, logp, logp_old, x["ids"], x["committed"], x["remasked"], x["z_star"], x["tau"]
     )
     weight = scored * x["token_weight"]
-    bounds = {"low": loss.clip_low, "high": loss.clip_high}
+    bounds = {"low": loss.clip_low, "high": loss.clip_high} if loss.clipped else {"low": 1.0, "high": jnp.inf}
     token = surrogate.clipped_surrogate(new, before, x["advantage"], weight, **bounds)
     clip = surrogate.clip_fraction(new, before, x["advantage"], weight, **bounds)
     divergence = jnp.zeros(weight.shape)

@@ -43,11 +43,13 @@ class Base:
         settings = Evaluation(**config.evaluation)
         generators.check_steps(SamplerConfig(**base.sampler), settings.steps, self.sizes.num_tokens)
         # Runs of before there were alarms have none of these keys.
-        self.rewards, self.held_out = dict(config.rewards), dict(config.get("rewards_heldout", {}))
+        self.rewards, held_out = dict(config.rewards), dict(config.get("rewards_heldout", {}))
         names = judge_reward.names(self.judge_sizes.kind)
         mix.check(self.rewards, names)
-        verified = VERIFIED if conditioning.kind == "caption" else ()
-        mix.check_held_out(tuple(self.held_out), self.rewards, (*names, *verified))
+        mix.check_held_out(tuple(held_out), self.rewards, (*names, *VERIFIED))
+        # A set of classes has no verifier.
+        known = names if conditioning.kind == "class" else (*names, *VERIFIED)
+        self.held_out = {name: weight for name, weight in held_out.items() if name in known}
         self.reward_scale = config.get("reward_scale", "raw")
         if self.reward_scale not in SCALES:
             raise UserError(f"reward_scale {self.reward_scale!r} is not one of {', '.join(SCALES)}")

@@ -101,7 +101,8 @@ def build(context: Context) -> Task:
         facts={
             "rollouts": f"{rollout.num_steps} steps, guidance {rollout.guidance:g}, Gumbel {rollout.noise:g} "
             f"({rollout.noise_schedule}), temperature {rollout.temperature:g}",
-            "optimised": f"{config.inner_updates} updates of a rollout, steps {wiring.speed.scored_calls}, reduction {loss.reduction}, KL {loss.kl_coefficient:g}",
+            "optimised": f"{config.inner_updates} updates of a rollout, reduction {loss.reduction}, calls "
+            f"{wiring.speed.scored_calls}, KL {loss.kl_coefficient:g}",
         },
         notes=(
             "The published results are of Show-o with CLIP as reward; no parity is claimed.",

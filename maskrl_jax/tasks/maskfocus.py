@@ -26,7 +26,7 @@ from maskrl_jax.parallel import Axis
 from maskrl_jax.phase import Phase
 from maskrl_jax.rl import credit, critical_steps
 from maskrl_jax.rl.critical_steps import StepChoice
-from maskrl_jax.rl.focus_update import UNCLIPPED, FocusUpdate
+from maskrl_jax.rl.focus_update import FocusUpdate
 from maskrl_jax.rl.token_terms import TokenLoss
 from maskrl_jax.sampling import routing
 from maskrl_jax.sampling.maskgit import SamplerConfig
@@ -65,7 +65,6 @@ class Wiring:
         loss = config.loss
         if not 0 <= loss.clip_eps < 1:
             raise UserError(f"loss.clip_eps {loss.clip_eps} must lie in [0, 1); 0 clips nothing")
-        clip = {"clip_low": loss.clip_eps, "clip_high": loss.clip_eps} if loss.clip_eps else UNCLIPPED
         self.focus = FocusUpdate(
             choice=self.choice,
             tokens=TokenLoss(
@@ -74,7 +73,9 @@ class Wiring:
                 kl={"k3": "k3", "full": "reverse"}.get(loss.kl, loss.kl),
                 guided=False,
                 chunk=loss.chunk,
-                **clip,
+                clip_low=loss.clip_eps,
+                clip_high=loss.clip_eps,
+                clipped=loss.clip_eps > 0,
             ),
             model=self.base.model,
             mask_id=self.base.sizes.mask_id,

@@ -78,11 +78,14 @@ class Rollouts:
     def shown(self, params: Any) -> tuple[dict, list[str]]:
         """Rollouts of the first batch of prompts with the noise of the last round there can be, and their captions."""
         batch = self.batch(0)
-        request = batch | {"round": np.full(len(batch["index"]), np.iinfo(np.int32).max, np.int32)}
-        rows = self.parallel.rows(len(batch["index"]))
+        return self._generate(params, batch, np.iinfo(np.int32).max), self.train.describe(batch["cond"])
+
+    def _generate(self, params: Any, batch: dict, number: int) -> dict:
+        """Roll out a batch with the noise of a round; rows of all processes."""
+        size = len(batch["index"])
+        request, rows = batch | {"round": np.full(size, number, np.int32)}, self.parallel.rows(size)
         mine = {name: value[rows] for name, value in request.items()}
-        out = self.parallel.gather(self.program(params, self.frozen, mine))
-        return out, self.train.describe(batch["cond"])
+        return self.parallel.gather(self.program(params, self.frozen, mine))
 
     def collect(self, state: Any, batch: dict, step: int) -> tuple[dict, credit.Credit, Any, dict]:
         """Roll out, score and filter: (rollouts, credit, the filters' memory, shares rejected before and after).
@@ -133,12 +136,7 @@ class Rollouts:
 
         `others` are the generated pictures that these are compared with, if not themselves.
         """
-        size = len(batch["index"])
-        number = step * (self.rounds + 1) + attempt
-        request = batch | {"round": np.full(size, number, np.int32)}
-        rows = self.parallel.rows(size)
-        mine = {name: value[rows] for name, value in request.items()}
-        out = self.parallel.gather(self.program(state.params, self.frozen, mine))
+        out = self._generate(state.params, batch, step * (self.rounds + 1) + attempt)
         if self.wiring.base.reward_scale == "group":
             scores = {name: out[f"reward/{name}"] for name in self.wiring.base.rewards}
             spread = mix.standardised(scores, self.config.group)

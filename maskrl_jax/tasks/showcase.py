@@ -34,7 +34,10 @@ class Showcase:
         model_of: Callable[[Any], Any] = lambda params: params,
         draw: Callable[[Any], Callable[[str], Sequence[Illustration]]] | None = None,
     ):
-        """`model_of` finds the network among the stage's parameters. `draw(params)` prepares the stage's own figures, on all processes; what it returns draws into a folder."""
+        """`model_of` finds the network among the stage's parameters.
+
+        `draw(params)` prepares the stage's own figures, on all processes; what it returns draws into a folder.
+        """
         self.context, self.config, self.base_of = context, context.config, base
         self.engine, self.sampler, self.title, self.facts, self.notes = engine, sampler, title, facts, notes
         self.draw, self.model_of, self.program = draw, model_of, fixed_program(engine)

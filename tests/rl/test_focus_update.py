@@ -13,14 +13,14 @@ from toy_update import ONE_DEVICE
 from maskrl_jax.keys import ROLLOUT, sample_keys
 from maskrl_jax.rl import advantages, kl
 from maskrl_jax.rl.critical_steps import StepChoice
-from maskrl_jax.rl.focus_update import UNCLIPPED, FocusUpdate
+from maskrl_jax.rl.focus_update import FocusUpdate
 from maskrl_jax.rl.token_terms import Model, TokenLoss
 from maskrl_jax.sampling import routing
 
 CODES, TOKENS, GROUP, ROWS, STEPS, NULL = 4, 9, 2, 4, 5, 2
 MASK = CODES
 MODEL = toy_model.tabular(NULL + 1)
-EPS = {"clip_low": 0.2, "clip_high": 0.2}
+EPS, UNCLIPPED = {"clip_low": 0.2, "clip_high": 0.2}, {"clipped": False}
 
 
 def tokens(kl="k3", **fields):

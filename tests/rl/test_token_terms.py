@@ -235,7 +235,7 @@ def test_unknown_names_are_refused(wrong):
         TokenLoss(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"clip_low": -0.1}, {"clip_low": 1.1}, {"clip_high": -0.1}, {"chunk": 0}])
+@pytest.mark.parametrize("wrong", [{"clip_low": -0.1}, {"clip_low": 1.0}, {"clip_high": -0.1}, {"chunk": 0}])
 def test_impossible_numbers_are_refused(wrong):
     (name, value), *_ = wrong.items()
     with pytest.raises(ValueError, match=f"{name} {value} "):
