@@ -50,6 +50,7 @@ def embedded(arg: str):
         **sizes.rewards(judge=1.0, compositional=1.0, energy_distance=0.0 if faithful else 2.0),
         zero_spread="kl_only" if faithful else "drop",
         rollout_noise="fresh",
+        negative_weight=1.0,  # of advantages below zero; less learns more from successes, and costs diversity
         rollout={
             "num_steps": SAMPLING_STEPS[arg],
             "routing": "on",

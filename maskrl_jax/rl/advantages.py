@@ -34,6 +34,15 @@ def group_advantage(reward_PG: jax.Array, keep_PG: jax.Array, eps: float = 1e-4)
     return jax.lax.stop_gradient(jnp.where(usable, (reward_PG - mean) / (std + eps), 0.0))
 
 
+def lighten_negative(advantage_PG: jax.Array, weight: float) -> jax.Array:
+    """Multiply what is below zero by a weight in [0, 1]: 1 is the plain policy gradient, 0 learns from successes alone.
+
+    Our choice, for a likelihood that is not that of what the sampler did: with a mean above zero the update also
+    draws the policy towards its own better samples, which sharpens it and costs diversity.
+    """
+    return jnp.where(advantage_PG < 0, weight * advantage_PG, advantage_PG)
+
+
 def group_std(reward_PG: jax.Array, keep_PG: jax.Array) -> jax.Array:
     """Take the unbiased std of each group over its kept rollouts, float32 [P]; 0 with fewer than two."""
     return jax.lax.stop_gradient(_moments(reward_PG, keep_PG.astype(bool))[1][:, 0])

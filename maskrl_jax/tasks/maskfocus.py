@@ -25,6 +25,7 @@ from maskrl_jax.keys import ROLLOUT, sample_keys
 from maskrl_jax.parallel import Axis
 from maskrl_jax.phase import Phase
 from maskrl_jax.rl import credit, critical_steps
+from maskrl_jax.rl.advantages import lighten_negative
 from maskrl_jax.rl.critical_steps import StepChoice
 from maskrl_jax.rl.focus_update import FocusUpdate
 from maskrl_jax.rl.token_terms import TokenLoss
@@ -101,6 +102,8 @@ class Wiring:
         ):
             if value not in allowed:
                 raise UserError(f"{name} {value!r} is not one of {', '.join(allowed)}")
+        if not 0 <= config.get("negative_weight", 1.0) <= 1:
+            raise UserError(f"negative_weight {config.negative_weight} must lie in [0, 1]; 1 is published")
         gain.Goal(**config.aim)  # refused here rather than when training is over
         if self.base.sizes.codebook_size > 2**16:
             raise UserError(f"predictions are kept as uint16; {self.base.sizes.codebook_size} codes are too many")
@@ -213,6 +216,8 @@ def build(context: Context) -> Task:
     )
     update, choose = parallel.update(wiring.update), jax.jit(wiring.focus.steps)
     rows = parallel.rows(config.batch_size)
+    # Runs of before there was the weight lack it.
+    lighten = jax.jit(functools.partial(lighten_negative, weight=config.get("negative_weight", 1.0)))
 
     def step(state, batch):
         number = int(batch["index"][0]) // config.batch_size
@@ -220,7 +225,8 @@ def build(context: Context) -> Task:
         round_ = np.full(config.batch_size, number, np.int32)
         seen = {"similarity": out["similarity"], "index": batch["index"], "round": round_}
         steps = jax.device_get(choose(jax.device_put(seen)))
-        advantage, keep, scored = (jax.device_get(x) for x in (result.advantage, result.keep, result.scored))
+        lightened = lighten(result.advantage)
+        advantage, keep, scored = (jax.device_get(x) for x in (lightened, result.keep, result.scored))
         if config.zero_spread == "kl_only":
             keep = np.broadcast_to(scored[:, None], keep.shape).astype(np.float32)
         learn = {name: out[name] for name in LEARN} | {"cond": batch["cond"], "index": batch["index"]}

@@ -78,9 +78,9 @@ class Rollouts:
     def shown(self, params: Any) -> tuple[dict, list[str]]:
         """Rollouts of the first batch of prompts with the noise of the last round there can be, and their captions."""
         batch = self.batch(0)
-        return self._generate(params, batch, np.iinfo(np.int32).max), self.train.describe(batch["cond"])
+        return self.generate(params, batch, np.iinfo(np.int32).max), self.train.describe(batch["cond"])
 
-    def _generate(self, params: Any, batch: dict, number: int) -> dict:
+    def generate(self, params: Any, batch: dict, number: int) -> dict:
         """Roll out a batch with the noise of a round; rows of all processes."""
         size = len(batch["index"])
         request, rows = batch | {"round": np.full(size, number, np.int32)}, self.parallel.rows(size)
@@ -136,7 +136,7 @@ class Rollouts:
 
         `others` are the generated pictures that these are compared with, if not themselves.
         """
-        out = self._generate(state.params, batch, step * (self.rounds + 1) + attempt)
+        out = self.generate(state.params, batch, step * (self.rounds + 1) + attempt)
         if self.wiring.base.reward_scale == "group":
             scores = {name: out[f"reward/{name}"] for name in self.wiring.base.rewards}
             spread = mix.standardised(scores, self.config.group)

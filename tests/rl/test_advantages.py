@@ -124,3 +124,10 @@ def test_subset_has_the_largest_variance_of_all():
         assert chosen.sum() == min(4, kept.sum())
         best = max(np.var(c) for c in itertools.combinations(values[kept], int(chosen.sum())))
         np.testing.assert_allclose(np.var(values[chosen]), best, rtol=1e-5)
+
+
+def test_what_is_below_zero_is_lightened_and_nothing_else():
+    advantage = jnp.array([[-2.0, 0.0, 1.5], [3.0, -0.5, -1.0]])
+    np.testing.assert_array_equal(adv.lighten_negative(advantage, 1.0), advantage)
+    np.testing.assert_allclose(adv.lighten_negative(advantage, 0.25), [[-0.5, 0, 1.5], [3.0, -0.125, -0.25]])
+    assert adv.lighten_negative(advantage, 0.0).min() == 0

@@ -39,9 +39,12 @@ VARIANTS = {
         "maskfocus",
         {"loss.clip_eps": 0.0, "zero_spread": "kl_only", "steps.timestep_offset": 0, "rollout_noise": "frozen"},
     ),
-    "no KL, standardised rewards, exploring all": (
+    "no KL, standardised rewards, exploring all, successes alone": (
         "maskfocus",
-        {"loss.kl_coefficient": 0.0, "reward_scale": "group", "rollout.routing": "all_explore"},
+        {
+            **{"loss.kl_coefficient": 0.0, "reward_scale": "group", "rollout.routing": "all_explore"},
+            "negative_weight": 0.0,
+        },
     ),
     "hard, first calls only, compounded noise": (
         "mask_grpo",
@@ -219,6 +222,7 @@ def test_frozen_noise_repeats_and_fresh_noise_does_not(rollout):
         ("maskfocus", {"rollout.num_steps": 1}, "must lie in 2"),
         ("maskfocus", {"group": 1}, "do not fill groups of 1"),
         ("maskfocus", {"zero_spread": "keep"}, "zero_spread 'keep' is not one of drop, kl_only"),
+        ("maskfocus", {"negative_weight": -1.0}, "negative_weight -1.0 must lie in"),
         ("maskfocus", {"rollout_noise": "old"}, "rollout_noise 'old' is not one of fresh, frozen"),
         ("maskfocus", {"reward_scale": "unit"}, "reward_scale 'unit' is not one of raw, group"),
         ("maskfocus", {"rewards_heldout": {"judge": 1.0}}, "trained on and held out"),
