@@ -118,7 +118,7 @@ def _table(done: dict) -> str:
     lines = [
         "# MaskFocus: rollouts until the gradient's signal is as large as its noise",
         "",
-        f"Config {done['config']}, its untrained base, {done['rollouts']} rollouts in {done['parts']} parts. Commit "
+        f"Config {done['config']}, its base before tuning, {done['rollouts']} rollouts in {done['parts']} parts. Commit "
         f"{done['commit']}, {done['machine']}.",
         "",
         f"| step | masked tokens | information gain | {' | '.join(MASKS)} |",
