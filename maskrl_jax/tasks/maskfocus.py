@@ -102,8 +102,9 @@ class Wiring:
         ):
             if value not in allowed:
                 raise UserError(f"{name} {value!r} is not one of {', '.join(allowed)}")
-        if not 0 <= config.get("negative_weight", 1.0) <= 1:
-            raise UserError(f"negative_weight {config.negative_weight} must lie in [0, 1]; 1 is published")
+        self.negative_weight = config.get("negative_weight", 1.0)  # runs of before there was the weight lack it
+        if not 0 <= self.negative_weight <= 1:
+            raise UserError(f"negative_weight {self.negative_weight} must lie in [0, 1]; 1 is published")
         gain.Goal(**config.aim)  # refused here rather than when training is over
         if self.base.sizes.codebook_size > 2**16:
             raise UserError(f"predictions are kept as uint16; {self.base.sizes.codebook_size} codes are too many")
@@ -216,8 +217,7 @@ def build(context: Context) -> Task:
     )
     update, choose = parallel.update(wiring.update), jax.jit(wiring.focus.steps)
     rows = parallel.rows(config.batch_size)
-    # Runs of before there was the weight lack it.
-    lighten = jax.jit(functools.partial(lighten_negative, weight=config.get("negative_weight", 1.0)))
+    lighten = jax.jit(functools.partial(lighten_negative, weight=wiring.negative_weight))
 
     def step(state, batch):
         number = int(batch["index"][0]) // config.batch_size
@@ -254,7 +254,8 @@ def _facts(wiring: Wiring) -> dict[str, str]:
         "rollouts": f"{routed.num_steps} steps, routing {routed.routing}, guidance {routed.guidance:g}, Gumbel "
         f"{routed.noise:g}, temperature {routed.temperature:g}",
         "optimised": f"{choice.slots} of {choice.candidates} steps, {choice.select} (scope {choice.scope}), masks "
-        f"{focus.remask}, {focus.mode} ({focus.updates} optimizer updates a round)",
+        f"{focus.remask}, {focus.mode} ({focus.updates} optimizer updates a round), advantages below zero x "
+        f"{wiring.negative_weight:g}",
     }
 
 
