@@ -5,9 +5,12 @@ distributed alike (Szekely and Rizzo 2013). Pictures are compared by the root me
 SIDE x SIDE block means, so in [0, 1] for pictures in [0, 1]: layout, colours and tone count, texture does not.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 SIDE = 4
+SCOPES = ("all", "prompt")  # what a picture is compared with: all pictures, or those of its own prompt
 
 
 def blocks(images_BHWC: np.ndarray) -> np.ndarray:
@@ -37,6 +40,16 @@ def witness(ours_BD: np.ndarray, real_RD: np.ndarray, others_GD: np.ndarray | No
     else:
         generated = _distances(ours_BD, _finite(others_GD)).mean(1)
     return np.float32(generated - _distances(ours_BD, real_RD).mean(1))
+
+
+def witness_of_groups(ours_BD: np.ndarray, reals: Sequence[np.ndarray]) -> np.ndarray:
+    """The same within each prompt: groups in their order, each against real pictures of its prompt, float32 [B].
+
+    `reals` holds an array [R,D] of every group, R may differ. What the prompt fixes cancels, so that layouts and
+    background tones are seen, which drown in colours where all prompts are compared at once.
+    """
+    groups = np.split(ours_BD, len(reals))
+    return np.concatenate([witness(ours, real) for ours, real in zip(groups, reals, strict=True)])
 
 
 def energy_distance(ours_BD: np.ndarray, real_RD: np.ndarray) -> float:

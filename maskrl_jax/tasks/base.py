@@ -53,6 +53,11 @@ class Base:
         self.reward_scale = config.get("reward_scale", "raw")
         if self.reward_scale not in SCALES:
             raise UserError(f"reward_scale {self.reward_scale!r} is not one of {', '.join(SCALES)}")
+        self.distance_scope = config.get("energy_distance_scope", "all")  # stages of before there was a scope lack it
+        if self.distance_scope not in energy_distance.SCOPES:
+            raise UserError(
+                f"energy_distance_scope {self.distance_scope!r} is not one of {', '.join(energy_distance.SCOPES)}"
+            )
         self.alarm = AlarmConfig(**config.get("alarm", {}))
         size = config.parents.tokenizer.model.image_size
         if size % energy_distance.SIDE:
@@ -70,7 +75,10 @@ class Base:
         rewards = tuple(f"{name} x {weight:g}" for name, weight in self.rewards.items())
         weight = self.config.energy_distance
         size = f"{energy_distance.SIDE} x {energy_distance.SIDE}"
-        match = f"energy distance to pictures of the training set, {size} block means, x {weight:g} (against collapse)"
+        whole = (
+            "pictures of the training set" if self.distance_scope == "all" else "training pictures of the same prompt"
+        )
+        match = f"energy distance to {whole}, {size} block means, x {weight:g} (against collapse)"
         return (*rewards, match) if weight else rewards
 
     def score(self, frozen: Any, ids_BN: Array, target: Array) -> dict[str, Array]:

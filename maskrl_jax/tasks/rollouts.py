@@ -24,6 +24,7 @@ ALARMS = {
     "alarm/held_out": "the trained reward rises while the held-out one falls",
     "alarm/pictures": "a statistic of the pictures has drifted far from where it began",
 }
+REAL_OF_PROMPT = 32  # at most so many stand for those of a prompt
 REAL_PICTURES = 2048  # at least so many stand for the real ones, where the set has them
 
 
@@ -48,8 +49,15 @@ class Rollouts:
         # Prompts come from the pool in equal shares, whatever their share of the pictures.
         self.prompts = dataclasses.replace(train, columns={"cond": self.pool, "label": self.pool})
         texts = train.describe(self.pool)
-        real = train.take(train.positions_of(texts, -(-REAL_PICTURES // len(texts))))["image"]
-        self.real = energy_distance.blocks(np.float32(real) / 255)
+        few = -(-REAL_PICTURES // len(texts))  # of each prompt
+        within = wiring.base.distance_scope == "prompt"
+        found = train.take(train.positions_of(texts, max(REAL_OF_PROMPT, few) if within else few))
+        real = energy_distance.blocks(np.float32(found["image"]) / 255)
+        self.real_of: dict[bytes, np.ndarray] = {}  # by prompt, where pictures are compared within prompts
+        if within:
+            same = [(found["cond"] == cond).reshape(len(real), -1).all(axis=1) for cond in self.pool]
+            self.real_of = {cond.tobytes(): real[rows] for cond, rows in zip(self.pool, same, strict=True)}
+        self.real = real[:: max(len(real) // (few * len(texts)), 1)]
         self.program = context.parallel.map(wiring.rollout)
         self.rounds = self.config.resample.rounds if "resample" in self.config else 0
         # Groups of a resampling program: those asked for, filled up until the devices divide their rollouts.
@@ -142,6 +150,9 @@ class Rollouts:
             spread = mix.standardised(scores, self.config.group)
             out["quality"] = np.float32(mix.weighted_sum(spread, self.wiring.base.rewards))
         blocks = energy_distance.blocks(np.asarray(out["images"]))
+        if self.real_of:
+            reals = [self.real_of[c.tobytes()] for c in batch["cond"][:: self.config.group]]
+            return out | {"blocks": blocks, "witness": energy_distance.witness_of_groups(blocks, reals)}
         return out | {"blocks": blocks, "witness": energy_distance.witness(blocks, self.real, others)}
 
     def _resample(self, state, batch, step, attempt, groups, out, others):
