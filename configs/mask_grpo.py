@@ -22,7 +22,8 @@ def embedded(arg: str):
     """The embedded task: the base, rewards and measures of maskfocus.py."""
     other = maskfocus.embedded(arg)
     keys = ("batch_size", "group", "micro_batch", "log_every", "save_every", "parents", "init", "data", "model")
-    keys += ("rewards", "rewards_heldout", "reward_scale", "energy_distance", "alarm", "optimizer", "aim", "evaluation")
+    keys += ("rewards", "rewards_heldout", "reward_scale", "energy_distance", "energy_distance_scope", "alarm")
+    keys += ("optimizer", "aim", "evaluation")
     return sizes.run(
         "mask_grpo",
         "configs/mask_grpo.py" + (f":{arg}" if arg else ""),

@@ -48,8 +48,11 @@ def embedded(arg: str):
         init={"tokenizer": "", "judge": "", "maskgit": ""},
         data={"name": "shapes", "text_length": 8},
         model={},
-        **sizes.rewards(judge=0.5, compositional=1.0, energy_distance=0.0 if faithful else 4.0),
-        energy_distance_scope="all" if faithful else "prompt",
+        **sizes.rewards(
+            **{"judge": 0.5, "compositional": 1.0},
+            energy_distance=0.0 if faithful else 4.0,
+            scope="all" if faithful else "prompt",
+        ),
         zero_spread="kl_only" if faithful else "drop",
         rollout_noise="fresh",
         negative_weight=1.0 if faithful else 0.4,  # of advantages below zero: all of them undo much of what is learnt

@@ -46,12 +46,13 @@ def run(task: str, name: str, **keys) -> ConfigDict:
     )
 
 
-def rewards(energy_distance: float = 0.0, **trained: float) -> dict:
+def rewards(energy_distance: float = 0.0, scope: str = "all", **trained: float) -> dict:
     """What a tuning stage is trained on, by weight, what it only watches, and when it is alarmed."""
     return {
         "rewards": trained,
         "reward_scale": "raw",  # group: each reward in units of its spread within a group
         "energy_distance": energy_distance,  # against collapse: pictures distributed like those of the training set
+        "energy_distance_scope": scope,  # prompt: like those of the same prompt
         "rewards_heldout": {"graded": 1.0, "strict": 1.0, "coherence": 0.0},  # weights of the alarm
         "alarm": {"fast": 0.8, "slow": 0.95, "trend": 1.0, "drift": 0.5},
     }

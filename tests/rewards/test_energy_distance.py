@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maskrl_jax.rewards.energy_distance import blocks, energy_distance, witness
+from maskrl_jax.rewards.energy_distance import blocks, energy_distance, witness, witness_of_groups
 
 
 def plain(*tones):
@@ -75,3 +75,10 @@ def test_texture_within_a_block_does_not_count():
 def test_other_sizes_are_refused():
     with pytest.raises(ValueError, match="do not divide into 4 x 4 blocks"):
         blocks(np.zeros((2, 6, 8, 3), np.float32))
+
+
+def test_within_prompts_each_group_is_compared_with_its_own_real_pictures():
+    ours, reals = plain(0.0, 0.4, 0.6, 1.0), [plain(0.0, 0.4), plain(0.9)]
+    found = witness_of_groups(ours, reals)
+    np.testing.assert_allclose(found, [0.4 - 0.2, 0.4 - 0.2, 0.4 - 0.3, 0.4 - 0.1], atol=1e-6)
+    np.testing.assert_array_equal(found[:2], witness(ours[:2], reals[0]))

@@ -182,6 +182,30 @@ def test_what_is_generated_too_often_earns_less(make):
     assert values["reward/energy_distance"] > 0.02
 
 
+def test_within_prompts_a_picture_is_compared_with_real_ones_of_its_prompt(make, train):
+    plain = made_up(lambda number, place: 0.5)
+
+    def rollout(params, frozen, batch, axis):
+        out = plain(params, frozen, batch, axis)
+        out["images"][:] = 0.9
+        out["images"][batch["index"] % GROUP == 1] = 0.4
+        return out
+
+    rollouts = make(rollout, {"energy_distance_scope": "prompt"})
+    pictures = rollouts.batch(0)["cond"][GROUP]  # the second group's prompt
+    real = train.take(train.positions_of(train.describe(pictures[None]), 32))["image"]
+    np.testing.assert_array_equal(rollouts.real_of[pictures.tobytes()], energy_distance.blocks(np.float32(real) / 255))
+    shades = np.linspace(0, 1, len(rollouts.real_of), dtype=np.float32)
+    for shade, prompt in zip(shades, rollouts.real_of, strict=True):
+        rollouts.real_of[prompt] = energy_distance.blocks(shade * ONES)
+    out, *_ = collect(rollouts)
+    shade = {prompt: shade for shade, prompt in zip(shades, rollouts.real_of, strict=True)}
+    shade = np.array([shade[cond.tobytes()] for cond in rollouts.batch(0)["cond"]])
+    tone = np.where(np.arange(len(shade)) % GROUP == 1, 0.4, 0.9)
+    to_others = np.where(tone == 0.4, 0.5, 0.5 / (GROUP - 1))
+    np.testing.assert_allclose(out["witness"], to_others - np.abs(tone - shade), atol=1e-5)
+
+
 @pytest.fixture
 def context(tmp_path):
     config = tiny.get_config("speed_rl")
