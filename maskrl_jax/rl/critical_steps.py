@@ -29,6 +29,7 @@ class StepChoice:
     select: str = "critical"
     scope: str = "group"
     timestep_offset: int = 1  # 0: the official pairing, one step off
+    first_call: bool = False  # besides these, optimise the first call, of masks only (our choice); it is step -1
 
     def __post_init__(self):
         if self.select not in SELECTS:
@@ -52,8 +53,8 @@ class StepChoice:
 
     @property
     def slots(self) -> int:
-        """Steps that are optimised of every sample, K."""
-        return self.num_steps - 1 if self.select == "all" else self.count
+        """Steps that are optimised of every sample: K, and the first call where it is asked for."""
+        return (self.num_steps - 1 if self.select == "all" else self.count) + self.first_call
 
 
 def similarity(codebook_CD: Array, predictions_TBN: Array, final_BN: Array) -> Array:
@@ -88,7 +89,7 @@ def information_gain(similarity_BS: Array) -> Array:
 
 
 def choose(choice: StepChoice, keys_B: Array, similarity_BS: Array, group: int) -> Array:
-    """Steps to optimise of every sample, rising, int32 [B, K].
+    """Steps to optimise of every sample, rising, int32 [B, slots].
 
     Args:
       choice: the settings.
@@ -96,7 +97,7 @@ def choose(choice: StepChoice, keys_B: Array, similarity_BS: Array, group: int) 
       similarity_BS: S of every sample, float32 [B, T-1]; read by `critical` alone.
       group: G.
     """
-    batch, slots = len(keys_B), choice.slots
+    batch, slots = len(keys_B), choice.slots - choice.first_call
     if choice.select == "critical":
         gain = information_gain(scoped_mean(similarity_BS, choice.scope, group))
         steps = jax.lax.top_k(gain, slots)[1]  # of equal gains the earlier
@@ -108,14 +109,15 @@ def choose(choice: StepChoice, keys_B: Array, similarity_BS: Array, group: int) 
         if choice.select == "first_20":
             steps = np.round(steps * (choice.candidates - 1) / max(slots - 1, 1))
         steps = jnp.broadcast_to(jnp.asarray(steps, jnp.int32), (batch, slots))
-    return jnp.sort(steps, axis=-1).astype(jnp.int32)
+    steps = jnp.sort(steps, axis=-1).astype(jnp.int32)
+    return jnp.pad(steps, ((0, 0), (int(choice.first_call), 0)), constant_values=-1)
 
 
 def count_and_timestep(choice: StepChoice, steps: Array) -> tuple[Array, Array]:
     """Masked tokens n_{i+1} and timestep T-1-i-offset of chosen steps i, int32 of the same shape.
 
     V_i is produced by the call after step i, whose input has n_{i+1} masked tokens and the timestep T-2-i: the
-    offset 1. The official code pairs that count with T-1-i.
+    offset 1. The official code pairs that count with T-1-i. Step -1 is the first call: all masked, T-1.
     """
     counts = jnp.asarray(mask_counts(choice.num_tokens, choice.num_steps))
-    return counts[steps + 1], choice.num_steps - 1 - steps - choice.timestep_offset
+    return counts[steps + 1], jnp.minimum(choice.num_steps - 1 - steps - choice.timestep_offset, choice.num_steps - 1)

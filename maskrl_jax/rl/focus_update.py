@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from maskrl_jax.keys import MASKS, STEPS, sample_keys
 from maskrl_jax.rl import critical_steps
+from maskrl_jax.rl.advantages import lighten_negative
 from maskrl_jax.rl.critical_steps import StepChoice
 from maskrl_jax.rl.pairs import accumulate
 from maskrl_jax.rl.token_terms import Model, TokenLoss, masked_images, token_terms
@@ -43,6 +44,7 @@ class FocusUpdate:
     mode: str = "sequential"
     norm: str = "step_mean"
     kl_coefficient: float = 0.01
+    negative_weight: float = 1.0  # of advantages below zero, but for the first call's
 
     def __post_init__(self):
         for name, allowed in (("remask", REMASKS), ("mode", MODES), ("norm", NORMS)):
@@ -50,6 +52,8 @@ class FocusUpdate:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.kl_coefficient < 0:
             raise ValueError(f"kl_coefficient {self.kl_coefficient} must be at least 0")
+        if not 0 <= self.negative_weight <= 1:
+            raise ValueError(f"negative_weight {self.negative_weight} must lie in [0, 1]; 1 is published")
 
     @property
     def updates(self) -> int:
@@ -66,11 +70,19 @@ class FocusUpdate:
         step_M = batch["steps"][row_M, slot_M]
         count_M, timestep_M = critical_steps.count_and_timestep(self.choice, step_M)
         if self.remask == "trajectory":
-            return batch["commit_step"][row_M] > step_M[:, None], timestep_M
+            return batch["commit_step"][row_M].astype(jnp.int32) > step_M[:, None], timestep_M
         keys_B = self._keys(MASKS, batch, self.remask.removeprefix("random_").removeprefix("per_"))
         keys_M = jax.vmap(jax.random.fold_in)(keys_B[row_M], slot_M)
         noise = jax.vmap(lambda key: jax.random.uniform(key, (self.choice.num_tokens,)))(keys_M)
         return commit_top(noise, jnp.ones(noise.shape, bool), count_M), timestep_M
+
+    def advantage(self, advantage_M: Array, step_M: Array) -> Array:
+        """Advantages of samples at steps, float32 [M]: those below zero lightened, but not at the first call.
+
+        What is learnt more from successes than from failures makes samples that the sampler had sharpened surer
+        still. Where nothing is visible yet, that would cost the choice between layouts.
+        """
+        return jnp.where(step_M < 0, advantage_M, lighten_negative(advantage_M, self.negative_weight))
 
     def _keys(self, purpose: int, batch: dict, scope: str) -> Array:
         """Typed keys [B], equal within the scope."""
@@ -99,9 +111,8 @@ class FocusUpdate:
                 weight = 1.0 / jnp.maximum(masked.sum(-1) * samples * len(slots), 1.0)
             weight = masked * (kept_B[row] * weight)[:, None]
             cond = jax.tree.map(lambda c: c[row], batch["cond"])
-            calls = masked_images(
-                batch["ids"][row], masked, self.mask_id, timestep, cond, batch["advantage"][row], weight, weight
-            )
+            advantage = self.advantage(batch["advantage"][row], batch["steps"][row, slot])
+            calls = masked_images(batch["ids"][row], masked, self.mask_id, timestep, cond, advantage, weight, weight)
             sums, error, _ = token_terms(self.tokens, self.model, params, old, reference, axis.split(calls), axis)
             total = self.kl_coefficient * sums.penalty - sums.token
             stats = {"loss": total, "kl": sums.kl, "clip": sums.clip, "moved": sums.moved, "entropy": sums.entropy}

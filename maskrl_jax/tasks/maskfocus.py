@@ -25,7 +25,6 @@ from maskrl_jax.keys import ROLLOUT, sample_keys
 from maskrl_jax.parallel import Axis
 from maskrl_jax.phase import Phase
 from maskrl_jax.rl import credit, critical_steps
-from maskrl_jax.rl.advantages import lighten_negative
 from maskrl_jax.rl.critical_steps import StepChoice
 from maskrl_jax.rl.focus_update import FocusUpdate
 from maskrl_jax.rl.token_terms import TokenLoss
@@ -87,6 +86,7 @@ class Wiring:
             mode=loss.update_mode,
             norm=loss.norm,
             kl_coefficient=loss.kl_coefficient,
+            negative_weight=config.get("negative_weight", 1.0),  # runs of before there was the weight lack it
         )
         # Quality alone: neither speed reward nor gate, and no filter but that of groups that teach nothing.
         self.credit = credit.CreditConfig(
@@ -102,9 +102,6 @@ class Wiring:
         ):
             if value not in allowed:
                 raise UserError(f"{name} {value!r} is not one of {', '.join(allowed)}")
-        self.negative_weight = config.get("negative_weight", 1.0)  # runs of before there was the weight lack it
-        if not 0 <= self.negative_weight <= 1:
-            raise UserError(f"negative_weight {self.negative_weight} must lie in [0, 1]; 1 is published")
         gain.Goal(**config.aim)  # refused here rather than when training is over
         if self.base.sizes.codebook_size > 2**16:
             raise UserError(f"predictions are kept as uint16; {self.base.sizes.codebook_size} codes are too many")
@@ -217,7 +214,6 @@ def build(context: Context) -> Task:
     )
     update, choose = parallel.update(wiring.update), jax.jit(wiring.focus.steps)
     rows = parallel.rows(config.batch_size)
-    lighten = jax.jit(functools.partial(lighten_negative, weight=wiring.negative_weight))
 
     def step(state, batch):
         number = int(batch["index"][0]) // config.batch_size
@@ -225,8 +221,7 @@ def build(context: Context) -> Task:
         round_ = np.full(config.batch_size, number, np.int32)
         seen = {"similarity": out["similarity"], "index": batch["index"], "round": round_}
         steps = jax.device_get(choose(jax.device_put(seen)))
-        lightened = lighten(result.advantage)
-        advantage, keep, scored = (jax.device_get(x) for x in (lightened, result.keep, result.scored))
+        advantage, keep, scored = (jax.device_get(x) for x in (result.advantage, result.keep, result.scored))
         if config.zero_spread == "kl_only":
             keep = np.broadcast_to(scored[:, None], keep.shape).astype(np.float32)
         learn = {name: out[name] for name in LEARN} | {"cond": batch["cond"], "index": batch["index"]}
@@ -255,7 +250,7 @@ def _facts(wiring: Wiring) -> dict[str, str]:
         f"{routed.noise:g}, temperature {routed.temperature:g}",
         "optimised": f"{choice.slots} of {choice.candidates} steps, {choice.select} (scope {choice.scope}), masks "
         f"{focus.remask}, {focus.mode} ({focus.updates} optimizer updates a round), advantages below zero x "
-        f"{wiring.negative_weight:g}",
+        f"{focus.negative_weight:g}",
     }
 
 
@@ -294,7 +289,7 @@ def _figures(context: Context, wiring: Wiring, rollouts: Rollouts, params: Any) 
 
 def _focus_statistics(wiring: Wiring, out: dict, steps: np.ndarray) -> dict[str, float]:
     """Which steps were chosen, how similarity rises, and what exploring samples earn beside the others."""
-    share = np.bincount(steps.ravel(), minlength=wiring.routing.num_steps - 1) / len(steps)
+    share = np.bincount(steps[steps >= 0], minlength=wiring.routing.num_steps - 1) / len(steps)
     similarity = out["similarity"].mean(0)
     values = {f"critical/chosen@{step:03d}": x for step, x in enumerate(share)}
     values |= {f"critical/similarity@{step:03d}": x for step, x in enumerate(similarity)}

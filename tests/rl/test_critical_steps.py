@@ -59,6 +59,16 @@ def test_choices_that_read_no_image():
     assert chosen(similarity, select="all") == [list(range(19))] * 2
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_the_first_call_is_optimised_besides(offset):
+    similarity = np.linspace(0, 1, 19)[None] ** 2  # gains rise
+    assert chosen(similarity, first_call=True, count=2) == [[-1, 16, 17]]
+    assert chosen(similarity, first_call=True, select="all") == [[-1, *range(19)]]
+    choice = StepChoice(20, 64, 2, first_call=True, timestep_offset=offset)
+    counts, timestep = critical_steps.count_and_timestep(choice, jnp.array([-1, 0]))
+    assert choice.slots == 3 and counts.tolist() == [64, 63] and timestep.tolist() == [19, 19 - offset]
+
+
 @pytest.mark.parametrize(("select", "last"), [("random", 18), ("random_early", 7)])
 def test_random_choices(select, last):
     """Distinct, rising, each step equally often, the same for the same key."""

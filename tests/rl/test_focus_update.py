@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,10 +205,21 @@ def test_who_shares_a_mask(remask, same):
 def test_trajectory_masks_are_the_states_of_the_rollout():
     batch, made = rolled()
     focus = dataclasses.replace(FOCUS, remask="trajectory")
-    for step in range(STEPS - 1):
+    for step in range(-1, STEPS - 1):
         at = batch | {"steps": jnp.full((ROWS, 1), step)}
         masked, _ = focus.remasked(at, jnp.arange(ROWS), jnp.zeros(ROWS, jnp.int32))
         np.testing.assert_array_equal(masked, np.asarray(made.commit_step) > step)
+
+
+def test_advantages_below_zero_are_lightened_but_at_the_first_call():
+    focus = dataclasses.replace(FOCUS, negative_weight=0.25)
+    found = focus.advantage(jnp.array([2.0, -2.0, 2.0, -2.0]), jnp.array([0, 0, -1, -1]))
+    assert found.tolist() == [2, -0.5, 2, -2]
+    batch, _ = rolled()
+    plain, light = (gradients(f, params_of(), None, None, batch, jnp.arange(2))[0] for f in (FOCUS, focus))
+    raised = batch | {"advantage": jnp.array([0.7, -0.175, 1.2, -0.075])}
+    chex.assert_trees_all_close(light, gradients(FOCUS, params_of(), None, None, raised, jnp.arange(2))[0], rtol=1e-6)
+    assert not np.allclose(jax.tree.leaves(plain)[0], jax.tree.leaves(light)[0])
 
 
 def test_other_steps_compile_nothing():
@@ -227,6 +239,7 @@ def test_other_steps_compile_nothing():
         ({"mode": "both"}, "not one of sequential"),
         ({"norm": "sum"}, "not one of step_mean"),
         ({"kl_coefficient": -1.0}, "at least 0"),
+        ({"negative_weight": 1.5}, "must lie in"),
     ],
 )
 def test_settings_that_cannot_be(fields, words):

@@ -31,13 +31,19 @@ VARIANTS = {
         "maskfocus",
         {"steps.select": "all", "loss.update_mode": "accumulate", "loss.norm": "token_mean"},
     ),
-    "random steps, trajectory masks, full KL": (
+    "random steps and the first call, trajectory masks, full KL": (
         "maskfocus",
-        {"steps.select": "random", "steps.scope": "sample", "loss.remask": "trajectory", "loss.kl": "full"},
+        {
+            **{"steps.select": "random", "steps.scope": "sample", "steps.first_call": True},
+            **{"loss.remask": "trajectory", "loss.kl": "full"},
+        },
     ),
     "faithful": (
         "maskfocus",
-        {"loss.clip_eps": 0.0, "zero_spread": "kl_only", "steps.timestep_offset": 0, "rollout_noise": "frozen"},
+        {
+            **{"loss.clip_eps": 0.0, "zero_spread": "kl_only", "steps.timestep_offset": 0, "steps.first_call": False},
+            **{"rollout_noise": "frozen", "energy_distance_scope": "all"},
+        },
     ),
     "no KL, standardised rewards, exploring all, successes alone": (
         "maskfocus",
@@ -221,6 +227,7 @@ def test_frozen_noise_repeats_and_fresh_noise_does_not(rollout):
         ("maskfocus", {"steps.count": 5}, "leave 4 to choose from"),
         ("maskfocus", {"rollout.num_steps": 1}, "must lie in 2"),
         ("maskfocus", {"group": 1}, "do not fill groups of 1"),
+        ("maskfocus", {"energy_distance_scope": "world"}, "energy_distance_scope 'world' is not one of all, prompt"),
         ("maskfocus", {"zero_spread": "keep"}, "zero_spread 'keep' is not one of drop, kl_only"),
         ("maskfocus", {"negative_weight": -1.0}, "negative_weight -1.0 must lie in"),
         ("maskfocus", {"rollout_noise": "old"}, "rollout_noise 'old' is not one of fresh, frozen"),
