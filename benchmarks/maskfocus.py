@@ -4,10 +4,10 @@ python benchmarks/maskfocus.py                                  # the ablation: 
 python benchmarks/maskfocus.py --only=critical --only=all       # trains these, writes what is finished
 python benchmarks/maskfocus.py --claim --out=benchmarks/maskfocus_claim   # the default config as it is, three seeds
 
-Arms of the ablation optimise two of the eight steps (the spec's least K) for equally many iterations with one
-optimizer update each (`accumulate`), so that arms that optimise more steps do not get more updates. "First 20 %" needs
-K of the first fifth of the steps and has no arm: a fifth of eight is one. `all, equal compute` and `mask-grpo, equal compute` get as many
-iterations as the compute model of section 11 allows for the same number of forwards. What is finished is in
+Arms of the ablation optimise two of the eight steps (the spec's least K) and the first call, for equally many
+iterations with one optimizer update each (`accumulate`), so that arms that optimise more steps do not get more updates.
+"First 20 %" needs K of the first fifth of the steps and has no arm: a fifth of eight is one. `all, equal compute` and
+`mask-grpo, equal compute` get as many iterations as the compute model of section 11 allows for the same forwards. What is finished is in
 <out>.json with a number a prompt, and is not done again, on whatever machine the command goes on; every run is
 compared with its own base, for the same training ends elsewhere on another processor. Bounds: 95 % paired bootstrap
 over prompts and seeds.
@@ -74,9 +74,10 @@ def iterations(arm: str) -> int:
     if arm == "claim":
         return config.num_steps
     steps, guided = config.rollout.num_steps, config.rollout.guidance != 1
-    ours = forwards(ABLATION["steps.count"], guided, 4)  # reference, forward, backward
+    first = config.steps.first_call
+    ours = forwards(ABLATION["steps.count"] + first, guided, 4)  # reference, forward, backward
     theirs = {
-        "all, equal compute": forwards(steps - 1, guided, 4),
+        "all, equal compute": forwards(steps - 1 + first, guided, 4),
         "mask-grpo, equal compute": forwards(steps, False, 4),
     }
     return max(round(ITERATIONS.value * ours / theirs[arm]), 1) if arm in theirs else ITERATIONS.value
@@ -103,16 +104,14 @@ def main(_: list[str]) -> None:
 
 def _train(arm: str, seed: int) -> pathlib.Path:
     workdir = ROOT / RUNS.value / f"{arm.replace(' ', '_').replace(',', '')}-seed{seed}"
-    command = [sys.executable, "-m", "maskrl_jax.main", f"--workdir={workdir}", f"--store={STORE.value}"]
-    command += [f"--config.seed={seed}"]
-    if arm == "claim":
-        command += ["--config=configs/maskfocus.py"]
-    elif arm.startswith("mask-grpo"):
-        command += ["--config=configs/mask_grpo.py", f"--config.num_steps={iterations(arm)}"]
-    else:
-        command += ["--config=configs/maskfocus.py", f"--config.num_steps={iterations(arm)}"]
-        changes = ABLATION | (ARMS | MORE)[arm]
-        command += [f"--config.{key}={value}" for key, value in changes.items()]
+    stage = "mask_grpo" if arm.startswith("mask-grpo") else "maskfocus"
+    changes = {"seed": seed}
+    if arm != "claim":
+        changes["num_steps"] = iterations(arm)
+    if arm in ARMS | MORE and stage == "maskfocus":
+        changes |= ABLATION | (ARMS | MORE)[arm]
+    command = [sys.executable, "-m", "maskrl_jax.main", f"--config=configs/{stage}.py", f"--workdir={workdir}"]
+    command += [f"--store={STORE.value}", *(f"--config.{key}={value}" for key, value in changes.items())]
     print(" ".join(command), flush=True)
     subprocess.run(command, cwd=ROOT, check=True)
     return workdir
