@@ -80,7 +80,7 @@ def embedded(arg: str):
             "learning_rate": 2e-4,
             "b1": 0.9,
             "b2": 0.99,
-            "warmup_steps": 6,
+            "warmup_steps": 0 if smoke else 6,
             "decay": "linear",
             "decay_steps": 0,  # over the whole run
             "ema_decay": 0.97,
