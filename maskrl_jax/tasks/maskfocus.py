@@ -248,7 +248,8 @@ def _facts(wiring: Wiring) -> dict[str, str]:
     return {
         "rollouts": f"{routed.num_steps} steps, routing {routed.routing}, guidance {routed.guidance:g}, Gumbel "
         f"{routed.noise:g}, temperature {routed.temperature:g}",
-        "optimised": f"{choice.slots} of {choice.candidates} steps, {choice.select} (scope {choice.scope}), masks "
+        "optimised": f"{choice.slots - choice.first_call} of {choice.candidates} steps, {choice.select} (scope "
+        f"{choice.scope}){', and the first call' if choice.first_call else ''}, masks "
         f"{focus.remask}, {focus.mode} ({focus.updates} optimizer updates a round), advantages below zero x "
         f"{focus.negative_weight:g}",
     }
