@@ -3,8 +3,9 @@
 python benchmarks/focus_signal.py --workdir=runs/maskfocus      # a finished run of configs/maskfocus.py
 
 Rollouts of the run's base are scored with its rewards and cut into parts of whole groups; each part gives the gradient
-of the policy loss of one step. What two parts share is signal: the mean product of different parts' gradients is its
-square (unbiased), and what a part's own square has beyond that is noise, which falls with the number of rollouts.
+of the policy loss of one step, all advantages at full weight. What two parts share is signal: the mean product of
+different parts' gradients is its square (unbiased), and what a part's own square has beyond that is noise, which falls
+with the number of rollouts.
 The table says after how many rollouts the two are equal; "none" where the parts share nothing that can be told from
 zero (one standard error over pairs of parts). Writes benchmarks/focus_signal.{json,md}.
 """
@@ -89,7 +90,7 @@ def _rolled_out(context, wiring, train) -> dict[str, np.ndarray]:
 
 def _gradient(context, wiring, masks: str):
     """Compile the gradient of the policy loss at the base, flat, float64, of a part of the rollouts."""
-    focus = dataclasses.replace(wiring.focus, remask=masks, kl_coefficient=0.0)
+    focus = dataclasses.replace(wiring.focus, remask=masks, kl_coefficient=0.0, negative_weight=1.0)
     axis = Axis(1, Mesh(np.array(jax.devices()[:1]), (AXIS,)))
 
     @jax.jit

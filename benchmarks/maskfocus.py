@@ -7,10 +7,10 @@ python benchmarks/maskfocus.py --claim --out=benchmarks/maskfocus_claim   # the 
 Arms of the ablation optimise two of the eight steps (the spec's least K) and the first call, for equally many
 iterations with one optimizer update each (`accumulate`), so that arms that optimise more steps do not get more updates.
 "First 20 %" needs K of the first fifth of the steps and has no arm: a fifth of eight is one. `all, equal compute` and
-`mask-grpo, equal compute` get as many iterations as the compute model of section 11 allows for the same forwards. What is finished is in
-<out>.json with a number a prompt, and is not done again, on whatever machine the command goes on; every run is
-compared with its own base, for the same training ends elsewhere on another processor. Bounds: 95 % paired bootstrap
-over prompts and seeds.
+`mask-grpo, equal compute` get as many iterations as the compute model of section 11 allows for the same forwards.
+What is finished is in <out>.json with a number a prompt, and is not done again, on whatever machine the command goes
+on; every run is compared with its own base, for the same training ends elsewhere on another processor. Bounds: 95 %
+paired bootstrap over prompts and seeds.
 """
 
 import json

@@ -55,7 +55,7 @@ def embedded(arg: str):
         ),
         zero_spread="kl_only" if faithful else "drop",
         rollout_noise="fresh",
-        negative_weight=1.0 if faithful else 0.4,  # of advantages below zero: all of them undo much of what is learnt
+        negative_weight=1.0 if faithful else 0.4,  # of advantages below zero, but for the first call's
         rollout={
             "num_steps": SAMPLING_STEPS[arg],
             "routing": "on",
@@ -68,7 +68,7 @@ def embedded(arg: str):
             "floor": 0.7,
         },
         steps={
-            "count": 4 if arg == "" else 2,  # published: 0.09 T
+            "count": 4 if arg == "" else 2,  # the spec: 0.09 T, at least 2
             "first_call": not faithful,  # no critical step is that of masks only, whose drift costs variety
             "select": "critical",
             "scope": "group",

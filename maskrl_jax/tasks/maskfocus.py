@@ -70,7 +70,7 @@ class Wiring:
             tokens=TokenLoss(
                 likelihood="kept",
                 distribution="cond",
-                kl={"k3": "k3", "full": "reverse"}.get(loss.kl, loss.kl),
+                kl={"full": "reverse"}.get(loss.kl, loss.kl),
                 guided=False,
                 chunk=loss.chunk,
                 clip_low=loss.clip_eps,

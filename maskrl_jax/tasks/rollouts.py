@@ -24,7 +24,7 @@ ALARMS = {
     "alarm/held_out": "the trained reward rises while the held-out one falls",
     "alarm/pictures": "a statistic of the pictures has drifted far from where it began",
 }
-REAL_OF_PROMPT = 32  # at most so many stand for those of a prompt
+REAL_OF_PROMPT = 32  # so many stand for those of a prompt, where the set has them
 REAL_PICTURES = 2048  # at least so many stand for the real ones, where the set has them
 
 
