@@ -3,6 +3,7 @@
 python benchmarks/maskfocus.py                                  # the ablation: every arm, three seeds
 python benchmarks/maskfocus.py --only=critical --only=all       # trains these, writes what is finished
 python benchmarks/maskfocus.py --claim --out=benchmarks/maskfocus_claim   # the default config as it is, three seeds
+XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/maskfocus.py --jobs=12   # an accelerator has room for several
 
 Arms of the ablation optimise two of the eight steps (the spec's least K) and the first call, for equally many
 iterations with one optimizer update each (`accumulate`), so that arms that optimise more steps do not get more updates.
@@ -13,10 +14,12 @@ on; every run is compared with its own base, for the same training ends elsewher
 paired bootstrap over prompts and seeds.
 """
 
+import contextlib
 import json
 import pathlib
 import subprocess
 import sys
+from concurrent import futures
 
 import numpy as np
 from absl import app, flags
@@ -30,6 +33,7 @@ from maskrl_jax.evaluate import bootstrap, measure  # noqa: E402
 
 SEEDS = flags.DEFINE_multi_integer("seeds", [0, 1, 2], "seed of a run, once for each; the base is shared")
 ITERATIONS = flags.DEFINE_integer("iterations", 30, "rounds of rollouts of an arm of the ablation")
+JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time; what several print goes to <run>.log", lower_bound=1)
 CLAIM = flags.DEFINE_bool("claim", False, "train the default config instead of the ablation")
 RUNS = flags.DEFINE_string("runs", "runs/maskfocus-arms", "where the runs go")
 STORE = flags.DEFINE_string("store", "runs/stages", "where trained parents are")
@@ -88,6 +92,7 @@ def main(_: list[str]) -> None:
     out = (ROOT / OUT.value).with_suffix(".json")
     done = json.loads(out.read_text()) if out.exists() else {"runs": {}}
     arms = ["claim"] if CLAIM.value else list(ONLY.value or ARMS)
+    missing = []
     for seed in SEEDS.value:
         for arm in arms:
             name, wanted = f"{arm}, seed {seed}", iterations(arm)
@@ -97,9 +102,24 @@ def main(_: list[str]) -> None:
                     f"error: {out} has {name} with {known['iterations']} iterations, not {wanted}; give another --out"
                 )
             if not known:
-                done["runs"][name] = _numbers(_train(arm, seed))
+                missing.append((name, arm, seed))
+    failed = []
+    with futures.ThreadPoolExecutor(JOBS.value) as pool:
+        runs = {pool.submit(_train, arm, seed): name for name, arm, seed in missing}
+        try:
+            for run in futures.as_completed(runs):
+                if isinstance(run.exception(), subprocess.CalledProcessError):
+                    failed.append(runs[run])
+                    continue
+                done["runs"][runs[run]] = _numbers(run.result())
                 stored.write(str(out), json.dumps(done) + "\n")
-    _write(done, out.with_suffix(".md"))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if done["runs"]:
+        _write(done, out.with_suffix(".md"))
+    if failed:
+        sys.exit(f"error: failed: {'; '.join(failed)}; the same command tries them again")
 
 
 def _train(arm: str, seed: int) -> pathlib.Path:
@@ -113,7 +133,10 @@ def _train(arm: str, seed: int) -> pathlib.Path:
     command = [sys.executable, "-m", "maskrl_jax.main", f"--config=configs/{stage}.py", f"--workdir={workdir}"]
     command += [f"--store={STORE.value}", *(f"--config.{key}={value}" for key, value in changes.items())]
     print(" ".join(command), flush=True)
-    subprocess.run(command, cwd=ROOT, check=True)
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as files:
+        log = files.enter_context(open(f"{workdir}.log", "w")) if JOBS.value > 1 else None
+        subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log and subprocess.STDOUT)
     return workdir
 
 
@@ -152,9 +175,11 @@ def _numbers(workdir: pathlib.Path) -> dict:
 
 
 def _write(done: dict, path: pathlib.Path) -> None:
-    arms: dict[str, list[dict]] = {}
-    for name, run in done["runs"].items():
-        arms.setdefault(name.rsplit(", seed", 1)[0], []).append(run)
+    arms = {
+        arm: [done["runs"][name] for name in sorted(done["runs"]) if name.rsplit(", seed", 1)[0] == arm]
+        for arm in (*ARMS, *MORE, "claim")
+    }
+    arms = {arm: runs for arm, runs in arms.items() if runs}
     bases = {json.dumps(run["base"]): run["base"] for run in done["runs"].values()}
     prompts = len(next(iter(bases.values()))["graded"])
     scores = "; ".join(

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+import jax
+
 from maskrl_jax.evaluate import bootstrap, curve, gain, tables
 from maskrl_jax.evaluate.illustrate import Illustration
 from maskrl_jax.evaluate.measure import Point
@@ -60,9 +62,11 @@ def command() -> str:
 
 
 def machine() -> str:
-    """Return processor kind and the number of cores that this process may use."""
+    """Return processor kind, the number of cores that this process may use, and the accelerators where there are."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{platform.system()} {platform.machine()}, {usable} usable cores of {os.cpu_count()}"
+    cores = f"{platform.system()} {platform.machine()}, {usable} usable cores of {os.cpu_count()}"
+    devices = jax.devices()
+    return cores if devices[0].platform == "cpu" else f"{cores}, {len(devices)} x {devices[0].device_kind}"
 
 
 def equalities(findings: Findings) -> dict[str, curve.Equality]:
