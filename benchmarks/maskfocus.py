@@ -3,7 +3,7 @@
 python benchmarks/maskfocus.py                                  # the ablation: every arm, three seeds
 python benchmarks/maskfocus.py --only=critical --only=all       # trains these, writes what is finished
 python benchmarks/maskfocus.py --claim --out=benchmarks/maskfocus_claim   # the default config as it is, three seeds
-XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/maskfocus.py --jobs=12   # an accelerator has room for several
+XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/maskfocus.py --iterations=80 --jobs=12 --out=benchmarks/maskfocus_80
 
 Arms of the ablation optimise two of the eight steps (the spec's least K) and the first call, for equally many
 iterations with one optimizer update each (`accumulate`), so that arms that optimise more steps do not get more updates.
@@ -32,7 +32,7 @@ from maskrl_jax import stored  # noqa: E402
 from maskrl_jax.evaluate import bootstrap, measure  # noqa: E402
 
 SEEDS = flags.DEFINE_multi_integer("seeds", [0, 1, 2], "seed of a run, once for each; the base is shared")
-ITERATIONS = flags.DEFINE_integer("iterations", 30, "rounds of rollouts of an arm of the ablation")
+ITERATIONS = flags.DEFINE_integer("iterations", 24, "rounds of rollouts of an arm of the ablation", lower_bound=12)
 JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time; what several print goes to <run>.log", lower_bound=1)
 CLAIM = flags.DEFINE_bool("claim", False, "train the default config instead of the ablation")
 RUNS = flags.DEFINE_string("runs", "runs/maskfocus-arms", "where the runs go")
@@ -123,11 +123,12 @@ def main(_: list[str]) -> None:
 
 
 def _train(arm: str, seed: int) -> pathlib.Path:
-    workdir = ROOT / RUNS.value / f"{arm.replace(' ', '_').replace(',', '')}-seed{seed}"
+    workdir = ROOT / RUNS.value / f"{arm.replace(' ', '_').replace(',', '')}-{iterations(arm)}-seed{seed}"
     stage = "mask_grpo" if arm.startswith("mask-grpo") else "maskfocus"
     changes = {"seed": seed}
-    if arm != "claim":
-        changes["num_steps"] = iterations(arm)
+    if arm != "claim":  # average and warm-up are the same share of a run, whatever its length
+        averaged, warmup = 1 - 2.4 / ITERATIONS.value, ITERATIONS.value // 12
+        changes |= {"num_steps": iterations(arm), "optimizer.ema_decay": averaged, "optimizer.warmup_steps": warmup}
     if arm in ARMS | MORE and stage == "maskfocus":
         changes |= ABLATION | (ARMS | MORE)[arm]
     command = [sys.executable, "-m", "maskrl_jax.main", f"--config=configs/{stage}.py", f"--workdir={workdir}"]
