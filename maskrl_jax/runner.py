@@ -30,6 +30,7 @@ TASKS = {
     "speed_rl": "maskrl_jax.tasks.speed_rl",
     "mask_grpo": "maskrl_jax.tasks.mask_grpo",
     "maskfocus": "maskrl_jax.tasks.maskfocus",
+    "shortcut": "maskrl_jax.tasks.shortcut",
 }
 REQUIRED = ("num_steps", "batch_size", "max_bad_steps", "optimizer", *stored.RUNNING, *stored.ARCHITECTURE)
 OPTIMIZER_KEYS = tuple(sorted({field.name for field in dataclasses.fields(OptimizerConfig)} - {"updates_per_step"}))

@@ -8,6 +8,7 @@ from configs import judge as judge_config
 from configs import mask_grpo as mask_grpo_config
 from configs import maskfocus as maskfocus_config
 from configs import maskgit as maskgit_config
+from configs import shortcut as shortcut_config
 from configs import speed_rl as speed_rl_config
 from configs import tokenizer as tokenizer_config
 
@@ -24,7 +25,7 @@ SPLIT_SIZES = {"train": 96, "validation": 64}  # of shapes; see tests/tasks/conf
 
 def get_config(stage: str = "speed_rl"):
     """Return the config of a stage; `digits` is a maskgit of another set."""
-    stages = (tokenizer, judge, maskgit, digits, speed_rl, mask_grpo, maskfocus)
+    stages = (tokenizer, judge, maskgit, digits, speed_rl, mask_grpo, maskfocus, shortcut)
     return {make.__name__: make for make in stages}[stage]()
 
 
@@ -114,4 +115,15 @@ def mask_grpo():
     """A filter that has a history from the first update on."""
     config = _on_tiny_base(mask_grpo_config.get_config("smoke"))
     config.filter.update({"percentile": 50.0, "history": 16, "history_min": 4})
+    return config
+
+
+def shortcut():
+    """Four sampling steps, three pairs a branch, three minibatches a buffer."""
+    config, base = shortcut_config.get_config("smoke"), maskgit()
+    config.parents = {"tokenizer": base.parents.tokenizer, "judge": base.parents.judge, "maskgit": base}
+    config.update({"num_steps": 4, "batch_size": 8, "save_every": 2})
+    config.optimizer = SGD | {"learning_rate": 0.02, "ema_decay": 0.5}
+    config.curve.calibration = 8
+    config.evaluation.update({"prompts": 8, "steps": (2, 4), "keep": 2, "batch_size": 16})
     return config

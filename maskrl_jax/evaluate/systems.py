@@ -1,4 +1,4 @@
-"""Generators as systems to be measured: the base with a fixed plan, and a clocked policy with its head."""
+"""Generators as systems to be measured: the base with a fixed plan, a shortcut on it, a clocked policy with its head."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,8 +13,9 @@ from maskrl_jax.evaluate.measured import identity
 from maskrl_jax.keys import EVALUATE, sample_keys
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.rewards import judge as judge_reward
-from maskrl_jax.sampling import adaptive
-from maskrl_jax.sampling.maskgit import SamplerConfig, decode, make_plan
+from maskrl_jax.sampling import adaptive, shortcut
+from maskrl_jax.sampling.maskgit import GIVEN, SamplerConfig, decode, make_plan
+from maskrl_jax.sampling.refresh import Refresh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,66 @@ def fixed_system(
         kept = np.tile(start, (len(sample_ids), 1))
         frozen = {"plan": plan, "tokenizer": engine.tokenizer}
         return Generated(**engine.run(program, params, frozen, _batch(cond, sample_ids, seed) | {"given": kept}))
+
+    return System(name, label, generate)
+
+
+def shortcut_program(
+    engine: Engine,
+    parts_of: Callable[[Any], shortcut.Parts],
+    most: int,
+    *,
+    extrapolate: bool = False,
+    pictures: bool = True,
+) -> Callable:
+    """Compile the decode with a feature shortcut; one program serves every plan and every set of full steps.
+
+    Without `pictures` it ends with the tokens, for timing.
+    """
+
+    def program(p, frozen, batch, axis):
+        keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
+        rollout, _ = shortcut.decode(
+            parts_of(p),
+            keys_B,
+            batch["cond"],
+            engine.null,
+            frozen["plan"],
+            frozen["refresh"],
+            jnp.full((len(keys_B), engine.num_tokens), engine.mask_id, jnp.int32),
+            engine.mask_id,
+            most=most,
+            extrapolate=extrapolate,
+        )
+        steps_B = jnp.where(rollout.commit_step == GIVEN, 0, rollout.commit_step).max(-1) + 1
+        # A shortcut step counts as the share of a full one that it costs.
+        calls_B = rollout.calls + frozen["step_cost"] * (steps_B - rollout.calls)
+        if not pictures:
+            return {"ids": rollout.ids, "calls": calls_B}
+        return _outputs(engine, frozen, rollout) | {"calls": calls_B}
+
+    return engine.parallel.map(program)
+
+
+def shortcut_system(
+    engine: Engine,
+    program: Callable,
+    params: Any,
+    plan: Any,
+    refresh_of: Callable[[float], Refresh],
+    step_cost: float,
+    name: str,
+    label: str,
+) -> System:
+    """A base with a shortcut, through a `shortcut_program`; the setting is the number of full steps.
+
+    Its calls are full steps and, at `step_cost` each, shortcut steps: what the same time buys of the base.
+    """
+
+    def generate(setting, cond, sample_ids, seed):
+        frozen = {"plan": plan, "refresh": refresh_of(setting), "step_cost": np.float32(step_cost)}
+        frozen["tokenizer"] = engine.tokenizer
+        return Generated(**engine.run(program, params, frozen, _batch(cond, sample_ids, seed)))
 
     return System(name, label, generate)
 

@@ -112,6 +112,10 @@ class MaskGIT(nn.Module):
         content = self.pool_out(pooled).reshape(-1, c.pooled_maps, c.width)
         return jnp.einsum("nr,brd->bnd", self.pool_maps, content)
 
+    def controls(self, ids: Array, positions: Array) -> Array:
+        """What a token and its place look like before any mixing, [b,n,D]: what a feature shortcut reads."""
+        return self.tokens(ids) + self.position[positions]
+
     def logits(self, features: Array) -> Array:
         """Head on features [..., D] -> logits [..., K] float32."""
         return self.head(features)

@@ -1,6 +1,7 @@
 """The fixed-plan decode loop: confidence, Halton, random order, and the training-free threshold."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -14,6 +15,7 @@ from maskrl_jax.sampling import draws, schedules
 Array = jax.Array
 MODES = ("confidence", "halton", "random", "threshold", "uncertain", "entropy")
 NOISY = ("confidence", "uncertain")
+OPEN_ENDED = ("threshold", "uncertain", "entropy")  # may commit more than the plan's counts
 GIVEN = 255  # commit step of tokens that were given, not sampled
 
 
@@ -69,6 +71,20 @@ class Rollout(flax.struct.PyTreeNode):
     calls: Array  # int32 [B], network calls the sample needed (guidance doubles the batch, not this)
 
 
+class Carry(flax.struct.PyTreeNode):
+    """The decode loop between two steps."""
+
+    step: Array  # int32 []
+    ids: Array  # int32 [B,N]
+    commit_step: Array  # uint8 [B,N], GIVEN where not committed yet
+    calls: Array  # int32 [B]
+    memory: Any  # of the prediction
+
+
+# (memory, step, ids [B,N], commit_step [B,N]) -> (logits [B,N,K], memory, whether the full network ran, bool [])
+Predict = Callable[[Any, Array, Array, Array], tuple[Array, Any, Array]]
+
+
 def make_plan(config: SamplerConfig, num_tokens: int) -> Plan:
     """Tables of a sampler for N tokens, padded to `max_steps`. Raises ValueError when T > N."""
     steps = config.num_steps
@@ -115,38 +131,66 @@ def decode(
     `uncertain` spends those on the places of highest entropy: what is settled there makes the rest certain, where the
     surest tokens tell nothing new.
     """
-    chex.assert_rank([given_BN, keys_B], [2, 1])
-    batch, num_tokens = given_BN.shape
-    start_B = (given_BN == mask_id).sum(-1)
+    batch, plan = len(given_BN), jax.tree.map(jnp.asarray, plan)
     branch = draws.guided(logits_fn, null_cond) if plan.guide else lambda ids, t, c, _: logits_fn(ids, t, c)
 
+    def predict(memory, step, ids_BN, _):
+        timestep_B, scale_B = (jnp.full((batch,), table[step]) for table in (plan.timestep, plan.guidance))
+        return branch(ids_BN, timestep_B, cond, scale_B), memory, jnp.bool_(True)
+
+    return fill(predict, (), keys_B, plan, given_BN, mask_id)[0]
+
+
+def fill(
+    predict: Predict, memory: Any, keys_B: Array, plan: Plan, given_BN: Array, mask_id: int
+) -> tuple[Rollout, Any]:
+    """Run the loop of `decode` with logits from wherever `predict` takes them; returns its last memory besides."""
+    chex.assert_rank([given_BN, keys_B], [2, 1])
+    plan = jax.tree.map(jnp.asarray, plan)
+    start_B = (given_BN == mask_id).sum(-1)
+
     def running(carry):
-        step, ids_BN, *_ = carry
-        return (step < plan.num_steps) & (ids_BN == mask_id).any()
+        return (carry.step < plan.num_steps) & (carry.ids == mask_id).any()
 
     def body(carry):
-        step, ids_BN, commit_BN, calls_B = carry
-        masked_BN = ids_BN == mask_id
-        timestep_B, scale_B = (jnp.full((batch,), table[step]) for table in (plan.timestep, plan.guidance))
-        logits = branch(ids_BN, timestep_B, cond, scale_B)
-        logp_BNK = jax.nn.log_softmax(logits / plan.temperature)
-        drawn_BN, confidence_BN = draws.draw_tokens(draws.step_keys(keys_B, step, draws.TOKENS), logp_BNK)
-        left_B = masked_BN.sum(-1)
-        target_B = jnp.minimum(plan.masked_after[step] * start_B // num_tokens, jnp.maximum(left_B - 1, 0))
-        priority_BN = _priority(plan, keys_B, step, confidence_BN, logp_BNK)
-        sure_BN, level_B = _sureness(plan, confidence_BN, logp_BNK)
-        never = jnp.zeros((batch,), bool)  # the plan's last count commits all
-        commit, _ = draws.frontier_commit(sure_BN, priority_BN, masked_BN, level_B, left_B - target_B, never)
-        return (
-            step + 1,
-            jnp.where(commit, drawn_BN, ids_BN),
-            jnp.where(commit, step.astype(jnp.uint8), commit_BN),
-            calls_B + (left_B > 0),
-        )
+        return call(predict, keys_B, plan, start_B, mask_id, carry)
 
-    carry = (jnp.int32(0), given_BN, jnp.full(given_BN.shape, GIVEN, jnp.uint8), jnp.zeros((batch,), jnp.int32))
-    _, ids_BN, commit_BN, calls_B = jax.lax.while_loop(running, body, carry)
-    return Rollout(ids=ids_BN, commit_step=commit_BN, calls=calls_B)
+    carry = jax.lax.while_loop(running, body, begin(given_BN, memory))
+    return finish(carry), carry.memory
+
+
+def begin(given_BN: Array, memory: Any) -> Carry:
+    """The loop before its first step."""
+    zero_B = jnp.zeros((len(given_BN),), jnp.int32)
+    return Carry(jnp.int32(0), given_BN, jnp.full(given_BN.shape, GIVEN, jnp.uint8), zero_B, memory)
+
+
+def finish(carry: Carry) -> Rollout:
+    """What the loop has made."""
+    return Rollout(ids=carry.ids, commit_step=carry.commit_step, calls=carry.calls)
+
+
+def call(predict: Predict, keys_B: Array, plan: Plan, start_B: Array, mask_id: int, carry: Carry) -> Carry:
+    """One step: predict, draw a token everywhere, commit the plan's count; `start_B` [B] were masked at the start."""
+    step, ids_BN = carry.step, carry.ids
+    num_tokens = ids_BN.shape[1]
+    masked_BN = ids_BN == mask_id
+    logits, memory, is_full = predict(carry.memory, step, ids_BN, carry.commit_step)
+    logp_BNK = jax.nn.log_softmax(logits / plan.temperature)
+    drawn_BN, confidence_BN = draws.draw_tokens(draws.step_keys(keys_B, step, draws.TOKENS), logp_BNK)
+    left_B = masked_BN.sum(-1)
+    target_B = jnp.minimum(plan.masked_after[step] * start_B // num_tokens, jnp.maximum(left_B - 1, 0))
+    priority_BN = _priority(plan, keys_B, step, confidence_BN, logp_BNK)
+    sure_BN, level_B = _sureness(plan, confidence_BN, logp_BNK)
+    never = jnp.zeros(left_B.shape, bool)  # the plan's last count commits all
+    commit, _ = draws.frontier_commit(sure_BN, priority_BN, masked_BN, level_B, left_B - target_B, never)
+    return Carry(
+        step=step + 1,
+        ids=jnp.where(commit, drawn_BN, ids_BN),
+        commit_step=jnp.where(commit, step.astype(jnp.uint8), carry.commit_step),
+        calls=carry.calls + ((left_B > 0) & is_full),
+        memory=memory,
+    )
 
 
 def _priority(plan: Plan, keys_B: Array, step: Array, confidence_BN: Array, logp_BNK: Array) -> Array:

@@ -37,6 +37,27 @@ def masked_after(schedule: str, num_tokens: int, num_steps: int) -> np.ndarray:
     return np.asarray([*table, 0], np.int32)
 
 
+def increments(mode: str, num_tokens: int, num_steps: int) -> np.ndarray:
+    """Tokens that each of T steps reveals by the published sampler A, int32 [T] (specs/maskgit.md section 3).
+
+    Weights of single steps at r = linspace(1, 0, T), not shares left as in `masked_after`: cosine cos(pi r/2), arccos
+    2/pi*arccos(r), linear 1-r, square 1-r^2, root 1-sqrt(r); round half to even, at least 1, and what rounding leaves
+    goes to the last step. ValueError where that step would have none left.
+    """
+    weigh = _SHARES | {"root": lambda r: 1 - math.sqrt(r)}
+    if mode not in weigh:
+        raise ValueError(f"schedule {mode!r} is not one of {', '.join(weigh)}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps {num_steps} must be at least 1")
+    # float32, as published: a rounding away from one half decides some counts.
+    weights = np.asarray([weigh[mode](r) for r in np.linspace(1, 0, num_steps, dtype=np.float32)], np.float32)
+    counts = np.maximum(np.round(weights / weights.sum() * num_tokens), 1).astype(np.int32)
+    counts[-1] += num_tokens - counts.sum()
+    if counts[-1] < 1:
+        raise ValueError(f"{num_steps} steps are too many for {num_tokens} tokens by schedule {mode!r} in increments")
+    return counts
+
+
 def guidance_table(schedule: str, scale: float, progress: np.ndarray) -> np.ndarray:
     """Guidance scale s at progress in [0,1] (float32, same shape); s = 1 is no guidance.
 

@@ -10,6 +10,7 @@ from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.evaluate.systems import Engine
 from maskrl_jax.models.judge import Judge, JudgeConfig
+from maskrl_jax.models.maskgit_port import PortConfig
 from maskrl_jax.rewards import energy_distance, mix
 from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.rewards.alarm import AlarmConfig
@@ -33,6 +34,10 @@ class Base:
         self.config, self.trained_with, self.null = config, base, conditioning.null
         checks.same_tokenizer(config.parents.tokenizer, base.parents.tokenizer)
         self.sizes = generators.model_config(base, base.parents.tokenizer, conditioning)
+        if isinstance(self.sizes, PortConfig):
+            raise UserError(
+                "a base of model.form=port cannot be tuned by rewards yet; its head is of whole grids alone"
+            )
         self.generator = generators.generator(self.sizes)
         self.model = Model(self.generator.features, self.generator.head, self.null)
         self.codec = tokenizer_task.codec(tokenizer_task.TokenizerConfig(**base.parents.tokenizer.model), None)

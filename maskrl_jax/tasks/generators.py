@@ -5,14 +5,17 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 
 from maskrl_jax.data.dataset import Conditioning, Dataset, open_dataset
+from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.evaluate import measured
 from maskrl_jax.evaluate.bench import Bench, Evaluation
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.systems import Engine, features_of, judge_scorer
 from maskrl_jax.models.maskgit import MaskGIT, MaskGITConfig
+from maskrl_jax.models.maskgit_port import MaskGITPort, PortConfig
 from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
 from maskrl_jax.tasks import judge as judge_task
 from maskrl_jax.tasks import tokenizer as tokenizer_task
@@ -27,29 +30,42 @@ class Generator:
     """A base model as functions of its parameters."""
 
     logits: Callable[[Any], Callable]  # params -> logits_fn(ids, timestep, cond)
-    features: Callable[[Any], Callable]  # params -> feature_fn(ids, timestep, cond) [B,N,D]
+    features: Callable[[Any], Callable]  # params -> feature_fn(ids, timestep, cond) [B,T,D], T >= N, image tokens first
     head: Callable[[Any], Callable]  # params -> head_fn(features [...,D]) -> logits [...,K]
+    controls: Callable[[Any], Callable]  # params -> fn(ids [b,n], positions [b,n]) -> [b,n,D], for a shortcut
 
 
-def model_config(config: Any, tokenizer: Any, conditioning: Conditioning) -> MaskGITConfig:
-    """Sizes that follow from the tokenizer and the data, and those that the config names."""
+def model_config(config: Any, tokenizer: Any, conditioning: Conditioning) -> MaskGITConfig | PortConfig:
+    """Sizes that follow from the tokenizer and the data, and those that the config names.
+
+    `model.form` is `ours`, where a config names none, or `port` (form A of specs/maskgit.md, for classes).
+    """
     sizes = tokenizer_task.TokenizerConfig(**tokenizer.model)
-    return MaskGITConfig(
-        num_tokens=sizes.num_tokens,
-        codebook_size=sizes.codebook_size,
-        cond_vocab=conditioning.vocab_size,
-        cond_length=max(conditioning.length, 1),
-        **config.model,
-    )
+    own, form = dict(config.model), config.model.get("form", "ours")
+    own.pop("form", None)
+    grid = {"num_tokens": sizes.num_tokens, "codebook_size": sizes.codebook_size}
+    if form == "port":
+        if conditioning.kind != "class":
+            raise UserError(f"model.form=port is conditioned on classes, and {config.data.name} has captions")
+        return PortConfig(**grid, num_classes=conditioning.vocab_size - 1, **own)
+    if form != "ours":
+        raise unknown("model.form", form, ("ours", "port"))
+    return MaskGITConfig(**grid, cond_vocab=conditioning.vocab_size, cond_length=max(conditioning.length, 1), **own)
 
 
-def generator(config: MaskGITConfig) -> Generator:
-    """Wrap a MaskGIT of these sizes."""
-    model = MaskGIT(config)
+def network(config: MaskGITConfig | PortConfig) -> nn.Module:
+    """The module of these sizes."""
+    return MaskGITPort(config) if isinstance(config, PortConfig) else MaskGIT(config)
+
+
+def generator(config: MaskGITConfig | PortConfig) -> Generator:
+    """Wrap a network of these sizes."""
+    model = network(config)
     return Generator(
         logits=lambda p: lambda ids, timestep, cond: model.apply(p, ids, cond),
         features=lambda p: lambda ids, timestep, cond: model.apply(p, ids, cond, method="features"),
         head=lambda p: lambda features: model.apply(p, features, method="logits"),
+        controls=lambda p: lambda ids, positions: model.apply(p, ids, positions, method="controls"),
     )
 
 

@@ -16,7 +16,6 @@ from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.studio import Studio
 from maskrl_jax.evaluate.systems import fixed_program, fixed_system
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys
-from maskrl_jax.models.maskgit import MaskGIT
 from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling.draws import commit_top
@@ -57,7 +56,7 @@ class Wiring:
         self.tokens = tokenizer_task.TokenizerConfig(**config.parents.tokenizer.model)
         self.codec = tokenizer_task.codec(self.tokens, None)
         self.sizes = generators.model_config(config, config.parents.tokenizer, conditioning)
-        self.model = MaskGIT(self.sizes)
+        self.model = generators.network(self.sizes)
         self.null = conditioning.null
         settings = Evaluation(**config.evaluation)
         generators.check_steps(

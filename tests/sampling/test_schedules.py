@@ -1,9 +1,12 @@
 """Host tables of counts, guidance and order against the numbers of the specifications."""
 
+import re
+
+import fixtures
 import numpy as np
 import pytest
 
-from maskrl_jax.sampling import schedules
+from maskrl_jax.sampling import refresh, schedules
 from maskrl_jax.sampling.clock import Clock, next_masked
 
 
@@ -111,3 +114,47 @@ def test_halton_order_of_the_specification(side, first):
 @pytest.mark.parametrize("side", [1, 8, 16])
 def test_halton_order_visits_every_cell_once(side):
     np.testing.assert_array_equal(np.sort(schedules.halton_order(side)), np.arange(side * side))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "counts"),
+    [
+        (256, "1 18 26 32 38 43 48 50"),
+        (256, "1 7 9 12 13 15 17 18 20 21 22 24 25 26 26"),
+        (1024, "1 26 38 46 54 61 67 73 79 84 89 94 99 104 109"),
+        (1024, "1 72 103 128 150 171 190 209"),
+        (1024, "1 60 85 106 123 140 155 170 184"),
+        (
+            1024,
+            "1 8 12 14 17 19 20 22 24 25 27 28 29 31 32 33 34 36 37 38 39 40 41 42 43 44 45 47 48 49 50 49",
+        ),
+    ],
+)
+def test_published_increments(num_tokens, counts):
+    wanted = [int(count) for count in counts.split()]
+    np.testing.assert_array_equal(schedules.increments("arccos", num_tokens, len(wanted)), wanted)
+
+
+@fixtures.every_configuration("maskgit_pt_schedule")
+def test_increments_and_full_steps_of_the_official_code(folder):
+    *_, outputs = fixtures.load(folder)
+    seen = 0
+    for name, table in outputs.items():
+        if found := re.fullmatch(r"tokens(\d+)_steps(\d+)_(\w+)", name):
+            np.testing.assert_array_equal(schedules.increments(found[3], int(found[1]), int(found[2])), table, name)
+        elif found := re.fullmatch(r"full_step_flags_steps(\d+)_budget(\d+)", name):
+            steps = refresh.even_steps(int(found[1]), int(found[2]))
+            np.testing.assert_array_equal(np.flatnonzero(table), steps, name)
+        elif found := re.fullmatch(r"get_mask_ratio_steps(\d+)", name):
+            left = 1 - np.cumsum(schedules.increments("arccos", 1024, int(found[1])))[:-1] / 1024
+            np.testing.assert_allclose(table, left, atol=1e-6)
+        else:
+            continue
+        seen += 1
+    assert seen == len(outputs)
+
+
+@pytest.mark.parametrize("bad", [("sine", 16, 4), ("arccos", 16, 0), ("linear", 4, 8)])
+def test_increments_that_cannot_be_are_refused(bad):
+    with pytest.raises(ValueError, match="schedule|num_steps"):
+        schedules.increments(*bad)

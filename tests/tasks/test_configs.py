@@ -14,7 +14,7 @@ from maskrl_jax import runner
 from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.parallel import Parallel
 
-NAMES = ("tokenizer", "judge", "maskgit", "speed_rl", "mask_grpo", "maskfocus")
+NAMES = ("tokenizer", "judge", "maskgit", "speed_rl", "mask_grpo", "maskfocus", "shortcut")
 MODULES = {name: importlib.import_module(f"configs.{name}") for name in NAMES}
 RUNNABLE = [(name, argument) for name in NAMES for argument in MODULES[name].STEPS]
 
@@ -37,7 +37,7 @@ def trace(config):
 @pytest.mark.parametrize(("name", "argument"), RUNNABLE)
 def test_a_config_loads_passes_the_check_and_traces(name, argument):
     config = MODULES[name].get_config(argument)
-    if argument == "meissonic":  # its 76 blocks are alike, and take half a minute to trace
+    if argument in ("meissonic", "maskgit512"):  # their blocks are alike, and take long to trace
         config.parents.maskgit.model.depth = 2
     assert config.name == f"configs/{name}.py" + (f":{argument}" if argument else "")
     assert config.task == name and config.num_steps == MODULES[name].STEPS[argument]
@@ -60,7 +60,9 @@ def test_reads_are_recorded_by_place():
     assert reads.paths("toy") == ({"task", "a", "b.c", "b.d"}, {"task", "b.c"})
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "judge", "maskgit", "speed_rl"])  # the others: test_quality.py
+@pytest.mark.parametrize(
+    "stage", ["tokenizer", "judge", "maskgit", "speed_rl"]
+)  # the others: test_quality.py, test_shortcut.py
 def test_a_run_reads_every_key_of_its_config(trained, stage):
     every, read = trained.reads.paths(stage)
     assert len(every) > 20

@@ -1,0 +1,105 @@
+"""MIGM-Shortcut: the base runs now and then, a light network moves its feature between (arXiv 2602.23996).
+
+python -m maskrl_jax.main --config=configs/shortcut.py           # embedded task
+python -m maskrl_jax.main --config=configs/shortcut.py:smoke     # a few updates of everything: does it run?
+python -m maskrl_jax.main --config=configs/shortcut.py:maskgit512 --dry_run=v5e:4x4   # published scale, compile only
+
+specs/shortcut.md says which numbers are published; those of the embedded task are our choice.
+"""
+
+from configs import maskgit, sizes
+
+STEPS = {"": 60, "smoke": 3, "maskgit512": 780}
+
+
+def get_config(arg: str = ""):
+    """Sizes: default, `smoke`; `maskgit512` holds the published-scale settings."""
+    sizes.check(arg, tuple(STEPS))
+    return published_scale() if arg == "maskgit512" else embedded(arg)
+
+
+def embedded(arg: str):
+    """The embedded task."""
+    smoke = arg == "smoke"
+    base = maskgit.get_config("smoke" if smoke else "")
+    steps = 4 if smoke else 24
+    return sizes.run(
+        "shortcut",
+        "configs/shortcut.py" + (f":{arg}" if arg else ""),
+        num_steps=STEPS[arg],  # buffers of rollouts
+        batch_size=8 if smoke else 32,  # rollouts of a buffer
+        log_every=1 if smoke else 2,
+        save_every=20,
+        parents={"tokenizer": base.parents.tokenizer, "judge": base.parents.judge, "maskgit": base},
+        init={"tokenizer": "", "judge": "", "maskgit": ""},
+        data={"name": "shapes", "text_length": 8},
+        model={
+            "ratio": 2.0,
+            "n_block": 1,
+            "heads": 2 if smoke else 4,
+            "embed_t": True,
+            "controls": True,  # False: the ablation without the revealed tokens
+            "kv_prenorm": False,  # as published
+            "zero_init_out": True,
+        },
+        teacher={"num_steps": (steps,), "pairs": 2, "epochs": 1},
+        loss={"positions": "masked", "kl": 0.0, "kl_temperature": 1.0, "chain": 1, "through": True},
+        optimizer=optimizer(smoke),
+        curve={
+            "num_steps": steps,
+            "budgets": (2, 3) if smoke else (6, 8, 12),
+            "beside": ("frozen",),
+            "calibration": 8 if smoke else 32,
+            "longest": 6,
+        },
+        evaluation=evaluation(arg),
+    )
+
+
+def optimizer(smoke: bool = False) -> dict:
+    """AdamW; the moving average is what is sampled with."""
+    return {
+        "name": "adamw",
+        "learning_rate": 1e-3,
+        "b1": 0.9,
+        "b2": 0.999,
+        "weight_decay": 0.01,
+        "warmup_steps": 2 if smoke else 50,
+        "decay": "cosine",
+        "decay_steps": 0,  # over the whole run
+        "ema_decay": 0.99,
+    }
+
+
+def evaluation(arg: str) -> dict:
+    """How much the report measures: as of the base, whose curve is then measured once."""
+    own = maskgit.evaluation("smoke" if arg == "smoke" else "")
+    return {**own, "goal": 1.67, "timing_repeats": 0 if arg == "smoke" else 5}
+
+
+def published_scale():
+    """MaskGIT at 512 pixels (form A) with the published network and optimiser; serves --dry_run until weights load.
+
+    The published training draws 50,000 images once; here 780 buffers of 64 are as many.
+    """
+    config = embedded("")
+    config.name = "configs/shortcut.py:maskgit512"
+    config.num_steps, config.batch_size, config.log_every, config.save_every = STEPS["maskgit512"], 64, 1, 50
+    base = config.parents.maskgit
+    for tokenizer in (config.parents.tokenizer, base.parents.tokenizer):
+        tokenizer.model.update({"image_size": 512, "patch": 16, "codebook_size": 1024, "code_width": 256})
+    for data in (config.data, base.data):
+        data.name = "imagenet2012"
+    for judge in (config.parents.judge, base.parents.judge):
+        judge.data.name, judge.data.image_size, judge.model.patch = "imagenet2012", 512, 64
+    base.model = {"form": "port", "width": 768, "depth": 24, "heads": 16, "mlp_width": 3072}
+    base.model.update({"remat": True, "dtype": "bfloat16"})
+    base.sampler.update({"num_steps": 15, "max_steps": 32, "schedule": "arccos", "gumbel": 7.0, "temperature": 1.0})
+    base.sampler.update({"guidance": 3.8, "guidance_schedule": "linear"})
+    base.evaluation.update({"steps": (8, 9, 11, 13, 15, 32), "glance_steps": 15})
+    config.model.update({"heads": 16, "zero_init_out": False})
+    config.teacher.update({"num_steps": (15,), "pairs": 1})
+    config.optimizer.update({"learning_rate": 3e-4, "warmup_steps": 500, "ema_decay": 0.999})
+    config.curve.update({"num_steps": 15, "budgets": (7, 8)})
+    config.evaluation.update({"steps": (8, 9, 11, 13, 15), "batch_size": 128})
+    return config

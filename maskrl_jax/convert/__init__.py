@@ -1,0 +1,1 @@
+"""Other implementations' weights as our parameter trees, one family per file. Pure: arrays in, arrays out."""

@@ -1,0 +1,223 @@
+"""Stage `shortcut`: a light network learns to move a frozen base's feature from one sampling step to the next.
+
+MIGM-Shortcut (arXiv 2602.23996); specs/shortcut.md says what of it is published, what is read from the official code
+and what is our choice. The base rolls out on the device while the shortcut trains: nothing is written but checkpoints.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskrl_jax import state as train_state
+from maskrl_jax.data.batches import positions_at
+from maskrl_jax.data.dataset import Conditioning, conditioning_of
+from maskrl_jax.distill.feature_shortcut import Buffer, ShortcutLoss, Student, branch_and_step, loss, pair_slots
+from maskrl_jax.errors import UserError
+from maskrl_jax.evaluate.bench import read_sampler
+from maskrl_jax.keys import ROLLOUT, TRAIN, sample_keys
+from maskrl_jax.models.shortcut import Shortcut, ShortcutConfig
+from maskrl_jax.parallel import Axis, mean_gradients
+from maskrl_jax.phase import Phase
+from maskrl_jax.sampling import maskgit
+from maskrl_jax.sampling.maskgit import Plan, SamplerConfig, make_plan
+from maskrl_jax.sampling.shortcut import Controls, Parts, branches, most_controls, predict_fully
+from maskrl_jax.tasks import checks, generators
+from maskrl_jax.tasks import maskgit as maskgit_task
+from maskrl_jax.tasks.shortcut_gallery import ShortcutGallery
+from maskrl_jax.tasks.task import Context, Task
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The rollouts that a shortcut learns from.
+
+    num_steps: N; several, and a rollout takes one after the other (mixed N, extension 2, our choice).
+    pairs: of each sample in a minibatch.
+    epochs: times that a buffer is gone through before it is filled anew.
+    """
+
+    num_steps: tuple[int, ...] = (24,)
+    pairs: int = 2
+    epochs: int = 1
+
+    def __post_init__(self):
+        object.__setattr__(self, "num_steps", tuple(self.num_steps))
+        if not self.num_steps or min(self.num_steps) < 2:
+            raise ValueError(f"teacher.num_steps {self.num_steps} needs numbers of steps of at least 2")
+        if self.pairs < 1 or self.epochs < 1:
+            raise ValueError(f"teacher.pairs {self.pairs} and epochs {self.epochs} must be at least 1")
+
+    @property
+    def longest(self) -> int:
+        return max(self.num_steps)
+
+
+class Wiring:
+    """The stage's pure functions, closed over its static configuration and the base's sampler."""
+
+    def __init__(self, config: Any, conditioning: Conditioning, sampler: SamplerConfig):
+        base = config.parents.maskgit
+        self.config, self.null, self.sampler = config, conditioning.null, sampler
+        checks.same_tokenizer(config.parents.tokenizer, base.parents.tokenizer)
+        checks.same_data(config)
+        self.sizes = generators.model_config(base, base.parents.tokenizer, conditioning)
+        self.base = generators.generator(self.sizes)
+        self.teacher, self.loss = Teacher(**config.teacher), ShortcutLoss(**config.loss)
+        self.network = Shortcut(ShortcutConfig(width=self.sizes.width, **config.model))
+        if self.loss.chain >= self.teacher.longest:
+            raise UserError(f"loss.chain {self.loss.chain} exceeds the {self.teacher.longest - 1} pairs of a rollout")
+        self.branches = 2 if sampler.guidance != 1.0 else 1
+        self.count = self.branches * (self.teacher.longest - 1)
+        if self.teacher.pairs > self.count:
+            raise UserError(f"teacher.pairs {self.teacher.pairs} exceeds the {self.count} pairs of a sample")
+        self.batches = self.teacher.epochs * (self.count // self.teacher.pairs)
+        self.plans = [self.plan(steps) for steps in self.teacher.num_steps]
+        self.most = max(most_controls(plan, self.sizes.num_tokens) for plan in self.plans)
+        self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps * self.batches)
+        self.tx = train_state.make_optimizer(self.optimizer)
+
+    def plan(self, num_steps: int) -> Plan:
+        """The base's sampler at a number of steps; all plans share their shapes with the longest of training."""
+        longest = max(self.teacher.longest, num_steps)
+        return make_plan(
+            dataclasses.replace(self.sampler, num_steps=num_steps, max_steps=longest), self.sizes.num_tokens
+        )
+
+    def init(self, key: Array) -> train_state.TrainState:
+        """Fresh weights; with `zero_init_out` a network that leaves the feature as it is."""
+        features = jax.ShapeDtypeStruct((1, self.sizes.num_tokens, self.sizes.width), jnp.float32)
+        controls = jnp.zeros((1, self.most, self.sizes.width))
+        valid, share = jnp.ones((1, self.most), bool), jnp.ones((1,))
+        params = self.network.init(key, jnp.zeros(features.shape), controls, valid, share)
+        return train_state.create(params, self.tx)
+
+    def advance(self, params: Any, base_params: Any):
+        """The network as a function of (features, controls, masked share)."""
+
+        def fn(features: Array, controls: Controls, share_b: Array) -> Array:
+            embedded = self.base.controls(base_params)(controls.ids, controls.positions)
+            return self.network.apply(params, features, embedded, controls.valid, share_b)
+
+        return fn
+
+    def parts(self, params: Any, base_params: Any) -> Parts:
+        """What sampling with the shortcut needs."""
+        return Parts(self.base.features(base_params), self.base.head(base_params), self.advance(params, base_params))
+
+    def student(self, base_params: Any) -> Student:
+        """The network as what is trained."""
+        return Student(
+            advance=lambda params, *state: self.advance(params, base_params)(*state),
+            head=self.base.head(base_params),
+            num_tokens=self.sizes.num_tokens,
+            most=self.most,
+        )
+
+    def rollout(self, base_params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
+        """Sample with the base alone and keep the feature of every step; per-sample outputs."""
+        keys_B = sample_keys(self.config.seed, ROLLOUT, batch["round"][0], batch["index"])
+        return self.teach(base_params, frozen["plan"], keys_B, batch["cond"])
+
+    def teach(self, base_params: Any, plan: Plan, keys_B: Array, cond: Array) -> dict:
+        """A rollout of the base from empty grids: features [B,branches,S,T,D] of every step, ids, commit steps."""
+        rows = len(keys_B)
+        empty = jnp.full((rows, self.sizes.num_tokens), self.sizes.mask_id, jnp.int32)
+        parts = Parts(self.base.features(base_params), self.base.head(base_params), None)
+        predict, kept = predict_fully(parts, cond, self.null, plan, empty)
+        rollout, features_SbTD = maskgit.fill(predict, kept, keys_B, plan, empty, self.sizes.mask_id)
+        steps, _, *rest = features_SbTD.shape
+        by_branch = features_SbTD.reshape(steps, branches(plan), rows, *rest)
+        return {
+            "features": jnp.transpose(by_branch, (2, 1, 0, 3, 4)),
+            "ids": rollout.ids,
+            "commit_step": rollout.commit_step,
+        }
+
+    def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
+        """All minibatches of a buffer, one optimizer step each; the state's step counts buffers."""
+        first = state
+        buffer = Buffer(batch["features"], batch["ids"], batch["commit_step"])
+        student, num_steps = self.student(frozen["base"]), frozen["plan"].num_steps
+        keys_B = sample_keys(self.config.seed, TRAIN, batch["round"][0], batch["index"])
+        slots_MBp = pair_slots(keys_B, self.teacher.pairs, self.count, self.teacher.epochs)
+
+        def minibatch(state, slots):
+            branch, step = branch_and_step(slots, self.branches, num_steps)
+
+            def objective(params):
+                return loss(self.loss, student, params, buffer, branch, step, num_steps)
+
+            (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+            grads = mean_gradients(grads, metrics["loss"][1], axis)
+            state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
+            return state, (metrics, info)
+
+        # Averages and warm-ups count minibatches, the loop counts buffers.
+        state, (metrics, infos) = jax.lax.scan(minibatch, state.replace(step=state.step * len(slots_MBp)), slots_MBp)
+        sums = axis.all_reduce(jax.tree.map(lambda x: x.sum(0), metrics))
+        values = {f"train/{name}": value for name, value in sums.items()}
+        values |= {f"train/{name}": (x.sum(), jnp.float32(len(x))) for name, x in infos.items()}
+        return state.replace(step=first.step + 1), values
+
+
+def phases(config: Any, parallel: Any) -> list[Phase]:
+    """What the stage compiles, with abstract arguments (for the dry run)."""
+    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    wiring = Wiring(config, conditioning, SamplerConfig(**config.parents.maskgit.sampler))
+    parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
+    base = maskgit_task.abstract_params(config.parents.maskgit, conditioning)
+    whole = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+    request = {"cond": jax.ShapeDtypeStruct((config.batch_size, *conditioning.null.shape), jnp.int32)}
+    request |= {"index": whole, "round": whole}
+    frozen = {"plan": jax.eval_shape(lambda: jax.tree.map(jnp.asarray, wiring.plans[0]))}
+    made = jax.eval_shape(functools.partial(wiring.rollout, axis=Axis(1)), base, frozen, request)
+    state = jax.eval_shape(wiring.init, jax.random.key(0))
+    learn = made | {"index": whole, "round": whole}
+    return [
+        Phase("rollout", wiring.rollout, (base, frozen, request), kind="map", loop_trips=wiring.teacher.longest),
+        Phase("update", wiring.update, (state, frozen | {"base": base}, learn), kind="update"),
+    ]
+
+
+def build(context: Context) -> Task:
+    """Wire the stage: the base rolls out, the shortcut learns from it."""
+    config, parallel = context.config, context.parallel
+    train = generators.dataset_of(context, "train")
+    base = context.parents["maskgit"]
+    checks.same_codes({name: parent.workdir for name, parent in context.parents.items()})
+    sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
+    wiring = Wiring(config, train.conditioning, sampler)
+    pool, rows = train.pool(held_out=False), parallel.rows(config.batch_size)
+    base_params = parallel.replicate(base.params)
+    plans = [parallel.replicate(plan) for plan in wiring.plans]
+    roll_out, update = parallel.map(wiring.rollout), parallel.update(wiring.update)
+    engine = generators.engine_of(context, wiring.sizes, wiring.null)
+    gallery = ShortcutGallery(context, wiring, engine, base_params)
+
+    def batch(step):
+        positions, samples = positions_at(len(pool), step, config.batch_size, slice(0, config.batch_size), config.seed)
+        return {
+            "cond": pool[positions][rows],
+            "index": (samples % 2**31).astype(np.int32)[rows],
+            "round": np.full(config.batch_size, step, np.int32)[rows],
+        }
+
+    def step(state, batch):
+        plan = plans[int(batch["round"][0]) % len(plans)]
+        made = roll_out(base_params, {"plan": plan}, batch)
+        learn = made | {name: batch[name] for name in ("index", "round")}
+        return update(state, {"plan": plan, "base": base_params}, learn)
+
+    return Task(
+        init=lambda key: parallel.init(wiring.init, key),
+        batch=batch,
+        step=step,
+        evaluate=gallery.evaluate,
+        report=gallery.report,
+    )

@@ -1,0 +1,323 @@
+"""What stage `shortcut` measures and shows: the base at fewer steps and the base with its shortcut, on one time axis."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskrl_jax.distill.feature_shortcut import Buffer, open_loop
+from maskrl_jax.errors import UserError
+from maskrl_jax.evaluate import curve, latency, shortcut_figures, tables
+from maskrl_jax.evaluate.bench import CHOICE, Bench, tuning_notes
+from maskrl_jax.evaluate.illustrate import Illustration
+from maskrl_jax.evaluate.measure import System
+from maskrl_jax.evaluate.report import Findings
+from maskrl_jax.evaluate.systems import Engine, fixed_program, fixed_system, shortcut_program, shortcut_system
+from maskrl_jax.evaluate.timing import Spread
+from maskrl_jax.keys import EVALUATE, sample_keys
+from maskrl_jax.sampling import maskgit, refresh
+from maskrl_jax.sampling.refresh import Refresh
+from maskrl_jax.sampling.shortcut import Parts, most_controls
+from maskrl_jax.tasks import generators
+from maskrl_jax.tasks.task import Context
+
+LABELS = {
+    "shortcut": "base with its shortcut",
+    "frozen": "frozen feature",
+    "linear": "linear extrapolation",
+    "calibrated": "shortcut, calibrated steps",
+    "adaptive": "shortcut, adaptive refresh",
+}
+CAPTIONS = {
+    "quality_vs_time": "Quality against the measured time of the sampling loop (no decoding), one image of a batch.",
+    "drift": "How far a feature is from the full model's: one step after a full one, and by steps since then.",
+    "budget": "Which steps run the full model, and what the steps of a setting cost an image.",
+}
+NOTES = (
+    "Published numbers are of MaskGIT on ImageNet and of Lumina-DiMOO; no parity is claimed.",
+    "Calls are in units of one step of the base: a shortcut step counts as the share of its time that it takes here.",
+)
+BISECTIONS = 10  # of the drift at which an adaptive refresh runs the full model
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The points of a shortcut.
+
+    num_steps: N. budgets: numbers of full steps B. beside: what is measured next to the shortcut, of `LABELS`.
+    calibration: samples, of training prompts, that calibrated sets of steps and thresholds are found on.
+    longest: most shortcut steps in a row of an adaptive refresh.
+    """
+
+    num_steps: int = 24
+    budgets: tuple[int, ...] = (8, 12)
+    beside: tuple[str, ...] = ("frozen",)
+    calibration: int = 32
+    longest: int = 6
+
+    def __post_init__(self):
+        for name in ("budgets", "beside"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
+            raise UserError(f"curve.budgets {self.budgets} must rise and hold at least one number of full steps")
+        for budget in self.budgets:
+            refresh.even_steps(self.num_steps, budget)  # ValueError for one beyond num_steps
+        unknown = set(self.beside) - set(LABELS) | {"shortcut"} & set(self.beside)
+        if unknown:
+            raise UserError(f"curve.beside {sorted(unknown)} is not among {', '.join(list(LABELS)[1:])}")
+        if self.calibration < 1 or self.longest < 1:
+            raise UserError("curve.calibration and curve.longest must be at least 1")
+
+
+class ShortcutGallery:
+    """Systems of a base and its shortcut, their times, and the report."""
+
+    def __init__(self, context: Context, wiring: Any, engine: Engine, base_params: Any):
+        self.context, self.config, self.wiring, self.engine = context, context.config, wiring, engine
+        self.curve, self.base_params = Curve(**context.config.curve), base_params
+        self.plan = wiring.plan(self.curve.num_steps)
+        self.most = most_controls(self.plan, engine.num_tokens)
+        system = fixed_system(engine, fixed_program(engine), base_params, wiring.sampler, "base", "base")
+        self.base = generators.kept(system, context.parents, str(wiring.sampler))
+
+    @functools.cached_property
+    def bench(self) -> Bench:
+        """Made when first needed: it reads the held-out pictures."""
+        return generators.bench_of(self.context)
+
+    # Systems
+
+    def parts_of(self, kind: str) -> Callable[[Any], Parts]:
+        """Parts of a kind's sampling, of parameters {"base", "shortcut"}."""
+
+        def parts(params):
+            own = self.wiring.parts(params["shortcut"], params["base"])
+            return dataclasses.replace(own, advance=lambda f, *_: f) if kind == "frozen" else own
+
+        return parts
+
+    def program(self, kind: str, pictures: bool = True) -> Callable:
+        """Compiled sampling of a kind; those that differ in their full steps alone share it."""
+        return self._program(kind if kind in ("frozen", "linear") else "shortcut", pictures)
+
+    @functools.cache  # noqa: B019 - as many entries as kinds, for the life of the gallery
+    def _program(self, kind, pictures):
+        extrapolate = kind == "linear"
+        return shortcut_program(self.engine, self.parts_of(kind), self.most, extrapolate=extrapolate, pictures=pictures)
+
+    def system(self, params: Any, kind: str, refresh_of: Callable[[float], Refresh], step_cost: float) -> System:
+        """A kind as a system; its setting is the number of full steps."""
+        both = {"base": self.base_params, "shortcut": params}
+        return shortcut_system(
+            self.engine, self.program(kind), both, self.plan, refresh_of, step_cost, kind, LABELS[kind]
+        )
+
+    def evenly(self, budget: float) -> Refresh:
+        """The official set of full steps."""
+        return self._scheduled(refresh.even_steps(self.curve.num_steps, int(budget)))
+
+    def _scheduled(self, steps):
+        return refresh.scheduled(steps, len(self.plan.masked_after))
+
+    def refreshes(self, kind: str, params: Any, error_AK: np.ndarray) -> Callable[[float], Refresh]:
+        """When a kind runs the full model, by its setting."""
+        if kind == "calibrated":
+            left = np.concatenate([[self.engine.num_tokens], self.plan.masked_after])
+            counts = (left[:-1] - left[1:])[: self.curve.num_steps]
+            return lambda budget: self._scheduled(refresh.calibrated_steps(error_AK, counts, int(budget)))
+        if kind == "adaptive":
+            return functools.cache(lambda budget: self._adaptive(params, budget))
+        return self.evenly
+
+    def _adaptive(self, params, budget):
+        """The threshold of drift whose rollouts take about `budget` full steps, on training prompts."""
+        conds = self._calibration_prompts(self.bench.settings.batch_size)
+        low, high = 1e-4, 1e2
+        for _ in range(BISECTIONS):
+            middle = math.sqrt(low * high)
+            asks = refresh.adaptive(middle, self.curve.longest, self.curve.num_steps, len(self.plan.masked_after))
+            made = self.system(params, "adaptive", lambda _, asks=asks: asks, 0.0).generate(
+                budget, conds, np.arange(len(conds), dtype=np.int32), self.bench.settings.seed + 1
+            )
+            low, high = (middle, high) if made.calls.mean() > budget else (low, middle)
+        return refresh.adaptive(high, self.curve.longest, self.curve.num_steps, len(self.plan.masked_after))
+
+    def _calibration_prompts(self, count):
+        data = self.bench.dataset
+        return data.encode(list(data.prompts(count, self.bench.settings.seed + 1, held_out=False)))
+
+    # Drift
+
+    @functools.cached_property
+    def calibration(self) -> Buffer:
+        """Rollouts of the base on training prompts, at the steps of the curve."""
+        devices = self.engine.parallel.num_devices
+        count = -(-self.curve.calibration // devices) * devices
+        rows = self.engine.parallel.rows(count)
+        cond = self._calibration_prompts(count)
+
+        def program(base, frozen, batch, axis):
+            keys_B = sample_keys(0, EVALUATE, 0, batch["index"])
+            return self.wiring.teach(base, frozen["plan"], keys_B, batch["cond"])
+
+        made = self.engine.parallel.map(program)(
+            self.base_params,
+            {"plan": self.plan},
+            {"cond": cond[rows], "index": np.arange(count, dtype=np.int32)[rows]},
+        )
+        return Buffer(**self.engine.parallel.gather(made))
+
+    def drift(self, params: Any, frozen: bool = False) -> dict[str, np.ndarray]:
+        """Mean errors [N, N] at (full step, steps since): see `open_loop`."""
+        buffer, plan = self.calibration, self.plan
+        student = dataclasses.replace(self.wiring.student(self.base_params), most=self.most)
+
+        @jax.jit
+        def errors(params, buffer):
+            return open_loop(student, params, buffer, jnp.asarray(plan.guidance), plan.num_steps, frozen)
+
+        sums = jax.device_get(errors(params, jax.tree.map(jnp.asarray, buffer)))
+        steps = self.curve.num_steps
+        return {name: value[:steps, :steps] / len(buffer.ids) for name, value in sums.items()}
+
+    # Time
+
+    def times(self, params: Any, settings: dict[str, Callable[[float], Refresh]]) -> dict[tuple[str, float], Spread]:
+        """Seconds of one batch's sampling loop, without decoding: the base by steps, every kind by budget.
+
+        Each kind also with one full step and with all of them full, which is what its steps cost.
+        """
+        engine, size = self.engine, self.bench.settings.batch_size
+        cond = self._calibration_prompts(size)
+        rows = engine.parallel.rows(size)
+        both = {"base": self.base_params, "shortcut": params}
+
+        def plain(p, frozen, batch, axis):
+            keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
+            empty = jnp.full((len(keys_B), engine.num_tokens), engine.mask_id, jnp.int32)
+            plan = frozen["plan"]
+            return maskgit.decode(engine.logits(p), keys_B, batch["cond"], engine.null, plan, empty, engine.mask_id)
+
+        plain_program = engine.parallel.map(plain)
+
+        def run(program, own, frozen):
+            def once(repeat):
+                index = np.arange(size, dtype=np.int32) + 10_000 * (repeat + 1)
+                batch = {"cond": cond, "index": index, "seed": np.zeros(size, np.int32)}
+                return program(own, frozen, {name: x[rows] for name, x in batch.items()})
+
+            return once
+
+        runs = {}
+        for steps in sorted({*self.bench.settings.steps, self.curve.num_steps}):
+            runs["base", steps] = run(plain_program, self.base_params, {"plan": self.wiring.plan(steps)})
+        for kind, refresh_of in settings.items():
+            for budget in (1, *self.curve.budgets):
+                asks = refresh_of(budget) if budget > 1 else self._scheduled([0])
+                frozen = {"plan": self.plan, "refresh": asks, "step_cost": np.float32(0)}
+                runs[kind, budget] = run(self.program(kind, pictures=False), both, frozen)
+        return latency.measure(runs)
+
+    def step_cost(self, seconds: dict[tuple[str, float], Spread], kind: str) -> float:
+        """c: time of a kind's shortcut step over that of a full step of the base (specs/shortcut.md section 10)."""
+        steps = self.curve.num_steps
+        full = seconds["base", steps].median / steps
+        return max((seconds[kind, 1].median - full) / max(steps - 1, 1) / full, 0.0)
+
+    # What the loop asks for
+
+    def evaluate(self, state: Any, step: int) -> tuple[dict, dict]:
+        """A glance at the shortcut at its middle budget; full steps alone count as calls."""
+        budget = self.curve.budgets[len(self.curve.budgets) // 2]
+        values, picture = self.bench.glance(self.system(state.ema, "shortcut", self.evenly, 0.0), budget)
+        return values, {"samples/grid": picture}
+
+    def report(self, params: Any) -> None:
+        """Times, curves of base and shortcut, drift, report.md."""
+        bench, config, wiring = self.bench, self.config, self.wiring
+        params = self.engine.parallel.replicate(params)
+        errors = {"shortcut": self.drift(params), "frozen feature": self.drift(params, frozen=True)}
+        kinds = {
+            kind: self.refreshes(kind, params, errors["shortcut"]["kl"]) for kind in ("shortcut", *self.curve.beside)
+        }
+        seconds = self.times(params, kinds)
+        costs = {kind: self.step_cost(seconds, kind) for kind in kinds}
+        systems = {kind: self.system(params, kind, asks, costs[kind]) for kind, asks in kinds.items()}
+        # The base at no less time than each budget, rounded in its favour, besides its own curve.
+        steps, cost = self.curve.num_steps, costs["shortcut"]
+        equal = {math.ceil(b + (steps - b) * cost) for b in self.curve.budgets}
+        base_points = bench.measure(self.base, sorted({*bench.settings.steps, *(n for n in equal if n < steps)}))
+        points = [*base_points]
+        for system in systems.values():
+            points += bench.measure(system, self.curve.budgets)
+        own = [point for point in points if point.system == "shortcut"]
+        found = curve.first_equal(own, base_points[-1:], bench.criteria())
+        timings = []
+        if bench.settings.timing_repeats:
+            setting = curve.of_the_verdict(found).setting
+            sizes = (self.engine.parallel.num_devices, bench.settings.batch_size)
+            timings = bench.time((self.base, bench.settings.reference), (systems["shortcut"], setting), sizes)
+        findings = Findings(
+            title=f"Feature shortcut on {config.data.name}",
+            config=config.name,
+            points=points,
+            reference=base_points[-1:],
+            criteria=bench.criteria(),
+            tuned="shortcut",
+            goal=bench.settings.goal,
+            trained_on=("features of the frozen base along its own rollouts",),
+            held_out=("every score", "the prompts (never trained on here; the base has seen their pictures)"),
+            notes=NOTES + tuning_notes(self.context.parents["maskgit"].workdir, bench.settings.reference),
+            timings=timings,
+        )
+        size = bench.settings.batch_size
+        full_ms = 1000 * seconds["base", steps].median / steps / size
+        pairs = wiring.batches * wiring.teacher.pairs * config.batch_size * config.num_steps
+        facts = {
+            "network calls": "steps of the base, its second branch of guidance not counted; a shortcut step counts as the "
+            "share below",
+            "sampler of all": f"{wiring.sampler.mode}, Gumbel {wiring.sampler.gumbel:g}, guidance "
+            f"{wiring.sampler.guidance:g}, temperature {wiring.sampler.temperature:g}, {wiring.sampler.schedule}",
+            "how it was chosen": CHOICE,
+            "shortcut steps": "cost "
+            + ", ".join(f"{c:.3f} ({LABELS[kind]})" for kind, c in costs.items())
+            + f" of a full step ({full_ms:.3f} ms an image in batches of {size}; sampling loop alone, median of "
+            f"{latency.REPEATS} runs after {latency.WARM_UP})",
+            "training": f"{config.num_steps * config.batch_size} rollouts of the base "
+            f"({'/'.join(map(str, wiring.teacher.num_steps))} steps), {config.num_steps * wiring.batches} updates, "
+            f"{pairs / 1e3:.0f} thousand pairs, seed {config.seed}",
+        }
+        bench.write(
+            findings,
+            config.num_steps,
+            facts,
+            lambda out: self._draw(out, points, seconds, kinds, errors, full_ms, cost),
+        )
+
+    def _draw(self, out, points, seconds, kinds, errors, full_ms, cost):
+        place, size = pathlib.Path(out, "figures"), self.bench.settings.batch_size
+        metrics = tables.headline_metrics(points)[:6]
+        rows = {
+            f"{LABELS[kind]}, {budget} full": asks(budget).full[: self.curve.num_steps].tolist()
+            for kind, asks in kinds.items()
+            if kind in ("shortcut", "calibrated")  # an adaptive refresh decides as it goes
+            for budget in self.curve.budgets
+        }
+        drawn = {
+            "quality_vs_time": shortcut_figures.quality_vs_time(
+                place / "quality_vs_time.png", points, seconds, metrics, size
+            ),
+            "drift": shortcut_figures.drift(place / "drift.png", errors),
+            "budget": shortcut_figures.budget(place / "budget.png", rows, full_ms, full_ms * cost),
+        }
+        return [
+            Illustration(f"figures/{name}.png", CAPTIONS[name], image)
+            for name, image in drawn.items()
+            if image is not None
+        ]

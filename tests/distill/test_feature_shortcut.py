@@ -1,0 +1,142 @@
+"""The loss of a feature shortcut, on numbers whose answer is known."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskrl_jax.distill import feature_shortcut
+from maskrl_jax.distill.feature_shortcut import Buffer, ShortcutLoss, Student
+
+B, BRANCHES, S, N, D, K = 3, 2, 4, 5, 2, 3
+STEPS = jnp.int32(S)
+
+
+@pytest.fixture
+def buffer():
+    """Features that count: f_s = s at every place, one more in the second branch; one or two tokens a step."""
+    level = np.arange(S, dtype=np.float32)[None, None, :, None, None] + np.arange(BRANCHES)[None, :, None, None, None]
+    features = np.broadcast_to(level, (B, BRANCHES, S, N, D)).astype(np.float32)
+    commit = np.array([0, 1, 1, 2, 3], np.uint8)
+    return Buffer(jnp.asarray(features), jnp.zeros((B, N), jnp.int32), jnp.asarray(np.tile(commit, (B, 1))))
+
+
+def student(step=0.0):
+    """Move every feature by a parameter."""
+    head = jnp.asarray(np.random.default_rng(0).normal(size=(D, K)), jnp.float32)
+    return Student(lambda p, f, controls, share: f + p + step, lambda f: f[:, :N] @ head, N, most=2)
+
+
+def every_pair():
+    """All pairs of each sample: (branch, step) int32 [B, branches * (S - 1)]."""
+    slots = jnp.tile(jnp.arange(BRANCHES * (S - 1))[None], (B, 1))
+    return feature_shortcut.branch_and_step(slots, BRANCHES, STEPS)
+
+
+def value(settings, params, buffer, who=None):
+    branch, step = every_pair()
+    total, metrics = feature_shortcut.loss(settings, who or student(), params, buffer, branch, step, STEPS)
+    return float(total), {name: float(s / w) for name, (s, w) in metrics.items()}
+
+
+@pytest.mark.parametrize("positions", ["masked", "all"])
+def test_the_loss_is_the_mean_square_of_what_is_left(buffer, positions):
+    """The true step is 1: a frozen feature is off by 1, half a step by a quarter."""
+    count = B * BRANCHES * (S - 1)
+    total, metrics = value(ShortcutLoss(positions=positions), jnp.float32(0.5), buffer)
+    assert total == pytest.approx(0.25 * count)
+    assert metrics == {"loss": pytest.approx(0.25), "mse": pytest.approx(0.25), "mse_frozen": pytest.approx(1.0)}
+
+
+def test_masked_positions_are_those_of_the_predicted_step(buffer):
+    """An error at the last committed place alone counts fully at the last step, by a third at the first."""
+    features = buffer.features.at[..., 4, :].add(jnp.asarray([0.0, 1.0, 0.0, 0.0])[None, None, :, None])
+    branch, step = (jnp.asarray(x)[None].repeat(B, 0) for x in ([0], [0]))
+    settings, other = ShortcutLoss(), dataclasses.replace(buffer, features=features)
+    total, _ = feature_shortcut.loss(settings, student(), jnp.float32(1.0), other, branch, step, STEPS)
+    assert float(total) == pytest.approx(B * 1 / 4)  # f_1 is off by 1 at one of the four places masked at step 1
+
+
+def test_a_chain_weighs_its_steps_alike_and_ends_with_the_rollout(buffer):
+    """With step p the error after k is k (1 - p); windows that leave the rollout count what is in it."""
+    p = 0.5
+    total, metrics = value(ShortcutLoss(chain=3), jnp.float32(p), buffer)
+    errors = [(k * (1 - p)) ** 2 for k in (1, 2, 3)]
+    by_start = [sum(errors[: S - 1 - s]) / 3 for s in range(S - 1)]
+    assert total == pytest.approx(B * BRANCHES * sum(by_start), rel=1e-5)
+    assert metrics["mse"] == pytest.approx(0.25)
+
+
+def test_a_stopped_gradient_ends_at_the_last_step(buffer):
+    grads = {}
+    for through in (True, False):
+        settings = ShortcutLoss(chain=2, through=through)
+        grads[through] = jax.grad(lambda p, s=settings: value_of(s, p, buffer))(jnp.float32(0.5))
+    # d/dp of ((1-p)^2 + (2 - 2p)^2) / 2: through -(1-p) - 4 (1-p); stopped -(1-p) - 2 (1-p).
+    pairs_two, pairs_one = B * BRANCHES * (S - 2), B * BRANCHES
+    assert float(grads[True]) == pytest.approx(-0.5 * (pairs_two + pairs_one) - 2.0 * pairs_two, rel=1e-5)
+    assert float(grads[False]) == pytest.approx(-0.5 * (pairs_two + pairs_one) - 1.0 * pairs_two, rel=1e-5)
+
+
+def value_of(settings, params, buffer):
+    branch, step = every_pair()
+    return feature_shortcut.loss(settings, student(), params, buffer, branch, step, STEPS)[0]
+
+
+def test_the_kl_is_that_of_the_logits(buffer):
+    settings = ShortcutLoss(kl=2.0, kl_temperature=3.0)
+    total, metrics = value(settings, jnp.float32(0.5), buffer)
+    branch, step = (np.asarray(x)[0] for x in every_pair())
+    wanted = []
+    for b, s in zip(branch, step, strict=True):
+        teacher, own = (
+            jax.nn.log_softmax(student().head(jnp.full((1, N, D), level)) / 3.0)[0, 0]
+            for level in (s + 1.0 + b, s + 0.5 + b)
+        )
+        wanted.append(9.0 * float((jnp.exp(teacher) * (teacher - own)).sum()))
+    assert metrics["kl"] == pytest.approx(np.mean(wanted), rel=1e-4)
+    assert total == pytest.approx(B * len(step) * (0.25 + 2.0 * np.mean(wanted)), rel=1e-4)
+
+
+def test_every_pair_is_dealt_once_an_epoch():
+    keys = jax.vmap(jax.random.key)(jnp.arange(B))
+    slots = np.asarray(feature_shortcut.pair_slots(keys, pairs=2, count=6, epochs=2))
+    assert slots.shape == (6, B, 2)
+    for epoch in (slots[:3], slots[3:]):
+        np.testing.assert_array_equal(np.sort(epoch.transpose(1, 0, 2).reshape(B, 6)), np.tile(np.arange(6), (B, 1)))
+    assert (slots[:3] != slots[3:]).any() and (slots[:, 0] != slots[:, 1]).any()
+
+
+def test_a_sample_s_pairs_do_not_depend_on_the_others():
+    keys = jax.vmap(jax.random.key)(jnp.arange(B))
+    whole = feature_shortcut.pair_slots(keys, 2, 6, 1)
+    np.testing.assert_array_equal(feature_shortcut.pair_slots(keys[1:], 2, 6, 1), whole[:, 1:])
+
+
+def test_branches_and_steps_of_a_shorter_rollout_exist():
+    slots = jnp.arange(BRANCHES * (S - 1))
+    branch, step = feature_shortcut.branch_and_step(slots, BRANCHES, jnp.int32(3))
+    assert set(np.asarray(step)) == {0, 1} and set(np.asarray(branch)) == {0, 1}
+
+
+def test_open_loop_errors_grow_as_the_steps_do(buffer):
+    guidance = jnp.ones(S)
+    found = feature_shortcut.open_loop(student(), jnp.float32(0.75), buffer, guidance, STEPS)
+    frozen = feature_shortcut.open_loop(student(), jnp.float32(0.75), buffer, guidance, STEPS, frozen=True)
+    for start in range(S):
+        for k in range(1, S):
+            inside = start + k < S
+            masked = inside  # there is something masked at every step but beyond the end
+            assert float(found["mse"][start, k]) == pytest.approx(B * (k * 0.25) ** 2 * masked, abs=1e-5)
+            assert float(frozen["mse"][start, k]) == pytest.approx(B * k**2 * masked, abs=1e-4)
+    perfect = feature_shortcut.open_loop(student(), jnp.float32(1.0), buffer, guidance, STEPS)
+    np.testing.assert_allclose(perfect["kl"], 0, atol=1e-5)
+    assert (np.asarray(frozen["kl"])[0, 1:] > 0).all()
+
+
+@pytest.mark.parametrize("bad", [{"positions": "none"}, {"chain": 0}, {"kl": -1.0}, {"kl_temperature": 0.0}])
+def test_settings_that_cannot_be_are_refused(bad):
+    with pytest.raises(ValueError, match="loss"):
+        ShortcutLoss(**bad)

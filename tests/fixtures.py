@@ -1,0 +1,35 @@
+"""Reference inputs and outputs of other implementations; `shared/fixtures/README.md` tells their layout.
+
+The root is the environment variable MASKRL_FIXTURES, by default ../shared/fixtures beside the repository.
+"""
+
+import json
+import os
+import pathlib
+
+import pytest
+from safetensors.numpy import load_file
+
+BESIDE = pathlib.Path(__file__).resolve().parents[2] / "shared" / "fixtures"
+ROOT = pathlib.Path(os.environ.get("MASKRL_FIXTURES") or BESIDE)
+
+
+def configurations(family: str) -> list[pathlib.Path]:
+    """Return the configuration folders of a family, sorted; none where the family is absent."""
+    return sorted(path.parent for path in ROOT.glob(f"{family}/*/config.json"))
+
+
+def every_configuration(family: str) -> pytest.MarkDecorator:
+    """Give a parity test the argument `folder`, once a configuration; one skipped case where there is none."""
+    cases = [pytest.param(folder, id=folder.name, marks=pytest.mark.parity) for folder in configurations(family)]
+    absent = pytest.mark.skip(reason=f"no configuration of {family} in {ROOT} (MASKRL_FIXTURES)")
+    return pytest.mark.parametrize(
+        "folder", cases or [pytest.param(None, id="absent", marks=[pytest.mark.parity, absent])]
+    )
+
+
+def load(folder: pathlib.Path) -> tuple[dict, dict, dict, dict]:
+    """Return (config, state, inputs, outputs); a file that a family does not have is an empty dict."""
+    files = (folder / f"{name}.safetensors" for name in ("state", "inputs", "outputs"))
+    state, inputs, outputs = (load_file(file) if file.exists() else {} for file in files)
+    return json.loads((folder / "config.json").read_text()), state, inputs, outputs

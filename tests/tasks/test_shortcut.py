@@ -1,0 +1,175 @@
+"""The shortcut stage on the tiny base: every option trains, a run leaves what it should, resume is exact."""
+
+import contextlib
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from config_reads import ConfigReads, field_uses
+from resumed import FIELDS, interrupted_and_resumed
+
+from maskrl_jax import runner
+from maskrl_jax.checkpoint import load_arrays
+from maskrl_jax.data import shapes
+from maskrl_jax.distill.feature_shortcut import ShortcutLoss
+from maskrl_jax.errors import UserError
+from maskrl_jax.evaluate import latency
+from maskrl_jax.models.shortcut import ShortcutConfig
+from maskrl_jax.parallel import Parallel
+from maskrl_jax.tasks import shortcut
+from maskrl_jax.tasks.shortcut import Teacher
+from maskrl_jax.tasks.shortcut_gallery import Curve
+from maskrl_jax.writers import read_metrics
+
+SETTINGS = (ShortcutConfig, ShortcutLoss, Teacher, Curve)
+BESIDE = ("frozen", "linear", "calibrated", "adaptive")
+VARIANTS = {
+    "a chain of two with its gradient stopped, all positions, KL": {
+        "loss.chain": 2,
+        "loss.through": False,
+        "loss.positions": "all",
+        "loss.kl": 0.1,
+        "loss.kl_temperature": 2.0,
+    },
+    "a chain of three": {"loss.chain": 3},
+    "several numbers of steps, a buffer used twice": {"teacher.num_steps": (4, 3), "teacher.epochs": 2},
+    "no controls, no time": {"model.controls": False, "model.embed_t": False, "model.kv_prenorm": True},
+    "two blocks, full width, no zero": {"model.n_block": 2, "model.ratio": 1.0, "model.zero_init_out": False},
+}
+
+
+def changed(changes):
+    config = tiny.get_config("shortcut")
+    for path, value in changes.items():
+        *places, key = path.split(".")
+        owner = config
+        for name in places:
+            owner = owner[name]
+        with owner.ignore_type():
+            owner[key] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(trained, tmp_path_factory):
+    """Train through the runner, with a report of every system: (workdir, reads, unused fields)."""
+    workdir, reads = tmp_path_factory.mktemp("shortcut") / "run", ConfigReads()
+    config = changed({"curve.beside": BESIDE, "evaluation.timing_repeats": 1})
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        alone = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda: alone)
+        patch.setattr(shapes, "SPLIT_SIZES", tiny.SPLIT_SIZES)
+        measure = latency.measure
+        patch.setattr(latency, "measure", lambda runs: measure(runs, warm_up=1, repeats=2))
+        stack.enter_context(reads.recorded())
+        unused = stack.enter_context(field_uses(*SETTINGS))
+        runner.run(config, str(workdir), trained.store)
+    return workdir, reads, unused
+
+
+def test_a_run_leaves_report_figures_and_every_tag(run):
+    workdir = run[0]
+    results = json.loads((workdir / "results.json").read_text())
+    systems = {point["system"] for point in results["points"]}
+    assert systems == {"base", "shortcut", *BESIDE}
+    points = [point for point in results["points"] if point["system"] == "shortcut"]
+    assert [point["setting"] for point in points] == [2, 3]
+    for point in points:  # full steps, and between none and all of the time of a full one for each other step
+        assert point["setting"] <= point["calls_mean"]
+    figures = {path.stem for path in (workdir / "figures").iterdir()}
+    assert {"quality_vs_calls", "quality_vs_time", "drift", "budget", "samples", "training"} <= figures
+    tags = {tag for line in read_metrics(str(workdir)) for tag in line}
+    assert tags >= {"train/loss", "train/mse", "train/mse_frozen", "train/grad_norm"}
+    report = (workdir / "report.md").read_text()
+    assert "linear extrapolation" in report and "of a full step" in report
+
+
+def test_a_run_writes_nothing_but_checkpoints_and_the_report(run):
+    names = {path.name.split(".")[0] for path in run[0].iterdir()}
+    kept = {"checkpoints", "config", "parents", "done", "metrics", "report", "results", "figures", "points", "samples"}
+    assert names - kept - {"events", "", "profile"} == set()
+
+
+def test_a_run_reads_every_key_of_its_config(run):
+    every, read = run[1].paths("shortcut")
+    assert len(every) > 20 and every - read == set()
+
+
+def test_every_field_of_the_settings_is_used(run):
+    assert {cls.__name__: fields for cls, fields in run[2].items() if fields - {"kl_temperature"}} == {}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_buffers_of_a_variant(build, variant):
+    config = changed(VARIANTS[variant])
+    task = build(config)
+    state = task.init(jax.random.key(0))
+    before = jax.device_get(state.params)
+    for step in range(2):
+        state, metrics = task.step(state, task.batch(step))
+    state, metrics = jax.device_get((state, metrics))
+    assert int(state.step) == 2 and int(state.bad_total) == 0
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: not np.array_equal(a, b), before, state.params)))
+    assert all(np.isfinite(value) for pair in metrics.values() for value in pair)
+    assert ("train/kl" in metrics) == (config.loss.kl > 0)
+
+
+def test_training_beats_the_frozen_feature(build):
+    """That is where it starts: with a zero output projection the network is the identity."""
+    config = changed({"optimizer.name": "adamw", "optimizer.learning_rate": 3e-3, "num_steps": 40})
+    task = build(config)
+    state, ratios = task.init(jax.random.key(0)), []
+    for step in range(40):
+        state, metrics = task.step(state, task.batch(step))
+        ratios.append(float(metrics["train/mse"][0]) / float(metrics["train/mse_frozen"][0]))
+    assert ratios[0] <= 1.0 + 1e-3 and np.mean(ratios[-5:]) < 0.9
+
+
+def test_the_loop_compiles_two_programs_once(build):
+    """Also where the number of steps changes from buffer to buffer."""
+    traces = {"rollout": 0, "update": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in traces:
+            original = getattr(shortcut.Wiring, name)
+
+            def counted(self, *arguments, name=name, original=original):
+                traces[name] += 1
+                return original(self, *arguments)
+
+            patch.setattr(shortcut.Wiring, name, counted)
+        task = build(changed({"teacher.num_steps": (4, 3, 2)}))
+        state = task.init(jax.random.key(0))
+        for step in range(4):
+            state, _ = task.step(state, task.batch(step))
+    assert traces == {"rollout": 1, "update": 1}
+
+
+def test_resume_equals_a_straight_run_bit_for_bit(trained, run, one_device, tmp_path):
+    config = changed({"curve.beside": BESIDE, "evaluation.timing_repeats": 1})
+    with one_device():
+        found = interrupted_and_resumed(config, str(tmp_path / "resumed"), trained.store)
+    jax.tree.map(np.testing.assert_array_equal, found, load_arrays(str(run[0]), FIELDS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher.num_steps": (1,)}, "needs numbers of steps of at least 2"),
+        ({"teacher.pairs": 0}, "teacher.pairs 0"),
+        ({"teacher.pairs": 99}, "exceeds the"),
+        ({"loss.chain": 4}, "loss.chain 4 exceeds the 3 pairs"),
+        ({"loss.positions": "some"}, "loss.positions 'some' is not one of masked, all"),
+        ({"loss.kl": -1.0}, "loss.kl -1.0 must be at least 0"),
+        ({"curve.budgets": (3, 2)}, "curve.budgets"),
+        ({"curve.budgets": (9,)}, "9 full steps must lie in 1..4"),
+        ({"curve.beside": ("shortcut",)}, "is not among frozen, linear, calibrated, adaptive"),
+        ({"model.heads": 3}, "not divisible by heads 3"),
+        ({"model.ratio": 0.5}, "ratio 0.5 must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(changes, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        shortcut.phases(changed(changes), Parallel("pmap", jax.devices()[:1]))
