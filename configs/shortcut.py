@@ -1,19 +1,20 @@
 """MIGM-Shortcut: the base runs now and then, a light network moves its feature between (arXiv 2602.23996).
 
 python -m maskrl_jax.main --config=configs/shortcut.py           # embedded task
+python -m maskrl_jax.main --config=configs/shortcut.py:speed_rl  # the same on a policy of configs/speed_rl.py
 python -m maskrl_jax.main --config=configs/shortcut.py:smoke     # a few updates of everything: does it run?
 python -m maskrl_jax.main --config=configs/shortcut.py:maskgit512 --dry_run=v5e:4x4   # published scale, compile only
 
 specs/shortcut.md says which numbers are published; those of the embedded task are our choice.
 """
 
-from configs import maskgit, sizes
+from configs import maskgit, sizes, speed_rl
 
-STEPS = {"": 60, "smoke": 3, "maskgit512": 780}
+STEPS = {"": 60, "speed_rl": 60, "smoke": 3, "maskgit512": 780}
 
 
 def get_config(arg: str = ""):
-    """Sizes: default, `smoke`; `maskgit512` holds the published-scale settings."""
+    """Sizes: default, `speed_rl` (on a tuned policy), `smoke`; `maskgit512` holds the published-scale settings."""
     sizes.check(arg, tuple(STEPS))
     return published_scale() if arg == "maskgit512" else embedded(arg)
 
@@ -23,6 +24,9 @@ def embedded(arg: str):
     smoke = arg == "smoke"
     base = maskgit.get_config("smoke" if smoke else "")
     steps = 4 if smoke else 24
+    parents = {"tokenizer": base.parents.tokenizer, "judge": base.parents.judge, "maskgit": base}
+    if arg == "speed_rl":
+        parents["speed_rl"] = speed_rl.get_config()
     return sizes.run(
         "shortcut",
         "configs/shortcut.py" + (f":{arg}" if arg else ""),
@@ -30,8 +34,8 @@ def embedded(arg: str):
         batch_size=8 if smoke else 32,  # rollouts of a buffer
         log_every=1 if smoke else 2,
         save_every=20,
-        parents={"tokenizer": base.parents.tokenizer, "judge": base.parents.judge, "maskgit": base},
-        init={"tokenizer": "", "judge": "", "maskgit": ""},
+        parents=parents,
+        init=dict.fromkeys(parents, ""),
         data={"name": "shapes", "text_length": 8},
         model={
             "ratio": 2.0,
@@ -91,7 +95,8 @@ def published_scale():
     for data in (config.data, base.data):
         data.name = "imagenet2012"
     for judge in (config.parents.judge, base.parents.judge):
-        judge.data.name, judge.data.image_size, judge.model.patch = "imagenet2012", 512, 64
+        judge.data.name, judge.data.image_size = "imagenet2012", 512
+        judge.model.update({"kind": "class", "num_classes": 1000, "patch": 64})
     base.model = {"form": "port", "width": 768, "depth": 24, "heads": 16, "mlp_width": 3072}
     base.model.update({"remat": True, "dtype": "bfloat16"})
     base.sampler.update({"num_steps": 15, "max_steps": 32, "schedule": "arccos", "gumbel": 7.0, "temperature": 1.0})

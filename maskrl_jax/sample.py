@@ -9,10 +9,11 @@ from maskrl_jax import command
 from maskrl_jax.errors import UserError
 from maskrl_jax.sampling.maskgit import MODES
 
-WORKDIR = flags.DEFINE_string("workdir", None, "run of a maskgit or speed_rl stage", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "run of a stage that makes images", required=True)
 PROMPT = flags.DEFINE_multi_string("prompt", None, "caption, or class name or number; may be repeated")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "images of each prompt", lower_bound=1)
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "steps of the fixed sampler; a tuned policy decides by itself")
+FULL_STEPS = flags.DEFINE_integer("full_steps", None, "run of a shortcut: steps that run the full network")
 DIAL = flags.DEFINE_float("dial", None, "asks a tuned policy for fewer (positive) or more calls")
 MODE = flags.DEFINE_string("mode", None, f"fixed sampler: {', '.join(MODES)}")
 SCHEDULE = flags.DEFINE_string("schedule", None, "fixed sampler: cosine, arccos, linear or square")
@@ -85,6 +86,8 @@ def _system(studio):
             setting,
             f"{studio.tuned.label} at {'steps' if studio.tuned_setting else 'dial'} {setting:g}",
         )
+    if FULL_STEPS.value is not None and studio.shortcut is None:
+        raise UserError(f"--full_steps is for a run of a shortcut stage, and {WORKDIR.value} holds another")
     if DIAL.value is not None:
         raise UserError("--dial is for a tuned policy alone; leave it out with flags of the fixed sampler or --image")
     steps = asked.get("num_steps", studio.sampler.num_steps)
@@ -92,9 +95,16 @@ def _system(studio):
         raise UserError(f"--num_steps={steps} must lie in 1..{studio.engine.num_tokens}, the number of image tokens")
     asked["max_steps"] = max(steps, studio.sampler.max_steps)
     sampler = dataclasses.replace(studio.sampler, **asked)
-    words = f"fixed sampler: {sampler.mode}, {steps} steps at most, Gumbel {sampler.gumbel:g}, guidance "
+    words = f"{sampler.mode}, {steps} steps at most, Gumbel {sampler.gumbel:g}, guidance "
     words += f"{sampler.guidance:g}, temperature {sampler.temperature:g}"
-    return studio.fixed(sampler, given), steps, words
+    if studio.shortcut is None:
+        return studio.fixed(sampler, given), steps, f"fixed sampler: {words}"
+    full = FULL_STEPS.value
+    if full is None:  # the usual share of them
+        full = max(round(studio.full_steps * steps / studio.sampler.num_steps), 1)
+    if not 1 <= full <= steps:
+        raise UserError(f"--full_steps={full} must lie in 1..{steps}, the number of steps")
+    return studio.shortcut(sampler, given), full, f"shortcut, {full} full steps: {words}"
 
 
 def _given(studio):

@@ -29,6 +29,10 @@ class Buffer(flax.struct.PyTreeNode):
         """The tokens alone."""
         return Rollout(self.ids, self.commit_step, jnp.zeros(len(self.ids), jnp.int32))
 
+    def lengths(self) -> Array:
+        """Steps that each sample took, int32 [B]: fewer than the plan's where a mode commits more than its counts."""
+        return self.commit_step.astype(jnp.int32).max(-1) + 1
+
 
 @dataclasses.dataclass(frozen=True)
 class ShortcutLoss:
@@ -89,51 +93,54 @@ def pair_slots(keys_B: Array, pairs: int, count: int, epochs: int) -> Array:
     return jnp.swapaxes(slots, 0, 1)
 
 
-def branch_and_step(slots: Array, branches: int, num_steps: Array) -> tuple[Array, Array]:
-    """Which branch a slot stands for, and from which step s it leads to s + 1 <= T - 1."""
-    return slots % branches, (slots // branches) % jnp.maximum(num_steps - 1, 1)
+def branch_and_step(slots: Array, branches: int, lengths: Array) -> tuple[Array, Array]:
+    """Which branch a slot [B, pairs] stands for, and from which step s of the sample it leads to s + 1."""
+    return slots % branches, (slots // branches) % jnp.maximum(lengths - 1, 1)[:, None]
 
 
 def loss(
-    settings: ShortcutLoss, student: Student, params: Any, buffer: Buffer, branch: Array, step: Array, num_steps: Array
+    settings: ShortcutLoss, student: Student, params: Any, buffer: Buffer, branch: Array, step: Array
 ) -> tuple[Array, dict]:
     """Sum over pairs of the loss, and {name: (sum, weight)}; branch and step int32 [B, pairs].
 
-    Per pair: squared error of the predicted feature, mean over its positions and width. `frozen` is the same error of
-    the feature left as it was: what the network has to beat.
+    Per pair: squared error of the predicted feature, mean over its positions and width; 0 for a sample that was done
+    in one step. `mse_frozen` is the same error of the feature left as it was: what the network has to beat.
     """
     rows, pairs = step.shape
     step_b, branch_b = step.reshape(-1), branch.reshape(-1)
     sample_b = jnp.repeat(jnp.arange(rows), pairs)
-    rollout = jax.tree.map(lambda x: x[sample_b], buffer.rollout())
+    rollout, length_b = jax.tree.map(lambda x: x[sample_b], (buffer.rollout(), buffer.lengths()))
 
     def known(at_b):
-        return buffer.features[sample_b, branch_b, jnp.minimum(at_b, num_steps - 1)]
+        return buffer.features[sample_b, branch_b, jnp.minimum(at_b, length_b - 1)]
 
     features = start = known(step_b)
-    total, frozen, divergence = jnp.float32(0), jnp.float32(0), jnp.float32(0)
+    errors, divergences, frozen = [], [], None
     for k in range(settings.chain):
-        exists_b = step_b + k + 1 < num_steps
         masked_bN, controls, share_b = step_pairs(rollout, step_b + k, student.most)
         features = features if settings.through or k == 0 else jax.lax.stop_gradient(features)
-        features = student.advance(params, features, controls, share_b)
-        wanted = known(step_b + k + 1)
+        features, wanted = student.advance(params, features, controls, share_b), known(step_b + k + 1)
+        exists_b = (step_b + k + 1 < length_b).astype(jnp.float32)
         weight_bT = _positions(settings, masked_bN, features.shape[1]) * exists_b[:, None]
-        per_pair = _mean((jnp.square(features - wanted)).mean(-1), weight_bT)
-        total += per_pair.sum() / settings.chain
-        if k == 0:
+        errors.append(_mean(jnp.square(features - wanted).mean(-1), weight_bT).sum())
+        if frozen is None:
             frozen = _mean(jnp.square(start - wanted).mean(-1), weight_bT).sum()
-            first = per_pair.sum()
         if settings.kl:
             parts = (student.head(x) / settings.kl_temperature for x in (wanted, features))
-            teacher, own = (jax.nn.log_softmax(logits) for logits in parts)
-            each_bN = (jnp.exp(teacher) * (teacher - own)).sum(-1) * settings.kl_temperature**2
-            divergence += _mean(each_bN, weight_bT[:, : student.num_tokens]).sum() / settings.chain
+            each_bN = _kl(*(jax.nn.log_softmax(logits) for logits in parts)) * settings.kl_temperature**2
+            divergences.append(_mean(each_bN, weight_bT[:, : student.num_tokens]).sum())
     count = jnp.float32(len(step_b))
-    metrics = {"loss": (total + settings.kl * divergence, count), "mse": (first, count), "mse_frozen": (frozen, count)}
+    metrics = {"mse": (errors[0], count), "mse_frozen": (frozen, count)}
+    total = sum(errors) / settings.chain
     if settings.kl:
-        metrics["kl"] = (divergence, count)
-    return total + settings.kl * divergence, metrics
+        divergence = sum(divergences) / settings.chain
+        metrics["kl"], total = (divergence, count), total + settings.kl * divergence
+    return total, metrics | {"loss": (total, count)}
+
+
+def _kl(teacher: Array, own: Array) -> Array:
+    """KL(teacher || own) of log-probabilities [..., K], nats."""
+    return (jnp.exp(teacher) * (teacher - own)).sum(-1)
 
 
 def _positions(settings: ShortcutLoss, masked_bN: Array, length: int) -> Array:
@@ -149,7 +156,7 @@ def _mean(values: Array, weights: Array) -> Array:
 
 
 def open_loop(
-    student: Student, params: Any, buffer: Buffer, guidance_S: Array, num_steps: Array, frozen: bool = False
+    student: Student, params: Any, buffer: Buffer, guidance_S: Array, frozen: bool = False
 ) -> dict[str, Array]:
     """How far a feature has drifted k steps after the last full one, on the teacher's tokens.
 
@@ -157,15 +164,16 @@ def open_loop(
       guidance_S: float32 [S], scale at each step (1 with one branch).
       frozen: leave the feature as it was instead of moving it.
     Returns:
-      name -> [S, S] at (a, k), from a full step at a and after k steps, at the positions masked at step a + k: `mse`,
-      `cosine` (mean over branches), `kl` (of the guided logits, nats, teacher || student); 0 where a + k >= T.
-      Sums over samples; divide by their number.
+      name -> [S, S] at (a, k), from a full step at a and after k steps, at the positions masked at step a + k, mean
+      over the samples that come so far (0 where none does): `mse` and `cosine`, mean over branches, and `kl` of the
+      guided logits (nats, teacher || student).
     """
     batch, branches, steps = buffer.features.shape[:3]
-    rollout = jax.tree.map(lambda x: jnp.tile(x, (branches, *[1] * (x.ndim - 1))), buffer.rollout())
-    teacher_SbTD = jnp.moveaxis(jnp.swapaxes(buffer.features, 0, 1), 2, 0).reshape(
-        steps, branches * batch, *buffer.features.shape[3:]
+    rollout, length_b = jax.tree.map(
+        lambda x: jnp.tile(x, (branches, *[1] * (x.ndim - 1))), (buffer.rollout(), buffer.lengths())
     )
+    # Branch by branch, as `advance` sees them.
+    teacher_SbTD = jnp.transpose(buffer.features, (2, 1, 0, 3, 4)).reshape(steps, -1, *buffer.features.shape[3:])
 
     def logp(features, step):
         logits = jnp.split(student.head(features), branches)
@@ -175,20 +183,20 @@ def open_loop(
     def after(start):
         def move(features, k):
             step = jnp.minimum(start + k, steps - 1)
-            before_b = jnp.full((branches * batch,), step - 1)
-            masked_bN, controls, share_b = step_pairs(rollout, before_b, student.most)
+            masked_bN, controls, share_b = step_pairs(rollout, jnp.full(length_b.shape, step - 1), student.most)
             if not frozen:
                 features = student.advance(params, features, controls, share_b)
             wanted = teacher_SbTD[step]
-            exists = (start + k < num_steps).astype(jnp.float32)
-            both = (features[:, : student.num_tokens], wanted[:, : student.num_tokens])
-            square = _mean(jnp.square(both[0] - both[1]).mean(-1), masked_bN)
-            length = jnp.linalg.norm(both[0], axis=-1) * jnp.linalg.norm(both[1], axis=-1)
-            cosine = _mean((both[0] * both[1]).sum(-1) / jnp.maximum(length, 1e-9), masked_bN)
-            teacher, own = logp(wanted, step), logp(features, step)
-            kl = _mean((jnp.exp(teacher) * (teacher - own)).sum(-1), masked_bN[:batch])
-            sums = {"mse": square.sum() / branches, "cosine": cosine.sum() / branches, "kl": kl.sum()}
-            return features, {name: value * exists for name, value in sums.items()}
+            exists_b = (start + k < length_b).astype(jnp.float32)
+            own, true = (x[:, : student.num_tokens] for x in (features, wanted))
+            length = jnp.linalg.norm(own, axis=-1) * jnp.linalg.norm(true, axis=-1)
+            found = {
+                "mse": _mean(jnp.square(own - true).mean(-1), masked_bN),
+                "cosine": _mean((own * true).sum(-1) / jnp.maximum(length, 1e-9), masked_bN),
+                "kl": jnp.tile(_mean(_kl(logp(wanted, step), logp(features, step)), masked_bN[:batch]), branches),
+            }
+            count = jnp.maximum(exists_b.sum(), 1)
+            return features, {name: (value_b * exists_b).sum() / count for name, value_b in found.items()}
 
         _, errors = jax.lax.scan(move, teacher_SbTD[start], jnp.arange(1, steps))
         return {name: jnp.concatenate([jnp.zeros(1), value]) for name, value in errors.items()}

@@ -8,12 +8,13 @@ from absl import flags
 from maskrl_jax import command
 from maskrl_jax.errors import UserError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "finished run of a maskgit or speed_rl stage", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "finished run of a stage that makes images", required=True)
 PROMPTS = flags.DEFINE_integer("prompts", None, "held-out prompts", lower_bound=2)
 GROUP = flags.DEFINE_integer("group", None, "samples of each prompt", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", None, "seed of prompts and noise", lower_bound=0, upper_bound=2**31 - 1)
 STEPS = flags.DEFINE_list("steps", None, "steps of the base's curve, rising; the last is the reference")
 OUT = flags.DEFINE_string("out", None, "new folder for the report; by default the next <workdir>/evaluations/<number>")
+BUDGETS = flags.DEFINE_list("budgets", None, "numbers of full steps of a shortcut's curve, rising")
 DIALS = flags.DEFINE_list("dials", None, "speed dials of the tuned curve")
 
 
@@ -31,6 +32,10 @@ def main() -> None:
         raise UserError(f"{WORKDIR.value} holds a {context.config.task!r} stage, which makes no images")
     if DIALS.value is not None and "dials" not in context.config.evaluation:
         raise UserError(f"--dials is for a tuned policy, and {WORKDIR.value} holds a {context.config.task!r} stage")
+    if BUDGETS.value is not None:
+        if context.config.task != "shortcut":
+            raise UserError(f"--budgets is for a shortcut, and {WORKDIR.value} holds a {context.config.task!r} stage")
+        context.config.curve.budgets = _numbers(BUDGETS, int)
     if not stored.is_finished(WORKDIR.value):
         raise UserError(f"{WORKDIR.value} is not trained to its end; run its training command again")
     context.config.evaluation.update(overrides)

@@ -26,6 +26,9 @@ class Studio:
       image_size: pixels a side.
       tuned: the policy as a system, None for a base model.
       tuned_setting: the policy's usual one: dial 0, or the number of steps that it was trained with.
+      shortcut: the network with its shortcut under a fixed sampler, as `fixed`; the setting is the number of full
+        steps. None where the run has none.
+      full_steps: their usual number, at the sampler's own number of steps.
     """
 
     engine: Engine
@@ -36,6 +39,8 @@ class Studio:
     image_size: int
     tuned: System | None = None
     tuned_setting: float = 0.0
+    shortcut: Callable[[SamplerConfig, np.ndarray | None], System] | None = None
+    full_steps: int = 0
 
     @functools.cached_property
     def program(self) -> Callable:

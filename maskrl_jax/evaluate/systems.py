@@ -72,7 +72,7 @@ def fixed_system(
 
     `given` int32 [N] are tokens that every sample keeps where they are not MASK.
     """
-    start = np.full(engine.num_tokens, engine.mask_id, np.int32) if given is None else given.astype(np.int32)
+    start = _start(engine, given)
 
     def generate(setting, cond, sample_ids, seed):
         plan = make_plan(dataclasses.replace(sampler, num_steps=int(setting)), engine.num_tokens)
@@ -105,12 +105,12 @@ def shortcut_program(
             engine.null,
             frozen["plan"],
             frozen["refresh"],
-            jnp.full((len(keys_B), engine.num_tokens), engine.mask_id, jnp.int32),
+            batch["given"],
             engine.mask_id,
             most=most,
             extrapolate=extrapolate,
         )
-        steps_B = jnp.where(rollout.commit_step == GIVEN, 0, rollout.commit_step).max(-1) + 1
+        steps_B = jnp.where(rollout.commit_step == GIVEN, 0, rollout.commit_step + 1).max(-1)
         # A shortcut step counts as the share of a full one that it costs.
         calls_B = rollout.calls + frozen["step_cost"] * (steps_B - rollout.calls)
         if not pictures:
@@ -129,16 +129,20 @@ def shortcut_system(
     step_cost: float,
     name: str,
     label: str,
+    given: np.ndarray | None = None,
 ) -> System:
     """A base with a shortcut, through a `shortcut_program`; the setting is the number of full steps.
 
-    Its calls are full steps and, at `step_cost` each, shortcut steps: what the same time buys of the base.
+    Its calls are full steps and, at `step_cost` each, shortcut steps: what the same time buys of the base. `given` as
+    in `fixed_system`.
     """
+    start = _start(engine, given)
 
     def generate(setting, cond, sample_ids, seed):
         frozen = {"plan": plan, "refresh": refresh_of(setting), "step_cost": np.float32(step_cost)}
         frozen["tokenizer"] = engine.tokenizer
-        return Generated(**engine.run(program, params, frozen, _batch(cond, sample_ids, seed)))
+        batch = _batch(cond, sample_ids, seed) | {"given": np.tile(start, (len(sample_ids), 1))}
+        return Generated(**engine.run(program, params, frozen, batch))
 
     return System(name, label, generate)
 
@@ -175,6 +179,11 @@ def clocked_system(engine: Engine, program: Callable, params: Any, name: str, la
         return Generated(**engine.run(program, params, {"tokenizer": engine.tokenizer}, batch))
 
     return System(name, label, generate)
+
+
+def _start(engine: Engine, given: np.ndarray | None) -> np.ndarray:
+    """Tokens of one sample before the first step, int32 [N]."""
+    return np.full(engine.num_tokens, engine.mask_id, np.int32) if given is None else given.astype(np.int32)
 
 
 def _batch(cond: np.ndarray, sample_ids: np.ndarray, seed: int) -> dict[str, np.ndarray]:

@@ -95,3 +95,11 @@ def same_codes(workdirs: dict[str, str]) -> None:
             f"the tokenizer in {workdirs['tokenizer']} is not the one that the base was trained with; "
             f"set init.tokenizer={places[0]['tokenizer']}"
         )
+
+
+def same_base(config: Any, tuned: Any) -> None:
+    """Raise UserError where a policy was tuned on another base than the stage names: its network would not fit."""
+    ours, theirs = (stored.plain(c.parents.maskgit) for c in (config, tuned))
+    for key in ("model", "data"):
+        if ours[key] != theirs[key]:
+            raise UserError(f"the policy in init.speed_rl was tuned on a base of another {key}; name that base instead")

@@ -18,16 +18,18 @@ from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.distill.feature_shortcut import Buffer, ShortcutLoss, Student, branch_and_step, loss, pair_slots
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import read_sampler
+from maskrl_jax.evaluate.studio import Studio
+from maskrl_jax.evaluate.systems import shortcut_program, shortcut_system
 from maskrl_jax.keys import ROLLOUT, TRAIN, sample_keys
 from maskrl_jax.models.shortcut import Shortcut, ShortcutConfig
 from maskrl_jax.parallel import Axis, mean_gradients
 from maskrl_jax.phase import Phase
-from maskrl_jax.sampling import maskgit
+from maskrl_jax.sampling import maskgit, refresh
 from maskrl_jax.sampling.maskgit import Plan, SamplerConfig, make_plan
 from maskrl_jax.sampling.shortcut import Controls, Parts, branches, most_controls, predict_fully
-from maskrl_jax.tasks import checks, generators
+from maskrl_jax.tasks import checks, generators, speed_rl
 from maskrl_jax.tasks import maskgit as maskgit_task
-from maskrl_jax.tasks.shortcut_gallery import ShortcutGallery
+from maskrl_jax.tasks.shortcut_gallery import Curve, ShortcutGallery
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
@@ -143,15 +145,15 @@ class Wiring:
         """All minibatches of a buffer, one optimizer step each; the state's step counts buffers."""
         first = state
         buffer = Buffer(batch["features"], batch["ids"], batch["commit_step"])
-        student, num_steps = self.student(frozen["base"]), frozen["plan"].num_steps
+        student = self.student(frozen["base"])
         keys_B = sample_keys(self.config.seed, TRAIN, batch["round"][0], batch["index"])
         slots_MBp = pair_slots(keys_B, self.teacher.pairs, self.count, self.teacher.epochs)
 
         def minibatch(state, slots):
-            branch, step = branch_and_step(slots, self.branches, num_steps)
+            branch, step = branch_and_step(slots, self.branches, buffer.lengths())
 
             def objective(params):
-                return loss(self.loss, student, params, buffer, branch, step, num_steps)
+                return loss(self.loss, student, params, buffer, branch, step)
 
             (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
             grads = mean_gradients(grads, metrics["loss"][1], axis)
@@ -166,10 +168,26 @@ class Wiring:
         return state.replace(step=first.step + 1), values
 
 
+def teacher_of(context: Context) -> tuple[Any, SamplerConfig]:
+    """Parameters and sampler of the network that rolls out: the base at its best, or a policy tuned on it.
+
+    A policy's head is left out: its order is kept, its kappa does not move.
+    """
+    if "speed_rl" in context.parents:
+        tuned = context.parents["speed_rl"]
+        return tuned.params["model"], speed_rl.without_head(tuned.config)
+    base = context.parents["maskgit"]
+    return base.params, read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
+
+
 def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
     conditioning = conditioning_of(config.data.name, config.data.text_length)
-    wiring = Wiring(config, conditioning, SamplerConfig(**config.parents.maskgit.sampler))
+    sampler = SamplerConfig(**config.parents.maskgit.sampler)
+    if "speed_rl" in config.parents:
+        sampler = speed_rl.without_head(config.parents.speed_rl)
+    wiring = Wiring(config, conditioning, sampler)
+    Curve(**config.curve)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
     base = maskgit_task.abstract_params(config.parents.maskgit, conditioning)
     whole = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
@@ -185,20 +203,44 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     ]
 
 
+def studio(context: Context, params: Any) -> Studio:
+    """The base with its shortcut as a user samples from it, under any fixed sampler."""
+    network, sampler = teacher_of(context)
+    as_base = dataclasses.replace(context, config=context.config.parents.maskgit)
+    base = maskgit_task.studio(as_base, network)
+    curve = Curve(**context.config.curve)
+    sampler = dataclasses.replace(sampler, num_steps=curve.num_steps, max_steps=max(curve.num_steps, sampler.max_steps))
+    wiring = Wiring(context.config, base.dataset.conditioning, sampler)
+    both = context.parallel.replicate({"base": network, "shortcut": params})
+    program = shortcut_program(base.engine, lambda p: wiring.parts(p["shortcut"], p["base"]), base.engine.num_tokens)
+
+    def shortened(chosen, given):
+        plan = make_plan(chosen, base.engine.num_tokens)
+
+        def asks(full):
+            return refresh.scheduled(refresh.even_steps(chosen.num_steps, int(full)), chosen.max_steps)
+
+        # Calls are full steps: what a shortcut step costs is not known here.
+        return shortcut_system(base.engine, program, both, plan, asks, 0.0, "shortcut", "shortcut", given)
+
+    return dataclasses.replace(base, sampler=sampler, shortcut=shortened, full_steps=curve.usual)
+
+
 def build(context: Context) -> Task:
     """Wire the stage: the base rolls out, the shortcut learns from it."""
     config, parallel = context.config, context.parallel
     train = generators.dataset_of(context, "train")
-    base = context.parents["maskgit"]
     checks.same_codes({name: parent.workdir for name, parent in context.parents.items()})
-    sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
+    if "speed_rl" in context.parents:
+        checks.same_base(context.config, context.parents["speed_rl"].config)
+    params, sampler = teacher_of(context)
     wiring = Wiring(config, train.conditioning, sampler)
     pool, rows = train.pool(held_out=False), parallel.rows(config.batch_size)
-    base_params = parallel.replicate(base.params)
+    network = parallel.replicate(params)
     plans = [parallel.replicate(plan) for plan in wiring.plans]
     roll_out, update = parallel.map(wiring.rollout), parallel.update(wiring.update)
     engine = generators.engine_of(context, wiring.sizes, wiring.null)
-    gallery = ShortcutGallery(context, wiring, engine, base_params)
+    gallery = ShortcutGallery(context, wiring, engine, network)
 
     def batch(step):
         positions, samples = positions_at(len(pool), step, config.batch_size, slice(0, config.batch_size), config.seed)
@@ -210,9 +252,9 @@ def build(context: Context) -> Task:
 
     def step(state, batch):
         plan = plans[int(batch["round"][0]) % len(plans)]
-        made = roll_out(base_params, {"plan": plan}, batch)
+        made = roll_out(network, {"plan": plan}, batch)
         learn = made | {name: batch[name] for name in ("index", "round")}
-        return update(state, {"plan": plan, "base": base_params}, learn)
+        return update(state, {"plan": plan, "base": network}, learn)
 
     return Task(
         init=lambda key: parallel.init(wiring.init, key),

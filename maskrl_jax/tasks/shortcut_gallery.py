@@ -14,7 +14,7 @@ import numpy as np
 from maskrl_jax.distill.feature_shortcut import Buffer, open_loop
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import curve, latency, shortcut_figures, tables
-from maskrl_jax.evaluate.bench import CHOICE, Bench, tuning_notes
+from maskrl_jax.evaluate.bench import CHOICE, Bench, read_sampler, tuning_notes
 from maskrl_jax.evaluate.illustrate import Illustration
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
@@ -22,6 +22,7 @@ from maskrl_jax.evaluate.systems import Engine, fixed_program, fixed_system, sho
 from maskrl_jax.evaluate.timing import Spread
 from maskrl_jax.keys import EVALUATE, sample_keys
 from maskrl_jax.sampling import maskgit, refresh
+from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
 from maskrl_jax.sampling.refresh import Refresh
 from maskrl_jax.sampling.shortcut import Parts, most_controls
 from maskrl_jax.tasks import generators
@@ -33,7 +34,9 @@ LABELS = {
     "linear": "linear extrapolation",
     "calibrated": "shortcut, calibrated steps",
     "adaptive": "shortcut, adaptive refresh",
+    "tuned": "tuned network without shortcut",
 }
+BESIDE = ("frozen", "linear", "calibrated", "adaptive")
 CAPTIONS = {
     "quality_vs_time": "Quality against the measured time of the sampling loop (no decoding), one image of a batch.",
     "drift": "How far a feature is from the full model's: one step after a full one, and by steps since then.",
@@ -43,6 +46,7 @@ NOTES = (
     "Published numbers are of MaskGIT on ImageNet and of Lumina-DiMOO; no parity is claimed.",
     "Calls are in units of one step of the base: a shortcut step counts as the share of its time that it takes here.",
 )
+COST = 0.0  # in the place of a setting: runs that tell what a step costs
 BISECTIONS = 10  # of the drift at which an adaptive refresh runs the full model
 
 
@@ -50,7 +54,7 @@ BISECTIONS = 10  # of the drift at which an adaptive refresh runs the full model
 class Curve:
     """The points of a shortcut.
 
-    num_steps: N. budgets: numbers of full steps B. beside: what is measured next to the shortcut, of `LABELS`.
+    num_steps: N. budgets: numbers of full steps B. beside: what is measured next to the shortcut, of `BESIDE`.
     calibration: samples, of training prompts, that calibrated sets of steps and thresholds are found on.
     longest: most shortcut steps in a row of an adaptive refresh.
     """
@@ -68,23 +72,35 @@ class Curve:
             raise UserError(f"curve.budgets {self.budgets} must rise and hold at least one number of full steps")
         for budget in self.budgets:
             refresh.even_steps(self.num_steps, budget)  # ValueError for one beyond num_steps
-        unknown = set(self.beside) - set(LABELS) | {"shortcut"} & set(self.beside)
+        unknown = sorted(set(self.beside) - set(BESIDE))
         if unknown:
-            raise UserError(f"curve.beside {sorted(unknown)} is not among {', '.join(list(LABELS)[1:])}")
+            raise UserError(f"curve.beside {unknown} is not among {', '.join(BESIDE)}")
         if self.calibration < 1 or self.longest < 1:
             raise UserError("curve.calibration and curve.longest must be at least 1")
+
+    @property
+    def usual(self) -> int:
+        """The budget in the middle."""
+        return self.budgets[len(self.budgets) // 2]
 
 
 class ShortcutGallery:
     """Systems of a base and its shortcut, their times, and the report."""
 
-    def __init__(self, context: Context, wiring: Any, engine: Engine, base_params: Any):
+    def __init__(self, context: Context, wiring: Any, engine: Engine, network: Any):
+        """`network` are the parameters that the shortcut runs on: the base's own, or those of a policy tuned on it."""
         self.context, self.config, self.wiring, self.engine = context, context.config, wiring, engine
-        self.curve, self.base_params = Curve(**context.config.curve), base_params
+        self.curve, self.network = Curve(**context.config.curve), network
         self.plan = wiring.plan(self.curve.num_steps)
         self.most = most_controls(self.plan, engine.num_tokens)
-        system = fixed_system(engine, fixed_program(engine), base_params, wiring.sampler, "base", "base")
-        self.base = generators.kept(system, context.parents, str(wiring.sampler))
+        base, program = context.parents["maskgit"], fixed_program(engine)
+        self.sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
+        self.tuned = "speed_rl" in context.parents
+        self.base_params = engine.parallel.replicate(base.params) if self.tuned else network
+        system = fixed_system(engine, program, self.base_params, self.sampler, "base", "base")
+        self.base = generators.kept(system, context.parents, str(self.sampler))
+        # The network without its shortcut.
+        self.plain = fixed_system(engine, program, network, wiring.sampler, "tuned", LABELS["tuned"])
 
     @functools.cached_property
     def bench(self) -> Bench:
@@ -113,7 +129,7 @@ class ShortcutGallery:
 
     def system(self, params: Any, kind: str, refresh_of: Callable[[float], Refresh], step_cost: float) -> System:
         """A kind as a system; its setting is the number of full steps."""
-        both = {"base": self.base_params, "shortcut": params}
+        both = {"base": self.network, "shortcut": params}
         return shortcut_system(
             self.engine, self.program(kind), both, self.plan, refresh_of, step_cost, kind, LABELS[kind]
         )
@@ -167,7 +183,7 @@ class ShortcutGallery:
             return self.wiring.teach(base, frozen["plan"], keys_B, batch["cond"])
 
         made = self.engine.parallel.map(program)(
-            self.base_params,
+            self.network,
             {"plan": self.plan},
             {"cond": cond[rows], "index": np.arange(count, dtype=np.int32)[rows]},
         )
@@ -176,66 +192,87 @@ class ShortcutGallery:
     def drift(self, params: Any, frozen: bool = False) -> dict[str, np.ndarray]:
         """Mean errors [N, N] at (full step, steps since): see `open_loop`."""
         buffer, plan = self.calibration, self.plan
-        student = dataclasses.replace(self.wiring.student(self.base_params), most=self.most)
+        student = dataclasses.replace(self.wiring.student(self.network), most=self.most)
 
         @jax.jit
         def errors(params, buffer):
-            return open_loop(student, params, buffer, jnp.asarray(plan.guidance), plan.num_steps, frozen)
+            return open_loop(student, params, buffer, jnp.asarray(plan.guidance), frozen)
 
-        sums = jax.device_get(errors(params, jax.tree.map(jnp.asarray, buffer)))
+        found = jax.device_get(errors(params, jax.tree.map(jnp.asarray, buffer)))
         steps = self.curve.num_steps
-        return {name: value[:steps, :steps] / len(buffer.ids) for name, value in sums.items()}
+        return {name: value[:steps, :steps] for name, value in found.items()}
 
     # Time
 
     def times(self, params: Any, settings: dict[str, Callable[[float], Refresh]]) -> dict[tuple[str, float], Spread]:
         """Seconds of one batch's sampling loop, without decoding: the base by steps, every kind by budget.
 
-        Each kind also with one full step and with all of them full, which is what its steps cost.
+        Under `COST`: all steps full, and of each kind the first alone, which is what its steps cost.
         """
         engine, size = self.engine, self.bench.settings.batch_size
         cond = self._calibration_prompts(size)
         rows = engine.parallel.rows(size)
-        both = {"base": self.base_params, "shortcut": params}
+        both = {"base": self.network, "shortcut": params}
+        given = np.full((size, engine.num_tokens), engine.mask_id, np.int32)
 
         def plain(p, frozen, batch, axis):
             keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
-            empty = jnp.full((len(keys_B), engine.num_tokens), engine.mask_id, jnp.int32)
             plan = frozen["plan"]
-            return maskgit.decode(engine.logits(p), keys_B, batch["cond"], engine.null, plan, empty, engine.mask_id)
+            made = maskgit.decode(
+                engine.logits(p), keys_B, batch["cond"], engine.null, plan, batch["given"], engine.mask_id
+            )
+            return made.ids
 
         plain_program = engine.parallel.map(plain)
 
         def run(program, own, frozen):
             def once(repeat):
                 index = np.arange(size, dtype=np.int32) + 10_000 * (repeat + 1)
-                batch = {"cond": cond, "index": index, "seed": np.zeros(size, np.int32)}
+                batch = {"cond": cond, "index": index, "seed": np.zeros(size, np.int32), "given": given}
                 return program(own, frozen, {name: x[rows] for name, x in batch.items()})
 
             return once
 
-        runs = {}
-        for steps in sorted({*self.bench.settings.steps, self.curve.num_steps}):
-            runs["base", steps] = run(plain_program, self.base_params, {"plan": self.wiring.plan(steps)})
+        def plan_of(sampler, steps, mode=None):
+            longest = len(self.plan.masked_after)
+            mode = sampler.mode if mode is None else mode
+            return make_plan(
+                dataclasses.replace(sampler, num_steps=steps, max_steps=max(steps, longest), mode=mode),
+                engine.num_tokens,
+            )
+
+        # Of a mode that takes every step: others may stop early, and what is asked is the time of a step.
+        whole = plan_of(self.wiring.sampler, self.curve.num_steps, "confidence")
+        runs = {("full", COST): run(plain_program, self.network, {"plan": whole})}
+        for steps in self.bench.settings.steps:
+            runs["base", steps] = run(plain_program, self.base_params, {"plan": plan_of(self.sampler, steps)})
+            if self.tuned:
+                plan = plan_of(self.wiring.sampler, steps)
+                runs["tuned", steps] = run(plain_program, self.network, {"plan": plan})
         for kind, refresh_of in settings.items():
-            for budget in (1, *self.curve.budgets):
-                asks = refresh_of(budget) if budget > 1 else self._scheduled([0])
-                frozen = {"plan": self.plan, "refresh": asks, "step_cost": np.float32(0)}
-                runs[kind, budget] = run(self.program(kind, pictures=False), both, frozen)
+            program = self.program(kind, pictures=False)
+            once = {"plan": whole, "refresh": self._scheduled([0]), "step_cost": np.float32(0)}
+            runs[kind, COST] = run(program, both, once)
+            for budget in self.curve.budgets:
+                frozen = {"plan": self.plan, "refresh": refresh_of(budget), "step_cost": np.float32(0)}
+                runs[kind, budget] = run(program, both, frozen)
         return latency.measure(runs)
 
+    def full_seconds(self, seconds: dict[tuple[str, float], Spread]) -> float:
+        """Time of a full step of a batch."""
+        return seconds["full", COST].median / self.curve.num_steps
+
     def step_cost(self, seconds: dict[tuple[str, float], Spread], kind: str) -> float:
-        """c: time of a kind's shortcut step over that of a full step of the base (specs/shortcut.md section 10)."""
-        steps = self.curve.num_steps
-        full = seconds["base", steps].median / steps
-        return max((seconds[kind, 1].median - full) / max(steps - 1, 1) / full, 0.0)
+        """c: time of a kind's shortcut step over that of a full step (specs/shortcut.md section 10)."""
+        full = self.full_seconds(seconds)
+        return max((seconds[kind, COST].median - full) / max(self.curve.num_steps - 1, 1) / full, 0.0)
 
     # What the loop asks for
 
     def evaluate(self, state: Any, step: int) -> tuple[dict, dict]:
         """A glance at the shortcut at its middle budget; full steps alone count as calls."""
-        budget = self.curve.budgets[len(self.curve.budgets) // 2]
-        values, picture = self.bench.glance(self.system(state.ema, "shortcut", self.evenly, 0.0), budget)
+        system = self.system(state.ema, "shortcut", self.evenly, 0.0)
+        values, picture = self.bench.glance(system, self.curve.usual)
         return values, {"samples/grid": picture}
 
     def report(self, params: Any) -> None:
@@ -254,6 +291,8 @@ class ShortcutGallery:
         equal = {math.ceil(b + (steps - b) * cost) for b in self.curve.budgets}
         base_points = bench.measure(self.base, sorted({*bench.settings.steps, *(n for n in equal if n < steps)}))
         points = [*base_points]
+        if self.tuned:
+            points += bench.measure(self.plain, bench.settings.steps)
         for system in systems.values():
             points += bench.measure(system, self.curve.budgets)
         own = [point for point in points if point.system == "shortcut"]
@@ -277,13 +316,13 @@ class ShortcutGallery:
             timings=timings,
         )
         size = bench.settings.batch_size
-        full_ms = 1000 * seconds["base", steps].median / steps / size
+        full_ms = 1000 * self.full_seconds(seconds) / size
         pairs = wiring.batches * wiring.teacher.pairs * config.batch_size * config.num_steps
         facts = {
             "network calls": "steps of the base, its second branch of guidance not counted; a shortcut step counts as the "
             "share below",
-            "sampler of all": f"{wiring.sampler.mode}, Gumbel {wiring.sampler.gumbel:g}, guidance "
-            f"{wiring.sampler.guidance:g}, temperature {wiring.sampler.temperature:g}, {wiring.sampler.schedule}",
+            "sampler of the base": _words(self.sampler),
+            "sampler with the shortcut": _words(wiring.sampler),
             "how it was chosen": CHOICE,
             "shortcut steps": "cost "
             + ", ".join(f"{c:.3f} ({LABELS[kind]})" for kind, c in costs.items())
@@ -321,3 +360,10 @@ class ShortcutGallery:
             for name, image in drawn.items()
             if image is not None
         ]
+
+
+def _words(sampler: SamplerConfig) -> str:
+    return (
+        f"{sampler.mode}, Gumbel {sampler.gumbel:g}, guidance {sampler.guidance:g}, temperature "
+        f"{sampler.temperature:g}, {sampler.schedule}"
+    )

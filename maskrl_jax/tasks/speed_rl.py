@@ -158,18 +158,14 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     ]
 
 
-def studio(context: Context, params: Any) -> Studio:
-    """The trained policy as a user samples from it: by its head, or with a fixed number of steps."""
-    # The base's own config names the sizes of the network.
-    as_base = dataclasses.replace(context, config=context.config.parents.maskgit)
-    base = maskgit_task.studio(as_base, params["model"])
-    wiring = Wiring(context.config, base.dataset.conditioning)
-    policy = wiring.policy
-    sampler, mode = SamplerConfig(**context.config.parents.maskgit.sampler), "confidence"
+def without_head(config: Any) -> SamplerConfig:
+    """The fixed sampler nearest to a policy: its order, noise and temperature, and a kappa that does not move."""
+    policy = Policy(**config.policy)
+    sampler, mode = SamplerConfig(**config.parents.maskgit.sampler), "confidence"
     if policy.kind == "adaptive" and policy.action == "threshold":
         mode = "uncertain" if policy.order == "uncertain" else "threshold"
         sampler = dataclasses.replace(sampler, threshold=policy.kappa)
-    sampler = dataclasses.replace(
+    return dataclasses.replace(
         sampler,
         mode=mode,
         schedule="cosine",
@@ -178,6 +174,16 @@ def studio(context: Context, params: Any) -> Studio:
         guidance=policy.guidance,
         guidance_schedule=policy.guidance_schedule,
     )
+
+
+def studio(context: Context, params: Any) -> Studio:
+    """The trained policy as a user samples from it: by its head, or with a fixed number of steps."""
+    # The base's own config names the sizes of the network.
+    as_base = dataclasses.replace(context, config=context.config.parents.maskgit)
+    base = maskgit_task.studio(as_base, params["model"])
+    wiring = Wiring(context.config, base.dataset.conditioning)
+    policy = wiring.policy
+    sampler = without_head(context.config)
     program = clocked_program(base.engine, wiring.sampler, wiring.decide)
     tuned = clocked_system(base.engine, program, context.parallel.replicate(params), "tuned", "tuned policy")
     return dataclasses.replace(base, sampler=sampler, tuned=tuned, tuned_setting=policy.usual_setting)

@@ -11,7 +11,6 @@ from maskrl_jax.distill import feature_shortcut
 from maskrl_jax.distill.feature_shortcut import Buffer, ShortcutLoss, Student
 
 B, BRANCHES, S, N, D, K = 3, 2, 4, 5, 2, 3
-STEPS = jnp.int32(S)
 
 
 @pytest.fixture
@@ -32,12 +31,12 @@ def student(step=0.0):
 def every_pair():
     """All pairs of each sample: (branch, step) int32 [B, branches * (S - 1)]."""
     slots = jnp.tile(jnp.arange(BRANCHES * (S - 1))[None], (B, 1))
-    return feature_shortcut.branch_and_step(slots, BRANCHES, STEPS)
+    return feature_shortcut.branch_and_step(slots, BRANCHES, jnp.full(B, S))
 
 
 def value(settings, params, buffer, who=None):
     branch, step = every_pair()
-    total, metrics = feature_shortcut.loss(settings, who or student(), params, buffer, branch, step, STEPS)
+    total, metrics = feature_shortcut.loss(settings, who or student(), params, buffer, branch, step)
     return float(total), {name: float(s / w) for name, (s, w) in metrics.items()}
 
 
@@ -55,7 +54,7 @@ def test_masked_positions_are_those_of_the_predicted_step(buffer):
     features = buffer.features.at[..., 4, :].add(jnp.asarray([0.0, 1.0, 0.0, 0.0])[None, None, :, None])
     branch, step = (jnp.asarray(x)[None].repeat(B, 0) for x in ([0], [0]))
     settings, other = ShortcutLoss(), dataclasses.replace(buffer, features=features)
-    total, _ = feature_shortcut.loss(settings, student(), jnp.float32(1.0), other, branch, step, STEPS)
+    total, _ = feature_shortcut.loss(settings, student(), jnp.float32(1.0), other, branch, step)
     assert float(total) == pytest.approx(B * 1 / 4)  # f_1 is off by 1 at one of the four places masked at step 1
 
 
@@ -82,7 +81,7 @@ def test_a_stopped_gradient_ends_at_the_last_step(buffer):
 
 def value_of(settings, params, buffer):
     branch, step = every_pair()
-    return feature_shortcut.loss(settings, student(), params, buffer, branch, step, STEPS)[0]
+    return feature_shortcut.loss(settings, student(), params, buffer, branch, step)[0]
 
 
 def test_the_kl_is_that_of_the_logits(buffer):
@@ -116,22 +115,31 @@ def test_a_sample_s_pairs_do_not_depend_on_the_others():
 
 
 def test_branches_and_steps_of_a_shorter_rollout_exist():
-    slots = jnp.arange(BRANCHES * (S - 1))
-    branch, step = feature_shortcut.branch_and_step(slots, BRANCHES, jnp.int32(3))
-    assert set(np.asarray(step)) == {0, 1} and set(np.asarray(branch)) == {0, 1}
+    slots = jnp.arange(BRANCHES * (S - 1))[None].repeat(2, 0)
+    branch, step = feature_shortcut.branch_and_step(slots, BRANCHES, jnp.asarray([3, 1]))
+    assert set(np.asarray(step[0])) == {0, 1} and set(np.asarray(branch[0])) == {0, 1}
+    assert set(np.asarray(step[1])) == {0}  # done in one step: there is no pair, and the loss is 0
+
+
+def test_a_sample_that_was_done_at_once_teaches_nothing(buffer):
+    done = dataclasses.replace(buffer, commit_step=jnp.zeros((B, N), jnp.uint8))
+    slots = jnp.zeros((B, 1), jnp.int32)
+    branch, step = feature_shortcut.branch_and_step(slots, BRANCHES, done.lengths())
+    for positions in ("masked", "all"):
+        settings = ShortcutLoss(positions=positions)
+        assert float(feature_shortcut.loss(settings, student(), jnp.float32(0.5), done, branch, step)[0]) == 0
 
 
 def test_open_loop_errors_grow_as_the_steps_do(buffer):
     guidance = jnp.ones(S)
-    found = feature_shortcut.open_loop(student(), jnp.float32(0.75), buffer, guidance, STEPS)
-    frozen = feature_shortcut.open_loop(student(), jnp.float32(0.75), buffer, guidance, STEPS, frozen=True)
+    found = feature_shortcut.open_loop(student(), jnp.float32(0.75), buffer, guidance)
+    frozen = feature_shortcut.open_loop(student(), jnp.float32(0.75), buffer, guidance, frozen=True)
     for start in range(S):
         for k in range(1, S):
             inside = start + k < S
-            masked = inside  # there is something masked at every step but beyond the end
-            assert float(found["mse"][start, k]) == pytest.approx(B * (k * 0.25) ** 2 * masked, abs=1e-5)
-            assert float(frozen["mse"][start, k]) == pytest.approx(B * k**2 * masked, abs=1e-4)
-    perfect = feature_shortcut.open_loop(student(), jnp.float32(1.0), buffer, guidance, STEPS)
+            assert float(found["mse"][start, k]) == pytest.approx((k * 0.25) ** 2 * inside, abs=1e-5)
+            assert float(frozen["mse"][start, k]) == pytest.approx(k**2 * inside, abs=1e-4)
+    perfect = feature_shortcut.open_loop(student(), jnp.float32(1.0), buffer, guidance)
     np.testing.assert_allclose(perfect["kl"], 0, atol=1e-5)
     assert (np.asarray(frozen["kl"])[0, 1:] > 0).all()
 

@@ -1,35 +1,18 @@
 """`sample` and `evaluate` on the tiny run: as a user types them, and in this process where only flags differ."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
+from typed import ROOT, typed
 
 from maskrl_jax import sample as sample_command
 from maskrl_jax.errors import UserError
 
-SETTINGS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "1"}  # quick to compile, as conftest
-ROOT = pathlib.Path(__file__).parent.parent.parent
 PROMPT = "a red circle left of a blue square"
-
-
-def typed(module, workdir, *arguments):
-    """Run a command in a process of its own; return (exit code, stdout, stderr)."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"maskrl_jax.{module}", f"--workdir={workdir}", *arguments],
-        env={**os.environ, **SETTINGS},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture
@@ -74,6 +57,7 @@ def test_sample_inpaints_with_a_fixed_sampler(sample, tmp_path):
         (["--prompt=a purple circle"], "unknown word 'purple'"),
         (["--num_steps=999"], "--num_steps=999 must lie in 1..16"),
         (["--mode=threshold", "--threshold=5"], "threshold 5.0 of mode threshold is a probability"),
+        (["--full_steps=2"], "--full_steps is for a run of a shortcut stage"),
         (["--num_steps=4", "--dial=1"], "--dial is for a tuned policy alone"),
         (["--image=/nowhere.png"], "--image and --box belong together"),
         (["--image=/nowhere.png", "--box=0,0,8,8"], "cannot read --image /nowhere.png"),

@@ -7,11 +7,16 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from absl import flags
+from absl.testing import flagsaver
 from config_reads import ConfigReads, field_uses
+from PIL import Image
 from resumed import FIELDS, interrupted_and_resumed
+from typed import typed
 
 from maskrl_jax import runner
-from maskrl_jax.checkpoint import load_arrays
+from maskrl_jax import sample as sample_command
+from maskrl_jax.checkpoint import load_arrays, load_params
 from maskrl_jax.data import shapes
 from maskrl_jax.distill.feature_shortcut import ShortcutLoss
 from maskrl_jax.errors import UserError
@@ -21,6 +26,7 @@ from maskrl_jax.parallel import Parallel
 from maskrl_jax.tasks import shortcut
 from maskrl_jax.tasks.shortcut import Teacher
 from maskrl_jax.tasks.shortcut_gallery import Curve
+from maskrl_jax.tasks.task import Context, Parent
 from maskrl_jax.writers import read_metrics
 
 SETTINGS = (ShortcutConfig, ShortcutLoss, Teacher, Curve)
@@ -152,6 +158,87 @@ def test_resume_equals_a_straight_run_bit_for_bit(trained, run, one_device, tmp_
     with one_device():
         found = interrupted_and_resumed(config, str(tmp_path / "resumed"), trained.store)
     jax.tree.map(np.testing.assert_array_equal, found, load_arrays(str(run[0]), FIELDS))
+
+
+@pytest.fixture
+def sample(run, one_device, tmp_path, capsys):
+    """Sample from the run in this process: sample(*flags) -> what it printed."""
+
+    def sample(*arguments):
+        with flagsaver.flagsaver(), one_device():
+            flags.FLAGS(["sample", f"--workdir={run[0]}", f"--out={tmp_path / 'grid.png'}", *arguments])
+            sample_command.main()
+        return capsys.readouterr().out
+
+    return sample
+
+
+def test_sample_runs_the_full_network_as_often_as_asked(sample, tmp_path):
+    prompt = ["--prompt=a green cross", "--num_images=2"]
+    out = sample(*prompt)
+    assert "shortcut, 3 full steps: confidence, 4 steps at most" in out and "3.0 network calls an image" in out
+    out = sample(*prompt, "--num_steps=8", "--full_steps=2")
+    assert "shortcut, 2 full steps: confidence, 8 steps at most" in out and "2.0 network calls an image" in out
+    out = sample(*prompt, "--num_steps=8")
+    assert "shortcut, 6 full steps" in out  # the usual share
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(tmp_path / "photo.png")
+    out = sample(*prompt, f"--image={tmp_path / 'photo.png'}", "--box=0,16,32,32", "--full_steps=1")
+    assert "1.0 network calls an image" in out
+
+
+def test_all_steps_full_draws_what_the_base_draws(sample, run, trained, one_device, tmp_path):
+    prompt = ["--prompt=a green cross", "--num_images=2", "--num_steps=4"]
+    sample(*prompt, "--full_steps=4")
+    with flagsaver.flagsaver(), one_device():
+        base, out = trained.parents["maskgit"].workdir, tmp_path / "base.png"
+        flags.FLAGS(["sample", f"--workdir={base}", f"--out={out}", *prompt])
+        sample_command.main()
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "grid.png")), np.asarray(Image.open(out)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--full_steps=5"], "--full_steps=5 must lie in 1..4"),
+        (["--full_steps=0"], "--full_steps=0 must lie in 1..4"),
+        (["--dial=1"], "--dial is for a tuned policy alone"),
+    ],
+)
+def test_sample_refuses_in_one_line(sample, arguments, message):
+    with pytest.raises(UserError, match=message):
+        sample(*arguments)
+
+
+def test_evaluate_measures_other_budgets(run, tmp_path):
+    code, out, error = typed("evaluate", run[0], "--budgets=1,4", f"--out={tmp_path / 'again'}")
+    assert code == 0, error
+    results = json.loads((tmp_path / "again" / "results.json").read_text())
+    found = {p["setting"]: p for p in results["points"] if p["system"] == "shortcut"}
+    assert set(found) == {1, 4}
+    # With all steps full it is the base, sample by sample.
+    base = next(p for p in results["points"] if (p["system"], p["setting"]) == ("base", 4))
+    assert found[4]["metrics"] == base["metrics"] and found[4]["calls_mean"] == 4
+
+
+def test_a_shortcut_on_a_tuned_policy(trained, tmp_path):
+    """Its network and its order, most uncertain first; the base stays what it is compared with."""
+    config = tiny.get_config("shortcut")
+    config.parents.speed_rl = trained.config
+    params, extra = load_params(trained.workdir)
+    policy = Parent(trained.config, params, extra, trained.workdir)
+    parallel = Parallel("pmap", jax.local_devices()[:1])
+    context = Context(config, trained.parents | {"speed_rl": policy}, parallel, trained.store, str(tmp_path))
+    network, sampler = shortcut.teacher_of(context)
+    assert sampler.gumbel == trained.config.policy.noise
+    jax.tree.map(np.testing.assert_array_equal, network, params["model"])
+    task = runner.build(context)
+    state = task.init(jax.random.key(0))
+    for step in range(2):
+        state, metrics = task.step(state, task.batch(step))
+    assert np.isfinite(float(metrics["train/mse"][0]))
+    config.parents.speed_rl.parents.maskgit.model.width = 32
+    with pytest.raises(UserError, match="was tuned on a base of another model"):
+        runner.build(context)
 
 
 @pytest.mark.parametrize(
