@@ -238,6 +238,10 @@ class Parallel:
             return rows
         return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), rows)
 
+    def of_first(self, numbers: np.ndarray) -> np.ndarray:
+        """Return process 0's numbers: what was measured on a clock differs, and all processes must go one way."""
+        return numbers if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(numbers)
+
     def whole(self, tree: Any) -> Any:
         """Return a state's arrays as numpy, whole on every process."""
         return jax.tree.map(_whole, tree)

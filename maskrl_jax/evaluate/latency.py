@@ -1,5 +1,6 @@
 """Wall-clock time of several sampling loops beside each other."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +11,25 @@ import numpy as np
 from maskrl_jax.evaluate.timing import Spread
 
 WARM_UP, REPEATS = 3, 20  # specs/shortcut.md section 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """Time of one system's sampling loop at one setting, without decoding; seconds are of one whole batch."""
+
+    system: str
+    label: str
+    setting: float
+    batch_size: int
+    seconds: Spread
+
+    @property
+    def milliseconds(self) -> Spread:
+        """Of one image."""
+        return Spread(*(1000 * x / self.batch_size for x in dataclasses.astuple(self.seconds)))
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
 
 
 def measure(

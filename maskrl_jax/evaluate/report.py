@@ -15,6 +15,7 @@ import jax
 
 from maskrl_jax.evaluate import bootstrap, curve, gain, tables
 from maskrl_jax.evaluate.illustrate import Illustration
+from maskrl_jax.evaluate.latency import Latency
 from maskrl_jax.evaluate.measure import Point
 from maskrl_jax.evaluate.timing import Timing
 
@@ -38,6 +39,7 @@ class Findings:
     notes: Sequence[str] = ()  # deviations and caveats, a sentence each
     timings: Sequence[Timing] = ()
     clock_note: str = ""  # what else than calls the clock counts, a sentence
+    latencies: Sequence[Latency] = ()  # of sampling loops, where systems are compared by time
     illustrations: Sequence[Illustration] = ()
 
 
@@ -233,6 +235,9 @@ def _tuned_sections(findings: Findings, found: Mapping[str, curve.Equality]) -> 
             text + "many calls as its slowest sample.",
             tables.timing_table(findings.timings),
         ]
+    if findings.latencies:
+        parts += ["## Time of the sampling loop", "Without decoding; all systems in turn; median [quartiles]."]
+        parts += [tables.latency_table(findings.latencies)]
     return parts
 
 
@@ -280,6 +285,7 @@ def results(findings: Findings, found: Mapping[str, curve.Equality], facts: Mapp
             "same_calls": [{"base_calls": calls, **dataclasses.asdict(row)} for row, calls in matched],
             "gain": None if findings.aim is None else gained(findings).to_json(),
             "timings": [timing.to_json() for timing in findings.timings],
+            "latencies": [latency.to_json() for latency in findings.latencies],
             "trained_on": list(findings.trained_on),
             "held_out": list(findings.held_out),
             "notes": list(findings.notes),

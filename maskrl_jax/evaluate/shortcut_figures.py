@@ -8,25 +8,23 @@ from matplotlib.ticker import MaxNLocator
 
 from maskrl_jax.evaluate import canvas, curve
 from maskrl_jax.evaluate.figures import TITLES
+from maskrl_jax.evaluate.latency import Latency
 from maskrl_jax.evaluate.measure import Point
-from maskrl_jax.evaluate.timing import Spread
 
 
 @canvas.styled
 def quality_vs_time(
     path: str | pathlib.Path,
     points: Sequence[Point],
-    seconds: Mapping[tuple[str, float], Spread],
+    latencies: Sequence[Latency],
     metrics: Sequence[str],
-    batch_size: int,
 ) -> np.ndarray | None:
     """Draw every metric against milliseconds an image, one curve a system; returns uint8 [H, W, 3].
 
-    Args:
-      seconds: (system, setting) -> time of a batch's sampling loop; points that were not timed are left out.
-    None where no point was timed.
+    Points that were not timed are left out; None where none was.
     """
-    timed = [point for point in points if (point.system, point.setting) in seconds]
+    times_of = {(one.system, one.setting): one.milliseconds.median for one in latencies}
+    timed = [point for point in points if (point.system, point.setting) in times_of]
     if not timed:
         return None
     figure = canvas.new_figure(height=2.7 * -(-len(metrics) // 3) + 0.35)
@@ -37,7 +35,7 @@ def quality_vs_time(
             for setting, group in curve.by_setting([p for p in timed if p.system == system]).items():
                 value = curve.interval_over_seeds(group, metric)
                 if value is not None:
-                    rows.append((1000 * seconds[system, setting].median / batch_size, value))
+                    rows.append((times_of[system, setting], value))
             if not rows:
                 continue
             rows.sort(key=lambda row: row[0])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from maskrl_jax.evaluate import curve
 from maskrl_jax.evaluate.bootstrap import Interval
+from maskrl_jax.evaluate.latency import Latency
 from maskrl_jax.evaluate.measure import Point
 from maskrl_jax.evaluate.timing import Spread, Timing
 
@@ -134,3 +135,11 @@ def timing_table(timings: Sequence[Timing]) -> str:
     ]
     head = ["batch", "calls of a batch", "fewer calls", "base", "tuned", "wall-clock speed-up"]
     return table(head, rows)
+
+
+def latency_table(latencies: Sequence[Latency]) -> str:
+    """Return the time of an image, one row per system and setting; median and quartiles."""
+    rows = [
+        [one.label, f"{one.setting:g}", str(one.batch_size), _spread(one.milliseconds, 1.0, " ms")] for one in latencies
+    ]
+    return table(["system", "setting", "batch", "an image"], rows)

@@ -256,7 +256,9 @@ class ShortcutGallery:
             for budget in self.curve.budgets:
                 frozen = {"plan": self.plan, "refresh": refresh_of(budget), "step_cost": np.float32(0)}
                 runs[kind, budget] = run(program, both, frozen)
-        return latency.measure(runs)
+        found = latency.measure(runs)
+        seconds = engine.parallel.of_first(np.array([dataclasses.astuple(spread) for spread in found.values()]))
+        return {name: Spread(*map(float, row)) for name, row in zip(found, seconds, strict=True)}
 
     def full_seconds(self, seconds: dict[tuple[str, float], Spread]) -> float:
         """Time of a full step of a batch."""
@@ -302,6 +304,12 @@ class ShortcutGallery:
             setting = curve.of_the_verdict(found).setting
             sizes = (self.engine.parallel.num_devices, bench.settings.batch_size)
             timings = bench.time((self.base, bench.settings.reference), (systems["shortcut"], setting), sizes)
+        size, labels = bench.settings.batch_size, {"base": "base", **LABELS}
+        latencies = [
+            latency.Latency(system, labels[system], setting, size, spread)
+            for (system, setting), spread in seconds.items()
+            if setting != COST
+        ]
         findings = Findings(
             title=f"Feature shortcut on {config.data.name}",
             config=config.name,
@@ -314,8 +322,8 @@ class ShortcutGallery:
             held_out=("every score", "the prompts (never trained on here; the base has seen their pictures)"),
             notes=NOTES + tuning_notes(self.context.parents["maskgit"].workdir, bench.settings.reference),
             timings=timings,
+            latencies=latencies,
         )
-        size = bench.settings.batch_size
         full_ms = 1000 * self.full_seconds(seconds) / size
         pairs = wiring.batches * wiring.teacher.pairs * config.batch_size * config.num_steps
         facts = {
@@ -336,11 +344,11 @@ class ShortcutGallery:
             findings,
             config.num_steps,
             facts,
-            lambda out: self._draw(out, points, seconds, kinds, errors, full_ms, cost),
+            lambda out: self._draw(out, points, latencies, kinds, errors, full_ms, cost),
         )
 
-    def _draw(self, out, points, seconds, kinds, errors, full_ms, cost):
-        place, size = pathlib.Path(out, "figures"), self.bench.settings.batch_size
+    def _draw(self, out, points, latencies, kinds, errors, full_ms, cost):
+        place = pathlib.Path(out, "figures")
         metrics = tables.headline_metrics(points)[:6]
         rows = {
             f"{LABELS[kind]}, {budget} full": asks(budget).full[: self.curve.num_steps].tolist()
@@ -350,7 +358,7 @@ class ShortcutGallery:
         }
         drawn = {
             "quality_vs_time": shortcut_figures.quality_vs_time(
-                place / "quality_vs_time.png", points, seconds, metrics, size
+                place / "quality_vs_time.png", points, latencies, metrics
             ),
             "drift": shortcut_figures.drift(place / "drift.png", errors),
             "budget": shortcut_figures.budget(place / "budget.png", rows, full_ms, full_ms * cost),

@@ -3,18 +3,19 @@
 import numpy as np
 
 from maskrl_jax.evaluate import shortcut_figures
+from maskrl_jax.evaluate.latency import Latency
 from maskrl_jax.evaluate.timing import Spread
 
 
 def test_quality_against_time_leaves_out_what_was_not_timed(tmp_path, make_point):
     points = [make_point(name, setting, setting, [0.5, 0.9]) for name in ("base", "shortcut") for setting in (4, 8)]
-    seconds = {(p.system, p.setting): Spread(p.setting, p.setting, p.setting) for p in points[:3]}
+    times = [Latency(p.system, p.label, p.setting, 16, Spread(1.0, 1.0, p.setting)) for p in points[:3]]
     metrics = ("graded", "frechet", "diversity")
-    image = shortcut_figures.quality_vs_time(tmp_path / "a.png", points, seconds, metrics, 16)
+    image = shortcut_figures.quality_vs_time(tmp_path / "a.png", points, times, metrics)
     assert image.shape[2] == 3 and image.std() > 5
-    fewer = shortcut_figures.quality_vs_time(tmp_path / "b.png", points[:2], seconds, metrics, 16)
+    fewer = shortcut_figures.quality_vs_time(tmp_path / "b.png", points[:2], times, metrics)
     assert image.shape != fewer.shape or (image != fewer).any()
-    assert shortcut_figures.quality_vs_time(tmp_path / "c.png", points, {}, metrics, 16) is None
+    assert shortcut_figures.quality_vs_time(tmp_path / "c.png", points, [], metrics) is None
     assert not (tmp_path / "c.png").exists()
 
 
