@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 from configs import maskfocus as maskfocus_config  # noqa: E402
 from maskrl_jax import stored  # noqa: E402
-from maskrl_jax.evaluate import bootstrap, measure  # noqa: E402
+from maskrl_jax.evaluate import bootstrap, canvas, measure  # noqa: E402
+from maskrl_jax.evaluate.bootstrap import Interval  # noqa: E402
 
 SEEDS = flags.DEFINE_multi_integer("seeds", [0, 1, 2], "seed of a run, once for each; the base is shared")
 ITERATIONS = flags.DEFINE_integer("iterations", 24, "rounds of rollouts of an arm of the ablation", lower_bound=12)
@@ -202,14 +203,42 @@ def _write(done: dict, path: pathlib.Path) -> None:
     ]
     lines += [_row(arm, runs) for arm, runs in arms.items()]
     path.write_text("\n".join(lines) + "\n")
+    if len(arms) > 1:
+        _draw(arms, path.with_suffix(".png"))
     print(f"wrote {path}", flush=True)
+
+
+def _closed(runs: list[dict]) -> tuple[Interval, np.ndarray]:
+    """Share of the base's gap to a graded score of 1 that is closed, over all seeds and of each alone."""
+    tuned, base = (np.array([run[side]["graded"] for run in runs]) for side in ("tuned", "base"))
+    left = bootstrap.paired_ratio(1 - tuned, 1 - base)
+    alone = 1 - (1 - tuned).mean(1) / (1 - base).mean(1)
+    return Interval(1 - left.mean, 1 - left.high, 1 - left.low), alone
+
+
+@canvas.styled
+def _draw(arms: dict[str, list[dict]], path: pathlib.Path) -> None:
+    """Draw the share of the gap that each arm closes, with its bounds, and its seeds as small dots."""
+    figure = canvas.new_figure(height=0.3 * len(arms) + 0.9, width=6.4)
+    axes = figure.subplots()
+    for place, runs in enumerate(arms.values()):
+        closed, alone = _closed(runs)
+        colour = canvas.COLOURS[1 if not place else 2]
+        axes.plot([100 * closed.low, 100 * closed.high], [place, place], color=colour, linewidth=1.6)
+        axes.plot(100 * closed.mean, place, "D", color=colour, markeredgecolor="white", markersize=7, zorder=3)
+        axes.plot(100 * alone, np.full(len(alone), place + 0.25), ".", color=canvas.QUIET, markersize=4)
+    axes.axvline(0, color=canvas.QUIET, linewidth=0.9)
+    axes.set_yticks(range(len(arms)), [f"{arm} ({len(runs)})" for arm, runs in arms.items()])
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the gap to a graded score of 1 closed (bar: 95 %, dot: a seed)")
+    axes.grid(axis="y", visible=False)
+    canvas.save(figure, path)
 
 
 def _row(arm: str, runs: list[dict]) -> str:
     scores = {name: np.array([run["tuned"][name] for run in runs]) for name in (*METRICS, "frechet")}
     base = {name: np.array([run["base"][name] for run in runs]) for name in (*METRICS, "frechet")}
-    left = bootstrap.paired_ratio(1 - scores["graded"], 1 - base["graded"])
-    alone = 1 - (1 - scores["graded"]).mean(1) / (1 - base["graded"]).mean(1)
+    closed, alone = _closed(runs)
     seconds = [run["seconds_an_iteration"] for run in runs if run["seconds_an_iteration"]]
     kl = [run["last_quarter"].get("rl/kl") for run in runs]
     cells = [
@@ -219,7 +248,7 @@ def _row(arm: str, runs: list[dict]) -> str:
         f"{np.mean(seconds):.1f}" if seconds else "",
         f"{scores['graded'].mean():.3f}",
         f"{scores['strict'].mean():.3f}",
-        f"{100 * (1 - left.mean):.0f} % [{100 * (1 - left.high):.0f}, {100 * (1 - left.low):.0f}]",
+        f"{100 * closed.mean:.0f} % [{100 * closed.low:.0f}, {100 * closed.high:.0f}]",
         ", ".join(f"{100 * share:.0f} %" for share in alone),
         f"{scores['diversity'].mean() / base['diversity'].mean():.2f}",
         f"{scores['frechet'].mean() / base['frechet'].mean():.2f}",
