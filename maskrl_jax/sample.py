@@ -8,6 +8,7 @@ from absl import flags
 from maskrl_jax import command
 from maskrl_jax.errors import UserError
 from maskrl_jax.sampling.maskgit import MODES
+from maskrl_jax.sampling.schedules import SCHEDULES
 
 WORKDIR = flags.DEFINE_string("workdir", None, "run of a stage that makes images", required=True)
 PROMPT = flags.DEFINE_multi_string("prompt", None, "caption, or class name or number; may be repeated")
@@ -16,7 +17,7 @@ NUM_STEPS = flags.DEFINE_integer("num_steps", None, "steps of the fixed sampler;
 FULL_STEPS = flags.DEFINE_integer("full_steps", None, "run of a shortcut: steps that run the full network")
 DIAL = flags.DEFINE_float("dial", None, "asks a tuned policy for fewer (positive) or more calls")
 MODE = flags.DEFINE_string("mode", None, f"fixed sampler: {', '.join(MODES)}")
-SCHEDULE = flags.DEFINE_string("schedule", None, "fixed sampler: cosine, arccos, linear or square")
+SCHEDULE = flags.DEFINE_string("schedule", None, f"fixed sampler: {', '.join(SCHEDULES)}")
 GUMBEL = flags.DEFINE_float("gumbel", None, "modes confidence, uncertain: noise on the order")
 TEMPERATURE = flags.DEFINE_float("temperature", None, "fixed sampler: divides the logits before a draw")
 GUIDANCE = flags.DEFINE_float("guidance", None, "fixed sampler: guidance scale, 1 is none")
@@ -69,7 +70,7 @@ def main() -> None:
 
         first = slice(None, None, NUM_IMAGES.value)
         pixels = np.round(np.clip(made.images[first], 0, 1) * 255).astype(np.uint8)
-        commit_order(ORDER.value, pixels, made.commit_step[first], made.calls[first], prompts)
+        commit_order(ORDER.value, pixels, made.commit_step[first], made.taken[first], prompts)
         print(f"wrote {ORDER.value}")
 
 
@@ -77,6 +78,8 @@ def _system(studio):
     """The system that the flags ask for, its setting, and what it is in words."""
     asked = {name: flag.value for name, flag in FIXED.items() if flag.value is not None}
     given = _given(studio)
+    if FULL_STEPS.value is not None and studio.shortcut is None:
+        raise UserError(f"--full_steps is for a run of a shortcut stage, and {WORKDIR.value} holds another")
     if studio.tuned is not None and not asked and given is None:
         if DIAL.value is not None and studio.tuned_setting:
             raise UserError("--dial is for a policy with a head; this one has a number of steps: use --num_steps")
@@ -86,8 +89,6 @@ def _system(studio):
             setting,
             f"{studio.tuned.label} at {'steps' if studio.tuned_setting else 'dial'} {setting:g}",
         )
-    if FULL_STEPS.value is not None and studio.shortcut is None:
-        raise UserError(f"--full_steps is for a run of a shortcut stage, and {WORKDIR.value} holds another")
     if DIAL.value is not None:
         raise UserError("--dial is for a tuned policy alone; leave it out with flags of the fixed sampler or --image")
     steps = asked.get("num_steps", studio.sampler.num_steps)

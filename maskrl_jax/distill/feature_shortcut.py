@@ -106,20 +106,21 @@ def loss(
     Per pair: squared error of the predicted feature, mean over its positions and width; 0 for a sample that was done
     in one step. `mse_frozen` is the same error of the feature left as it was: what the network has to beat.
     """
-    rows, pairs = step.shape
-    step_b, branch_b = step.reshape(-1), branch.reshape(-1)
-    sample_b = jnp.repeat(jnp.arange(rows), pairs)
-    rollout, length_b = jax.tree.map(lambda x: x[sample_b], (buffer.rollout(), buffer.lengths()))
+    pairs, step_b = step.shape[1], step.reshape(-1)
+    rollout, lengths = buffer.rollout(), buffer.lengths()
+    rollout, length_b = jax.tree.map(lambda x: jnp.repeat(x, pairs, axis=0), (rollout, lengths))
+    take = jax.vmap(lambda features, branch, at: features[branch, at])  # row by row: rows lie on their devices
 
-    def known(at_b):
-        return buffer.features[sample_b, branch_b, jnp.minimum(at_b, length_b - 1)]
+    def known(ahead):
+        found = take(buffer.features, branch, jnp.minimum(step + ahead, lengths[:, None] - 1))
+        return found.reshape(-1, *found.shape[2:])
 
-    features = start = known(step_b)
+    features = start = known(0)
     errors, divergences, frozen = [], [], None
     for k in range(settings.chain):
         masked_bN, controls, share_b = step_pairs(rollout, step_b + k, student.most)
         features = features if settings.through or k == 0 else jax.lax.stop_gradient(features)
-        features, wanted = student.advance(params, features, controls, share_b), known(step_b + k + 1)
+        features, wanted = student.advance(params, features, controls, share_b), known(k + 1)
         exists_b = (step_b + k + 1 < length_b).astype(jnp.float32)
         weight_bT = _positions(settings, masked_bN, features.shape[1]) * exists_b[:, None]
         errors.append(_mean(jnp.square(features - wanted).mean(-1), weight_bT).sum())

@@ -22,6 +22,7 @@ def main() -> None:
     """Evaluate as the flags say."""
     from maskrl_jax import runner, stored
     from maskrl_jax.evaluate.bench import Evaluation
+    from maskrl_jax.tasks.shortcut_gallery import Curve
 
     overrides = {flag.name: flag.value for flag in (PROMPTS, GROUP, SEED) if flag.value is not None}
     overrides |= {
@@ -36,6 +37,7 @@ def main() -> None:
         if context.config.task != "shortcut":
             raise UserError(f"--budgets is for a shortcut, and {WORKDIR.value} holds a {context.config.task!r} stage")
         context.config.curve.budgets = _numbers(BUDGETS, int)
+        Curve(**context.config.curve)
     if not stored.is_finished(WORKDIR.value):
         raise UserError(f"{WORKDIR.value} is not trained to its end; run its training command again")
     context.config.evaluation.update(overrides)

@@ -16,12 +16,19 @@ class Generated:
     """What a system returns for n samples."""
 
     images: np.ndarray  # float32 [n, H, W, 3] in [0, 1]
-    calls: np.ndarray  # int32 [n], network calls that each sample needed (guidance branches count once)
-    commit_step: np.ndarray  # uint8 [n, N], the call at which each token was committed, from 0
+    calls: np.ndarray  # [n], network calls that each sample needed (guidance branches count once); a light step a share
+    commit_step: np.ndarray  # uint8 [n, N], the step at which each token was committed, from 0
+    steps: np.ndarray | None = None  # int32 [n], where not every step is a call
 
     def first(self, count: int) -> "Generated":
         """The first samples alone."""
-        return Generated(self.images[:count], self.calls[:count], self.commit_step[:count])
+        steps = None if self.steps is None else self.steps[:count]
+        return Generated(self.images[:count], self.calls[:count], self.commit_step[:count], steps)
+
+    @property
+    def taken(self) -> np.ndarray:
+        """Steps that each sample took, [n]."""
+        return self.calls if self.steps is None else self.steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +90,16 @@ class Point:
     group: int
     calls_mean: float
     calls_sd: float
-    calls_histogram: dict[int, int]
+    calls_histogram: dict[float, int]
     metrics: dict[str, Interval]
     frechet: float
     precision: float
     recall: float
     diversity: Interval | None  # None with one sample a prompt
     per_sample: dict[str, np.ndarray] = dataclasses.field(repr=False)  # [n] or [n, D], prompt-major
-    kept: dict[str, np.ndarray] = dataclasses.field(repr=False)  # images uint8 [keep, H, W, 3], commit_step, calls
+    kept: dict[str, np.ndarray] = dataclasses.field(
+        repr=False
+    )  # images uint8 [keep, H, W, 3], commit_step, steps taken as `calls`
 
     def per_prompt(self, metric: str) -> np.ndarray:
         """Return the mean over a prompt's samples, float64 [P]; "diversity" is known per prompt only."""
@@ -106,7 +115,7 @@ class Point:
         """Return plain numbers, lists and dicts."""
         names = [field.name for field in dataclasses.fields(self) if field.name not in ("per_sample", "kept")]
         plain = {name: getattr(self, name) for name in names}
-        plain["calls_histogram"] = {str(calls): count for calls, count in self.calls_histogram.items()}
+        plain["calls_histogram"] = {f"{calls:g}": count for calls, count in self.calls_histogram.items()}
         plain["metrics"] = {name: dataclasses.asdict(value) for name, value in self.metrics.items()}
         plain["diversity"] = None if self.diversity is None else dataclasses.asdict(self.diversity)
         return plain
@@ -129,7 +138,7 @@ def collect(system: System, setting: float, protocol: Protocol, scorer: Scorer) 
         scores = scorer(images, [protocol.prompts[row] for row in rows])
         numbers.append({name: value[real] for name, value in {**scores, "calls": np.asarray(made.calls)}.items()})
         picked = real & np.isin(ids, wanted)
-        kept.append(_pictures(images[picked], np.asarray(made.commit_step)[picked], np.asarray(made.calls)[picked]))
+        kept.append(_pictures(images[picked], np.asarray(made.commit_step)[picked], np.asarray(made.taken)[picked]))
     return _concatenate(numbers), _concatenate(kept)
 
 
@@ -176,7 +185,9 @@ def measure(system: System, setting: float, protocol: Protocol, scorer: Scorer) 
         group=group,
         calls_mean=float(calls.mean()),
         calls_sd=float(calls.std()),
-        calls_histogram={int(value): int((calls == value).sum()) for value in np.unique(calls)},
+        calls_histogram=dict(
+            zip(*(x.tolist() for x in np.unique(np.round(calls, 3), return_counts=True)), strict=True)
+        ),
         metrics={
             name: bootstrap.mean_interval(value.reshape(num_prompts, group).mean(axis=1))
             for name, value in scores.items()
@@ -224,7 +235,7 @@ def load_point(folder: str | pathlib.Path, plain: dict) -> Point:
 
 def _point(plain: dict, per_sample: dict[str, np.ndarray], kept: dict[str, np.ndarray]) -> Point:
     fields = dict(plain)
-    fields["calls_histogram"] = {int(calls): count for calls, count in plain["calls_histogram"].items()}
+    fields["calls_histogram"] = {float(calls): count for calls, count in plain["calls_histogram"].items()}
     fields["metrics"] = {name: Interval(**value) for name, value in plain["metrics"].items()}
     fields["diversity"] = None if plain["diversity"] is None else Interval(**plain["diversity"])
     return Point(**fields, per_sample=per_sample, kept=kept)

@@ -40,6 +40,7 @@ class Findings:
     timings: Sequence[Timing] = ()
     clock_note: str = ""  # what else than calls the clock counts, a sentence
     latencies: Sequence[Latency] = ()  # of sampling loops, where systems are compared by time
+    unlike: Sequence[str] = ()  # systems whose setting means something else than the tuned one's
     illustrations: Sequence[Illustration] = ()
 
 
@@ -150,7 +151,7 @@ def _beside(findings: Findings, own: curve.Equality, system: str) -> str:
     setting = curve.of_the_verdict(own).setting
     same = [point for point in findings.points if point.setting == setting]
     tuned, other = ([point for point in same if point.system == name] for name in (findings.tuned, system))
-    if not tuned or not other:
+    if not tuned or not other or system in findings.unlike:
         return ""
     row = curve.compare(tuned, other, own.criteria)
     calls = f"{curve.mean_calls(tuned):.1f} for {curve.mean_calls(other):.1f} calls"

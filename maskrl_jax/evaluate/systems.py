@@ -46,15 +46,26 @@ class Engine:
         return self.parallel.gather(program(params, frozen, {name: x[rows] for name, x in batch.items()}))
 
 
-def fixed_program(engine: Engine) -> Callable:
-    """Compile the fixed-plan decode; one program per sampler mode serves every number of steps."""
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a step costs on the clock, in steps of the base: one that runs the full network, and a light one."""
+
+    full: float
+    light: float
+
+
+def fixed_program(engine: Engine, pictures: bool = True) -> Callable:
+    """Compile the fixed-plan decode; one program per sampler mode serves every number of steps.
+
+    Without `pictures` it ends with the tokens, for timing.
+    """
 
     def program(p, frozen, batch, axis):
         keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
         rollout = decode(
             engine.logits(p), keys_B, batch["cond"], engine.null, frozen["plan"], batch["given"], engine.mask_id
         )
-        return _outputs(engine, frozen, rollout)
+        return _outputs(engine, frozen, rollout) if pictures else {"ids": rollout.ids}
 
     return engine.parallel.map(program)
 
@@ -110,12 +121,11 @@ def shortcut_program(
             most=most,
             extrapolate=extrapolate,
         )
-        steps_B = jnp.where(rollout.commit_step == GIVEN, 0, rollout.commit_step + 1).max(-1)
-        # A shortcut step counts as the share of a full one that it costs.
-        calls_B = rollout.calls + frozen["step_cost"] * (steps_B - rollout.calls)
         if not pictures:
-            return {"ids": rollout.ids, "calls": calls_B}
-        return _outputs(engine, frozen, rollout) | {"calls": calls_B}
+            return {"ids": rollout.ids}
+        steps_B = jnp.where(rollout.commit_step == GIVEN, 0, rollout.commit_step.astype(jnp.int32) + 1).max(-1)
+        calls_B = frozen["full"] * rollout.calls + frozen["light"] * (steps_B - rollout.calls)
+        return _outputs(engine, frozen, rollout) | {"calls": calls_B, "steps": steps_B}
 
     return engine.parallel.map(program)
 
@@ -126,25 +136,34 @@ def shortcut_system(
     params: Any,
     plan: Any,
     refresh_of: Callable[[float], Refresh],
-    step_cost: float,
+    costs: Costs,
     name: str,
     label: str,
     given: np.ndarray | None = None,
 ) -> System:
     """A base with a shortcut, through a `shortcut_program`; the setting is the number of full steps.
 
-    Its calls are full steps and, at `step_cost` each, shortcut steps: what the same time buys of the base. `given` as
-    in `fixed_system`.
+    Its calls are its steps at their costs: what the same time buys of the base. `given` as in `fixed_system`.
     """
     start = _start(engine, given)
+    prices = {name: np.float32(cost) for name, cost in dataclasses.asdict(costs).items()}
 
     def generate(setting, cond, sample_ids, seed):
-        frozen = {"plan": plan, "refresh": refresh_of(setting), "step_cost": np.float32(step_cost)}
-        frozen["tokenizer"] = engine.tokenizer
+        frozen = {"plan": plan, "refresh": refresh_of(setting), "tokenizer": engine.tokenizer, **prices}
         batch = _batch(cond, sample_ids, seed) | {"given": np.tile(start, (len(sample_ids), 1))}
         return Generated(**engine.run(program, params, frozen, batch))
 
     return System(name, label, generate)
+
+
+def priced(system: System, cost: float) -> System:
+    """The same system with each of its calls counted at a cost."""
+
+    def generate(*arguments):
+        made = system.generate(*arguments)
+        return dataclasses.replace(made, calls=made.calls * cost, steps=made.taken)
+
+    return dataclasses.replace(system, generate=generate)
 
 
 def clocked_program(engine: Engine, config: adaptive.AdaptiveConfig, decide: Callable) -> Callable:

@@ -15,6 +15,7 @@ from maskrl_jax.sampling import draws, schedules
 Array = jax.Array
 MODES = ("confidence", "halton", "random", "threshold", "uncertain", "entropy")
 NOISY = ("confidence", "uncertain")
+NOISE_ENDS = ("after", "at")
 OPEN_ENDED = ("threshold", "uncertain", "entropy")  # may commit more than the plan's counts
 GIVEN = 255  # commit step of tokens that were given, not sampled
 
@@ -27,7 +28,8 @@ class SamplerConfig:
     num_steps: int = 16
     max_steps: int = 16
     schedule: str = "cosine"
-    gumbel: float = 4.5  # modes confidence, uncertain: noise scale at the first step; falls linearly to 0
+    gumbel: float = 4.5  # modes confidence, uncertain: noise scale at the first step; falls linearly
+    noise_ends: str = "after"  # noise 0 `after` the last step, 1 - s/T, or `at` it, 1 - s/(T-1), as in sampler A
     temperature: float = 1.0  # divides the logits before the draw
     guidance: float = 1.0  # 1 = no guidance
     guidance_schedule: str = "constant"
@@ -38,6 +40,8 @@ class SamplerConfig:
             raise ValueError(f"sampler mode {self.mode!r} is not one of {', '.join(MODES)}")
         if not 1 <= self.num_steps <= self.max_steps < GIVEN:
             raise ValueError(f"num_steps {self.num_steps} must lie in 1..max_steps ({self.max_steps}), below {GIVEN}")
+        if self.noise_ends not in NOISE_ENDS:
+            raise ValueError(f"noise_ends {self.noise_ends!r} is not one of {', '.join(NOISE_ENDS)}")
         if self.temperature <= 0:
             raise ValueError(f"temperature {self.temperature} must be positive")
         if self.gumbel < 0:
@@ -97,7 +101,7 @@ def make_plan(config: SamplerConfig, num_tokens: int) -> Plan:
         return np.pad(np.asarray(table, dtype), (0, config.max_steps - steps))
 
     order = schedules.halton_order(side) if config.mode == "halton" else np.arange(num_tokens)
-    noise = config.gumbel * (1 - progress) if config.mode in NOISY else np.zeros(steps)
+    noise = config.gumbel * (1 - (last if config.noise_ends == "at" else progress)) * (config.mode in NOISY)
     return Plan(
         num_steps=np.int32(steps),
         masked_after=pad(left, np.int32),
@@ -126,8 +130,7 @@ def decode(
     A while loop: it stops after the plan's steps, or when no sample has a masked token left, which is
     how the threshold modes save calls. Given tokens shrink every step's share in proportion.
     Published: order by confidence with Gumbel noise (arXiv 2202.04200), Halton order (arXiv 2503.17076). Our choice:
-    the noise of step s is scale (1 - s/T), the one law of all samplers here (published forms reach 0 at the last step
-    or are one step ahead); threshold, entropy and uncertain, with the plan's counts as the least to commit.
+    the noise of step s is scale (1 - s/T) unless `noise_ends` asks for the published law of sampler A; threshold, entropy and uncertain, with the plan's counts as the least to commit.
     `uncertain` spends those on the places of highest entropy: what is settled there makes the rest certain, where the
     surest tokens tell nothing new.
     """

@@ -24,7 +24,9 @@ class Refresh(flax.struct.PyTreeNode):
 
 
 def scheduled(steps: Sequence[int], max_steps: int) -> Refresh:
-    """Full at the given steps alone, tables padded to `max_steps`."""
+    """Full at the given steps alone, 0 among them, tables padded to `max_steps`; ValueError without step 0."""
+    if 0 not in steps:
+        raise ValueError(f"full steps {tuple(steps)} must hold step 0: there is no feature before it")
     full = np.zeros(max_steps, bool)
     full[list(steps)] = True
     return Refresh(full, NEVER, np.int32(max_steps), np.int32(0))

@@ -10,7 +10,8 @@ _SHARES = {
     "linear": lambda r: 1 - r,
     "square": lambda r: 1 - r * r,
 }
-SCHEDULES = tuple(_SHARES)
+_OF_STEPS = _SHARES | {"root": lambda r: 1 - math.sqrt(r)}
+SCHEDULES = (*_SHARES, *(f"steps-{mode}" for mode in _OF_STEPS))  # shares left; shares of each step (`increments`)
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -22,12 +23,16 @@ def masked_after(schedule: str, num_tokens: int, num_steps: int) -> np.ndarray:
     arccos 2/pi*arccos(r), linear 1-r, square 1-r^2. Cosine and Halton's arccos are published; here arccos is the
     share left, not the share of each step as in the sampler of that name in section 3. Linear, square: our choice.
     A whole N * gamma stays whole, as on the clock (specs/speed_rl.md 4.1); the official float32 loses one token
-    there (cosine, r = 2/3).
+    there (cosine, r = 2/3). `steps-<mode>` are the published sampler A's increments instead.
     """
-    if schedule not in _SHARES:
+    if schedule not in SCHEDULES:
         raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
     if not 1 <= num_steps <= num_tokens:
         raise ValueError(f"num_steps {num_steps} must lie in 1..{num_tokens}, the number of image tokens")
+    if schedule.startswith("steps-"):
+        return num_tokens - np.cumsum(
+            increments(schedule.removeprefix("steps-"), num_tokens, num_steps), dtype=np.int32
+        )
     masked, table = num_tokens, []
     for step in range(1, num_steps):
         share = _SHARES[schedule](step / num_steps)
@@ -44,13 +49,14 @@ def increments(mode: str, num_tokens: int, num_steps: int) -> np.ndarray:
     2/pi*arccos(r), linear 1-r, square 1-r^2, root 1-sqrt(r); round half to even, at least 1, and what rounding leaves
     goes to the last step. ValueError where that step would have none left.
     """
-    weigh = _SHARES | {"root": lambda r: 1 - math.sqrt(r)}
-    if mode not in weigh:
-        raise ValueError(f"schedule {mode!r} is not one of {', '.join(weigh)}")
+    if mode not in _OF_STEPS:
+        raise ValueError(f"schedule {mode!r} is not one of {', '.join(_OF_STEPS)}")
     if num_steps < 1:
         raise ValueError(f"num_steps {num_steps} must be at least 1")
+    if num_steps == 1:
+        return np.asarray([num_tokens], np.int32)  # r is 1 there, where most weights are 0
     # float32, as published: a rounding away from one half decides some counts.
-    weights = np.asarray([weigh[mode](r) for r in np.linspace(1, 0, num_steps, dtype=np.float32)], np.float32)
+    weights = np.asarray([_OF_STEPS[mode](r) for r in np.linspace(1, 0, num_steps, dtype=np.float32)], np.float32)
     counts = np.maximum(np.round(weights / weights.sum() * num_tokens), 1).astype(np.int32)
     counts[-1] += num_tokens - counts.sum()
     if counts[-1] < 1:

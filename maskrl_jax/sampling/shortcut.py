@@ -89,6 +89,7 @@ def decode(
     """Fill every MASK of `given_BN` int32 [B,N], with the full model only where `refresh` asks for it.
 
     Args:
+      refresh: a drift is the mean over the rows that this program sees: under pmap every device decides for its own.
       most: places for controls, static; `most_controls(plan, N)`.
       first: features [branches * B, T, D] of an empty grid, computed before (section 6, cached step 0): step 0 then
         runs no network. Wrong where tokens are given.
@@ -105,9 +106,9 @@ def decode(
         if extrapolate:
             known = jnp.where(step > 1, memory.features - memory.previous, 0.0)
             return memory.features + known
-        revealed = _tile(commit_BN == (step - 1).astype(jnp.uint8), rows)
-        share_b = _tile((ids_BN == mask_id).mean(-1, dtype=jnp.float32), rows)
-        return parts.advance(memory.features, controls_of(_tile(ids_BN, rows), revealed, most), share_b)
+        controls = controls_of(ids_BN, commit_BN == (step - 1).astype(jnp.uint8), most)
+        share_B = (ids_BN == mask_id).mean(-1, dtype=jnp.float32)
+        return parts.advance(memory.features, *jax.tree.map(lambda x: _tile(x, rows), (controls, share_B)))
 
     def predict(memory, step, ids_BN, commit_BN):
         wanted = refresh.full[step] | (
@@ -169,6 +170,8 @@ def decode_unrolled(
         raise ValueError(f"sampler mode {plan.mode!r} does not know its counts; unrolled sampling needs them")
     conds = _branches(plan, cond, null_cond)
     rows = batch * branches(plan)
+    if 0 not in full_steps:
+        raise ValueError(f"full steps {tuple(full_steps)} must hold step 0: there is no feature before it")
     steps, left = int(plan.num_steps), np.concatenate([[num_tokens], np.asarray(plan.masked_after)])
     plan = jax.tree.map(jnp.asarray, plan)
     carry = maskgit.begin(jnp.full((batch, num_tokens), mask_id, jnp.int32), first)
@@ -179,10 +182,9 @@ def decode_unrolled(
             if step in full_steps and (step or first is None):
                 features = parts.features(*_inputs(plan, jnp.int32(step), ids_BN, rows), conds)
             elif step:
-                revealed = _tile(commit_BN == step - 1, rows)
-                exact = controls_of(_tile(ids_BN, rows), revealed, int(left[step - 1] - left[step]))
+                exact = controls_of(ids_BN, commit_BN == step - 1, int(left[step - 1] - left[step]))
                 share_b = jnp.full((rows,), left[step] / num_tokens, jnp.float32)
-                features = parts.advance(features, exact, share_b)
+                features = parts.advance(features, jax.tree.map(lambda x: _tile(x, rows), exact), share_b)
             return _guided(plan, jnp.int32(step), parts.head(features)), features, jnp.bool_(step in full_steps)
 
         carry = maskgit.call(predict, keys_B, plan, start_B, mask_id, carry)

@@ -97,9 +97,17 @@ def same_codes(workdirs: dict[str, str]) -> None:
         )
 
 
-def same_base(config: Any, tuned: Any) -> None:
-    """Raise UserError where a policy was tuned on another base than the stage names: its network would not fit."""
-    ours, theirs = (stored.plain(c.parents.maskgit) for c in (config, tuned))
-    for key in ("model", "data"):
-        if ours[key] != theirs[key]:
-            raise UserError(f"the policy in init.speed_rl was tuned on a base of another {key}; name that base instead")
+def same_base(tuned: str, base: str) -> None:
+    """Raise UserError where the policy in a workdir was tuned on another base than that in the other workdir.
+
+    Its network would not fit, or be compared with a base that it does not come from.
+    """
+    places = stored.read_places(tuned)
+    if places is None:
+        return
+    ours, theirs = (stored.trained_id(path) for path in (base, places[0]["maskgit"]))
+    if ours and theirs and ours != theirs:
+        raise UserError(
+            f"the policy in {tuned} was tuned on another base than {base}; set init.maskgit={places[0]['maskgit']} and "
+            f"init.tokenizer={places[0]['tokenizer']}"
+        )

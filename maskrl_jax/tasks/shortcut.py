@@ -17,9 +17,9 @@ from maskrl_jax.data.batches import positions_at
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.distill.feature_shortcut import Buffer, ShortcutLoss, Student, branch_and_step, loss, pair_slots
 from maskrl_jax.errors import UserError
-from maskrl_jax.evaluate.bench import read_sampler
+from maskrl_jax.evaluate.bench import Evaluation, read_sampler
 from maskrl_jax.evaluate.studio import Studio
-from maskrl_jax.evaluate.systems import shortcut_program, shortcut_system
+from maskrl_jax.evaluate.systems import Costs, shortcut_program, shortcut_system
 from maskrl_jax.keys import ROLLOUT, TRAIN, sample_keys
 from maskrl_jax.models.shortcut import Shortcut, ShortcutConfig
 from maskrl_jax.parallel import Axis, mean_gradients
@@ -160,12 +160,14 @@ class Wiring:
             state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
             return state, (metrics, info)
 
-        # Averages and warm-ups count minibatches, the loop counts buffers.
+        # Averages and warm-ups count minibatches; the loop, and what stops a run gone bad, count buffers.
         state, (metrics, infos) = jax.lax.scan(minibatch, state.replace(step=state.step * len(slots_MBp)), slots_MBp)
         sums = axis.all_reduce(jax.tree.map(lambda x: x.sum(0), metrics))
         values = {f"train/{name}": value for name, value in sums.items()}
         values |= {f"train/{name}": (x.sum(), jnp.float32(len(x))) for name, x in infos.items()}
-        return state.replace(step=first.step + 1), values
+        all_bad = state.bad_total - first.bad_total == len(slots_MBp)
+        bad = jnp.where(all_bad, first.bad_steps + 1, 0)
+        return state.replace(step=first.step + 1, bad_steps=bad), values
 
 
 def teacher_of(context: Context) -> tuple[Any, SamplerConfig]:
@@ -187,7 +189,9 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     if "speed_rl" in config.parents:
         sampler = speed_rl.without_head(config.parents.speed_rl)
     wiring = Wiring(config, conditioning, sampler)
-    Curve(**config.curve)
+    settings, curve = Evaluation(**config.evaluation), Curve(**config.curve)  # refused here rather than in the end
+    generators.check_steps(SamplerConfig(**config.parents.maskgit.sampler), settings.steps, wiring.sizes.num_tokens)
+    wiring.plan(curve.num_steps)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
     base = maskgit_task.abstract_params(config.parents.maskgit, conditioning)
     whole = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
@@ -199,7 +203,7 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     learn = made | {"index": whole, "round": whole}
     return [
         Phase("rollout", wiring.rollout, (base, frozen, request), kind="map", loop_trips=wiring.teacher.longest),
-        Phase("update", wiring.update, (state, frozen | {"base": base}, learn), kind="update"),
+        Phase("update", wiring.update, (state, {"base": base}, learn), kind="update"),
     ]
 
 
@@ -221,7 +225,8 @@ def studio(context: Context, params: Any) -> Studio:
             return refresh.scheduled(refresh.even_steps(chosen.num_steps, int(full)), chosen.max_steps)
 
         # Calls are full steps: what a shortcut step costs is not known here.
-        return shortcut_system(base.engine, program, both, plan, asks, 0.0, "shortcut", "shortcut", given)
+        costs = Costs(full=1.0, light=0.0)
+        return shortcut_system(base.engine, program, both, plan, asks, costs, "shortcut", "shortcut", given)
 
     return dataclasses.replace(base, sampler=sampler, shortcut=shortened, full_steps=curve.usual)
 
@@ -232,7 +237,7 @@ def build(context: Context) -> Task:
     train = generators.dataset_of(context, "train")
     checks.same_codes({name: parent.workdir for name, parent in context.parents.items()})
     if "speed_rl" in context.parents:
-        checks.same_base(context.config, context.parents["speed_rl"].config)
+        checks.same_base(context.parents["speed_rl"].workdir, context.parents["maskgit"].workdir)
     params, sampler = teacher_of(context)
     wiring = Wiring(config, train.conditioning, sampler)
     pool, rows = train.pool(held_out=False), parallel.rows(config.batch_size)
@@ -254,7 +259,7 @@ def build(context: Context) -> Task:
         plan = plans[int(batch["round"][0]) % len(plans)]
         made = roll_out(network, {"plan": plan}, batch)
         learn = made | {name: batch[name] for name in ("index", "round")}
-        return update(state, {"plan": plan, "base": network}, learn)
+        return update(state, {"base": network}, learn)
 
     return Task(
         init=lambda key: parallel.init(wiring.init, key),

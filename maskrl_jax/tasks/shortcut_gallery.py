@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,21 @@ from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import curve, latency, shortcut_figures, tables
 from maskrl_jax.evaluate.bench import CHOICE, Bench, read_sampler, tuning_notes
 from maskrl_jax.evaluate.illustrate import Illustration
+from maskrl_jax.evaluate.latency import Latency
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
-from maskrl_jax.evaluate.systems import Engine, fixed_program, fixed_system, shortcut_program, shortcut_system
+from maskrl_jax.evaluate.systems import (
+    Costs,
+    Engine,
+    fixed_program,
+    fixed_system,
+    priced,
+    shortcut_program,
+    shortcut_system,
+)
 from maskrl_jax.evaluate.timing import Spread
 from maskrl_jax.keys import EVALUATE, sample_keys
-from maskrl_jax.sampling import maskgit, refresh
+from maskrl_jax.sampling import refresh
 from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
 from maskrl_jax.sampling.refresh import Refresh
 from maskrl_jax.sampling.shortcut import Parts, most_controls
@@ -46,7 +55,7 @@ NOTES = (
     "Published numbers are of MaskGIT on ImageNet and of Lumina-DiMOO; no parity is claimed.",
     "Calls are in units of one step of the base: a shortcut step counts as the share of its time that it takes here.",
 )
-COST = 0.0  # in the place of a setting: runs that tell what a step costs
+OTHER_PROGRAMS = ("frozen", "linear")  # kinds whose step is another; the others differ in their full steps alone
 BISECTIONS = 10  # of the drift at which an adaptive refresh runs the full model
 
 
@@ -57,6 +66,8 @@ class Curve:
     num_steps: N. budgets: numbers of full steps B. beside: what is measured next to the shortcut, of `BESIDE`.
     calibration: samples, of training prompts, that calibrated sets of steps and thresholds are found on.
     longest: most shortcut steps in a row of an adaptive refresh.
+
+    Budgets are of the plan's N steps: where a mode with a threshold ends early, fewer of them are run.
     """
 
     num_steps: int = 24
@@ -75,6 +86,12 @@ class Curve:
         unknown = sorted(set(self.beside) - set(BESIDE))
         if unknown:
             raise UserError(f"curve.beside {unknown} is not among {', '.join(BESIDE)}")
+        fewest = -(-self.num_steps // (self.longest + 1)) if self.longest > 0 else 0
+        if "adaptive" in self.beside and self.budgets[0] < fewest:
+            raise UserError(
+                f"curve.budgets {self.budgets} go below the {fewest} full steps that curve.longest={self.longest} asks "
+                f"for in {self.num_steps} steps"
+            )
         if self.calibration < 1 or self.longest < 1:
             raise UserError("curve.calibration and curve.longest must be at least 1")
 
@@ -94,7 +111,9 @@ class ShortcutGallery:
         self.plan = wiring.plan(self.curve.num_steps)
         self.most = most_controls(self.plan, engine.num_tokens)
         base, program = context.parents["maskgit"], fixed_program(engine)
-        self.sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
+        sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
+        longest = max(sampler.max_steps, self.curve.num_steps)
+        self.sampler = dataclasses.replace(sampler, max_steps=longest)
         self.tuned = "speed_rl" in context.parents
         self.base_params = engine.parallel.replicate(base.params) if self.tuned else network
         system = fixed_system(engine, program, self.base_params, self.sampler, "base", "base")
@@ -120,19 +139,17 @@ class ShortcutGallery:
 
     def program(self, kind: str, pictures: bool = True) -> Callable:
         """Compiled sampling of a kind; those that differ in their full steps alone share it."""
-        return self._program(kind if kind in ("frozen", "linear") else "shortcut", pictures)
+        return self._program(kind if kind in OTHER_PROGRAMS else "shortcut", pictures)
 
     @functools.cache  # noqa: B019 - as many entries as kinds, for the life of the gallery
     def _program(self, kind, pictures):
         extrapolate = kind == "linear"
         return shortcut_program(self.engine, self.parts_of(kind), self.most, extrapolate=extrapolate, pictures=pictures)
 
-    def system(self, params: Any, kind: str, refresh_of: Callable[[float], Refresh], step_cost: float) -> System:
+    def system(self, params: Any, kind: str, refresh_of: Callable[[float], Refresh], costs: Costs) -> System:
         """A kind as a system; its setting is the number of full steps."""
         both = {"base": self.network, "shortcut": params}
-        return shortcut_system(
-            self.engine, self.program(kind), both, self.plan, refresh_of, step_cost, kind, LABELS[kind]
-        )
+        return shortcut_system(self.engine, self.program(kind), both, self.plan, refresh_of, costs, kind, LABELS[kind])
 
     def evenly(self, budget: float) -> Refresh:
         """The official set of full steps."""
@@ -144,8 +161,9 @@ class ShortcutGallery:
     def refreshes(self, kind: str, params: Any, error_AK: np.ndarray) -> Callable[[float], Refresh]:
         """When a kind runs the full model, by its setting."""
         if kind == "calibrated":
-            left = np.concatenate([[self.engine.num_tokens], self.plan.masked_after])
-            counts = (left[:-1] - left[1:])[: self.curve.num_steps]
+            # As revealed: modes with a threshold reveal more than the plan's counts.
+            steps = np.arange(self.curve.num_steps)[:, None, None]
+            counts = (self.calibration.commit_step == steps).sum(-1).mean(-1)
             return lambda budget: self._scheduled(refresh.calibrated_steps(error_AK, counts, int(budget)))
         if kind == "adaptive":
             return functools.cache(lambda budget: self._adaptive(params, budget))
@@ -158,7 +176,7 @@ class ShortcutGallery:
         for _ in range(BISECTIONS):
             middle = math.sqrt(low * high)
             asks = refresh.adaptive(middle, self.curve.longest, self.curve.num_steps, len(self.plan.masked_after))
-            made = self.system(params, "adaptive", lambda _, asks=asks: asks, 0.0).generate(
+            made = self.system(params, "adaptive", lambda _, asks=asks: asks, Costs(1.0, 0.0)).generate(
                 budget, conds, np.arange(len(conds), dtype=np.int32), self.bench.settings.seed + 1
             )
             low, high = (middle, high) if made.calls.mean() > budget else (low, middle)
@@ -191,89 +209,94 @@ class ShortcutGallery:
 
     def drift(self, params: Any, frozen: bool = False) -> dict[str, np.ndarray]:
         """Mean errors [N, N] at (full step, steps since): see `open_loop`."""
-        buffer, plan = self.calibration, self.plan
-        student = dataclasses.replace(self.wiring.student(self.network), most=self.most)
 
         @jax.jit
-        def errors(params, buffer):
-            return open_loop(student, params, buffer, jnp.asarray(plan.guidance), frozen)
+        def errors(network, params, buffer):
+            student = dataclasses.replace(self.wiring.student(network), most=self.most)
+            return open_loop(student, params, buffer, jnp.asarray(self.plan.guidance), frozen)
 
-        found = jax.device_get(errors(params, jax.tree.map(jnp.asarray, buffer)))
+        found = self.engine.parallel.whole(errors(self.network, params, self.calibration))
         steps = self.curve.num_steps
         return {name: value[:steps, :steps] for name, value in found.items()}
 
     # Time
 
-    def times(self, params: Any, settings: dict[str, Callable[[float], Refresh]]) -> dict[tuple[str, float], Spread]:
-        """Seconds of one batch's sampling loop, without decoding: the base by steps, every kind by budget.
+    @functools.cached_property
+    def _plain_program(self):
+        return fixed_program(self.engine, pictures=False)
 
-        Under `COST`: all steps full, and of each kind the first alone, which is what its steps cost.
-        """
-        engine, size = self.engine, self.bench.settings.batch_size
+    def _run(self, program, own, frozen):
+        """A closure that makes one batch of tokens, with other keys every time."""
+        size, rows = self.bench.settings.batch_size, self.engine.parallel.rows(self.bench.settings.batch_size)
         cond = self._calibration_prompts(size)
-        rows = engine.parallel.rows(size)
+        given = np.full((size, self.engine.num_tokens), self.engine.mask_id, np.int32)
+
+        def once(repeat):
+            index = np.arange(size, dtype=np.int32) + 10_000 * (repeat + 1)
+            batch = {"cond": cond, "index": index, "seed": np.zeros(size, np.int32), "given": given}
+            return program(own, frozen, {name: x[rows] for name, x in batch.items()})
+
+        return once
+
+    def _plain_run(self, own, sampler, steps):
+        longest = max(steps, len(self.plan.masked_after))
+        chosen = dataclasses.replace(sampler, num_steps=steps, max_steps=longest)
+        return self._run(self._plain_program, own, {"plan": make_plan(chosen, self.engine.num_tokens)})
+
+    def _light_run(self, params, kind, plan, asks):
         both = {"base": self.network, "shortcut": params}
-        given = np.full((size, engine.num_tokens), engine.mask_id, np.int32)
+        return self._run(self.program(kind, pictures=False), both, {"plan": plan, "refresh": asks})
 
-        def plain(p, frozen, batch, axis):
-            keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
-            plan = frozen["plan"]
-            made = maskgit.decode(
-                engine.logits(p), keys_B, batch["cond"], engine.null, plan, batch["given"], engine.mask_id
-            )
-            return made.ids
-
-        plain_program = engine.parallel.map(plain)
-
-        def run(program, own, frozen):
-            def once(repeat):
-                index = np.arange(size, dtype=np.int32) + 10_000 * (repeat + 1)
-                batch = {"cond": cond, "index": index, "seed": np.zeros(size, np.int32), "given": given}
-                return program(own, frozen, {name: x[rows] for name, x in batch.items()})
-
-            return once
-
-        def plan_of(sampler, steps, mode=None):
-            longest = len(self.plan.masked_after)
-            mode = sampler.mode if mode is None else mode
-            return make_plan(
-                dataclasses.replace(sampler, num_steps=steps, max_steps=max(steps, longest), mode=mode),
-                engine.num_tokens,
-            )
-
-        # Of a mode that takes every step: others may stop early, and what is asked is the time of a step.
-        whole = plan_of(self.wiring.sampler, self.curve.num_steps, "confidence")
-        runs = {("full", COST): run(plain_program, self.network, {"plan": whole})}
-        for steps in self.bench.settings.steps:
-            runs["base", steps] = run(plain_program, self.base_params, {"plan": plan_of(self.sampler, steps)})
-            if self.tuned:
-                plan = plan_of(self.wiring.sampler, steps)
-                runs["tuned", steps] = run(plain_program, self.network, {"plan": plan})
-        for kind, refresh_of in settings.items():
-            program = self.program(kind, pictures=False)
-            once = {"plan": whole, "refresh": self._scheduled([0]), "step_cost": np.float32(0)}
-            runs[kind, COST] = run(program, both, once)
-            for budget in self.curve.budgets:
-                frozen = {"plan": self.plan, "refresh": refresh_of(budget), "step_cost": np.float32(0)}
-                runs[kind, budget] = run(program, both, frozen)
+    def _measured(self, runs):
+        """Times of runs, those of process 0 on all of them: what follows from them must not differ."""
         found = latency.measure(runs)
-        seconds = engine.parallel.of_first(np.array([dataclasses.astuple(spread) for spread in found.values()]))
+        seconds = self.engine.parallel.of_first(np.array([dataclasses.astuple(spread) for spread in found.values()]))
         return {name: Spread(*map(float, row)) for name, row in zip(found, seconds, strict=True)}
 
-    def full_seconds(self, seconds: dict[tuple[str, float], Spread]) -> float:
-        """Time of a full step of a batch."""
-        return seconds["full", COST].median / self.curve.num_steps
+    def costs(self, params: Any, kinds: Sequence[str]) -> tuple[float, dict[str, Costs]]:
+        """Seconds of one step of the base on a batch, and what the steps of each kind cost in such steps.
 
-    def step_cost(self, seconds: dict[tuple[str, float], Spread], kind: str) -> float:
-        """c: time of a kind's shortcut step over that of a full step (specs/shortcut.md section 10)."""
-        full = self.full_seconds(seconds)
-        return max((seconds[kind, COST].median - full) / max(self.curve.num_steps - 1, 1) / full, 0.0)
+        specs/shortcut.md section 10: of loops of N steps, all of them full or the first alone, in a mode that takes
+        every step; kinds that share a program share its costs.
+        """
+        steps = self.curve.num_steps
+        own, base = (dataclasses.replace(s, mode="confidence") for s in (self.wiring.sampler, self.sampler))
+        whole = make_plan(
+            dataclasses.replace(own, num_steps=steps, max_steps=len(self.plan.masked_after)), self.engine.num_tokens
+        )
+        programs = {kind: kind if kind in OTHER_PROGRAMS else "shortcut" for kind in kinds}
+        runs = {"base": self._plain_run(self.base_params, base, steps)}
+        if self.tuned:
+            runs["full"] = self._plain_run(self.network, own, steps)
+        for program in set(programs.values()):
+            runs[program] = self._light_run(params, program, whole, self._scheduled([0]))
+        seconds = {name: spread.median for name, spread in self._measured(runs).items()}
+        step, full = seconds["base"] / steps, seconds.get("full", seconds["base"]) / steps
+        light = {name: max(seconds[name] - full, 0.0) / max(steps - 1, 1) for name in set(programs.values())}
+        return step, {kind: Costs(full / step, light[name] / step) for kind, name in programs.items()}
+
+    def times(
+        self, params: Any, kinds: Mapping[str, Callable[[float], Refresh]], steps: Sequence[int]
+    ) -> list[Latency]:
+        """Times of one batch's sampling loop, without decoding: the base by steps, every kind by budget."""
+        runs = {("base", n): self._plain_run(self.base_params, self.sampler, n) for n in steps}
+        if self.tuned:
+            for n in self.bench.settings.steps:
+                runs["tuned", n] = self._plain_run(self.network, self.wiring.sampler, n)
+        for kind, asks in kinds.items():
+            for budget in self.curve.budgets:
+                runs[kind, budget] = self._light_run(params, kind, self.plan, asks(budget))
+        size, labels = self.bench.settings.batch_size, {"base": "base", **LABELS}
+        return [
+            Latency(system, labels[system], setting, size, spread)
+            for (system, setting), spread in self._measured(runs).items()
+        ]
 
     # What the loop asks for
 
     def evaluate(self, state: Any, step: int) -> tuple[dict, dict]:
         """A glance at the shortcut at its middle budget; full steps alone count as calls."""
-        system = self.system(state.ema, "shortcut", self.evenly, 0.0)
+        system = self.system(state.ema, "shortcut", self.evenly, Costs(1.0, 0.0))
         values, picture = self.bench.glance(system, self.curve.usual)
         return values, {"samples/grid": picture}
 
@@ -282,39 +305,35 @@ class ShortcutGallery:
         bench, config, wiring = self.bench, self.config, self.wiring
         params = self.engine.parallel.replicate(params)
         errors = {"shortcut": self.drift(params), "frozen feature": self.drift(params, frozen=True)}
-        kinds = {
-            kind: self.refreshes(kind, params, errors["shortcut"]["kl"]) for kind in ("shortcut", *self.curve.beside)
-        }
-        seconds = self.times(params, kinds)
-        costs = {kind: self.step_cost(seconds, kind) for kind in kinds}
-        systems = {kind: self.system(params, kind, asks, costs[kind]) for kind, asks in kinds.items()}
+        names = ("shortcut", *self.curve.beside)
+        kinds = {kind: self.refreshes(kind, params, errors["shortcut"]["kl"]) for kind in names}
+        step_seconds, costs = self.costs(params, names)
+        light = []
+        for kind, asks in kinds.items():
+            light += bench.measure(self.system(params, kind, asks, costs[kind]), self.curve.budgets)
+        own = [point for point in light if point.system == "shortcut"]
         # The base at no less time than each budget, rounded in its favour, besides its own curve.
-        steps, cost = self.curve.num_steps, costs["shortcut"]
-        equal = {math.ceil(b + (steps - b) * cost) for b in self.curve.budgets}
-        base_points = bench.measure(self.base, sorted({*bench.settings.steps, *(n for n in equal if n < steps)}))
+        equal = {math.ceil(point.calls_mean - 1e-6) for point in own} - {0}
+        steps = sorted({*bench.settings.steps, *equal})
+        base_points = bench.measure(self.base, steps)
+        reference = [point for point in base_points if point.setting == bench.settings.reference]
         points = [*base_points]
         if self.tuned:
-            points += bench.measure(self.plain, bench.settings.steps)
-        for system in systems.values():
-            points += bench.measure(system, self.curve.budgets)
-        own = [point for point in points if point.system == "shortcut"]
-        found = curve.first_equal(own, base_points[-1:], bench.criteria())
+            points += bench.measure(priced(self.plain, costs["shortcut"].full), bench.settings.steps)
+        points += light
+        latencies = self.times(params, kinds, steps)
+        found = curve.first_equal(own, reference, bench.criteria())
         timings = []
         if bench.settings.timing_repeats:
             setting = curve.of_the_verdict(found).setting
             sizes = (self.engine.parallel.num_devices, bench.settings.batch_size)
-            timings = bench.time((self.base, bench.settings.reference), (systems["shortcut"], setting), sizes)
-        size, labels = bench.settings.batch_size, {"base": "base", **LABELS}
-        latencies = [
-            latency.Latency(system, labels[system], setting, size, spread)
-            for (system, setting), spread in seconds.items()
-            if setting != COST
-        ]
+            system = self.system(params, "shortcut", self.evenly, costs["shortcut"])
+            timings = bench.time((self.base, bench.settings.reference), (system, setting), sizes)
         findings = Findings(
             title=f"Feature shortcut on {config.data.name}",
             config=config.name,
             points=points,
-            reference=base_points[-1:],
+            reference=reference,
             criteria=bench.criteria(),
             tuned="shortcut",
             goal=bench.settings.goal,
@@ -323,31 +342,30 @@ class ShortcutGallery:
             notes=NOTES + tuning_notes(self.context.parents["maskgit"].workdir, bench.settings.reference),
             timings=timings,
             latencies=latencies,
+            unlike=("tuned",),
         )
-        full_ms = 1000 * self.full_seconds(seconds) / size
+        step_ms = 1000 * step_seconds / bench.settings.batch_size
         pairs = wiring.batches * wiring.teacher.pairs * config.batch_size * config.num_steps
         facts = {
-            "network calls": "steps of the base, its second branch of guidance not counted; a shortcut step counts as the "
-            "share below",
+            "network calls": "steps of the base, its second branch of guidance not counted; other steps count as the "
+            "share of one that they take",
             "sampler of the base": _words(self.sampler),
-            "sampler with the shortcut": _words(wiring.sampler),
+            "sampler with the shortcut": f"{_words(wiring.sampler)}; {self.curve.num_steps} steps",
             "how it was chosen": CHOICE,
-            "shortcut steps": "cost "
-            + ", ".join(f"{c:.3f} ({LABELS[kind]})" for kind, c in costs.items())
-            + f" of a full step ({full_ms:.3f} ms an image in batches of {size}; sampling loop alone, median of "
-            f"{latency.REPEATS} runs after {latency.WARM_UP})",
-            "training": f"{config.num_steps * config.batch_size} rollouts of the base "
+            "a step's cost": ", ".join(f"{cost.light:.3f} ({LABELS[kind]})" for kind, cost in costs.items())
+            + f" of a step of the base, which takes {step_ms:.3f} ms an image in batches of "
+            f"{bench.settings.batch_size}; a full step of the network {costs['shortcut'].full:.3f} (sampling loop alone, "
+            f"median of {latency.REPEATS} runs after {latency.WARM_UP}; no step is kept from one image to the next)",
+            "training": f"{config.num_steps * config.batch_size} rollouts of the network "
             f"({'/'.join(map(str, wiring.teacher.num_steps))} steps), {config.num_steps * wiring.batches} updates, "
             f"{pairs / 1e3:.0f} thousand pairs, seed {config.seed}",
         }
+        prices = (step_ms * costs["shortcut"].full, step_ms * costs["shortcut"].light)
         bench.write(
-            findings,
-            config.num_steps,
-            facts,
-            lambda out: self._draw(out, points, latencies, kinds, errors, full_ms, cost),
+            findings, config.num_steps, facts, lambda out: self._draw(out, points, latencies, kinds, errors, prices)
         )
 
-    def _draw(self, out, points, latencies, kinds, errors, full_ms, cost):
+    def _draw(self, out, points, latencies, kinds, errors, prices):
         place = pathlib.Path(out, "figures")
         metrics = tables.headline_metrics(points)[:6]
         rows = {
@@ -361,7 +379,7 @@ class ShortcutGallery:
                 place / "quality_vs_time.png", points, latencies, metrics
             ),
             "drift": shortcut_figures.drift(place / "drift.png", errors),
-            "budget": shortcut_figures.budget(place / "budget.png", rows, full_ms, full_ms * cost),
+            "budget": shortcut_figures.budget(place / "budget.png", rows, *prices),
         }
         return [
             Illustration(f"figures/{name}.png", CAPTIONS[name], image)

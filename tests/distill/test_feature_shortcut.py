@@ -144,6 +144,28 @@ def test_open_loop_errors_grow_as_the_steps_do(buffer):
     assert (np.asarray(frozen["kl"])[0, 1:] > 0).all()
 
 
+def test_drift_mixes_the_branches_as_the_sampler_does(buffer):
+    """One step on, moved along the first axis alone: cosine by hand, and the KL of logits under guidance 3."""
+    p, head = 0.5, student().head
+    who = dataclasses.replace(student(), advance=lambda p, f, controls, share: f + p * jnp.asarray([1.0, 0.0]))
+    found = feature_shortcut.open_loop(
+        who,
+        jnp.float32(p),
+        buffer,
+        jnp.full(S, 3.0),
+    )
+    own, true = ([np.array(x) for x in pair] for pair in ([[p, 0.0], [1 + p, 1.0]], [[1.0, 1.0], [2.0, 2.0]]))
+    cosine = np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(own, true, strict=True)])
+    assert float(found["cosine"][0, 1]) == pytest.approx(cosine, rel=1e-5)
+
+    def guided(pair):
+        conditional, unconditional = (head(jnp.tile(jnp.float32(x), (1, N, 1)))[0, 0] for x in pair)
+        return jax.nn.log_softmax(unconditional + 3.0 * (conditional - unconditional))
+
+    teacher, ours = guided(true), guided(own)
+    assert float(found["kl"][0, 1]) == pytest.approx(float((jnp.exp(teacher) * (teacher - ours)).sum()), rel=1e-4)
+
+
 @pytest.mark.parametrize("bad", [{"positions": "none"}, {"chain": 0}, {"kl": -1.0}, {"kl_temperature": 0.0}])
 def test_settings_that_cannot_be_are_refused(bad):
     with pytest.raises(ValueError, match="loss"):

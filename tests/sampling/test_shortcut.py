@@ -113,6 +113,13 @@ def test_unrolled_equals_the_loop(guidance, cached):
     np.testing.assert_array_equal(unrolled.calls, looped.calls)
 
 
+def test_there_is_no_feature_before_the_first_full_step():
+    with pytest.raises(ValueError, match="must hold step 0"):
+        refresh.scheduled((1, 2), STEPS)
+    with pytest.raises(ValueError, match="must hold step 0"):
+        shortcut.decode_unrolled(_parts(), _keys([0]), COND[:1], NULL, make_plan(_config(), N), (1,), N, MASK)
+
+
 def test_unrolled_refuses_modes_without_counts():
     plan = make_plan(_config(mode="threshold"), N)
     with pytest.raises(ValueError, match="does not know its counts"):
@@ -219,17 +226,19 @@ def test_other_budgets_and_steps_compile_nothing():
     run(make_plan(_config(), N), refresh.adaptive(0.5, 3, 4, STEPS))
 
 
-def _published_plan(sampler, counts, num_tokens):
-    """Sampler A's tables (specs/maskgit.md section 3): counts by increments, noise and guidance over N - 1."""
-    steps, left = sampler["steps"], num_tokens - np.cumsum(counts)
-    plan = make_plan(SamplerConfig(num_steps=steps, max_steps=steps, guidance=2.0), num_tokens)
-    ramp = np.arange(steps) / (steps - 1)
-    return plan.replace(
-        masked_after=left.astype(np.int32),
-        noise=np.float32(sampler["r_temp"] * (1 - ramp)),
-        guidance=np.float32(1 + sampler["cfg_w"] * ramp),
-        temperature=np.float32(1 / sampler["sm_temp"]),
+def _published_plan(sampler, num_tokens):
+    """Sampler A (specs/maskgit.md section 3)."""
+    config = SamplerConfig(
+        num_steps=sampler["steps"],
+        max_steps=sampler["steps"],
+        schedule=f"steps-{sampler['sched_mode']}",
+        gumbel=sampler["r_temp"],
+        noise_ends="at",
+        guidance=1 + sampler["cfg_w"],
+        guidance_schedule="linear",
+        temperature=1 / sampler["sm_temp"],
     )
+    return make_plan(config, num_tokens)
 
 
 @fixtures.every_configuration("maskgit_pt_sampler")
@@ -250,7 +259,7 @@ def test_parity_with_the_official_sampler(folder, monkeypatch):
     base, params = MaskGITPort(sizes), convert_port.params_of(own, sizes.depth)
     counts = schedules.increments(sampler["sched_mode"], sizes.num_tokens, sampler["steps"])
     np.testing.assert_array_equal(counts, outputs["schedule"])
-    plan = _published_plan(sampler, counts, sizes.num_tokens)
+    plan = _published_plan(sampler, sizes.num_tokens)
     steps, advance = tuple(range(sampler["steps"])), lambda f, *_: f
     if sampler.get("budget"):
         s = config["shortcut"]

@@ -1,7 +1,9 @@
 """The shortcut stage on the tiny base: every option trains, a run leaves what it should, resume is exact."""
 
 import contextlib
+import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -14,13 +16,15 @@ from PIL import Image
 from resumed import FIELDS, interrupted_and_resumed
 from typed import typed
 
-from maskrl_jax import runner
+from maskrl_jax import runner, stored
 from maskrl_jax import sample as sample_command
 from maskrl_jax.checkpoint import load_arrays, load_params
 from maskrl_jax.data import shapes
 from maskrl_jax.distill.feature_shortcut import ShortcutLoss
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import latency
+from maskrl_jax.evaluate.systems import Costs
+from maskrl_jax.evaluate.timing import Spread
 from maskrl_jax.models.shortcut import ShortcutConfig
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.tasks import shortcut
@@ -83,8 +87,15 @@ def test_a_run_leaves_report_figures_and_every_tag(run):
     assert systems == {"base", "shortcut", *BESIDE}
     points = [point for point in results["points"] if point["system"] == "shortcut"]
     assert [point["setting"] for point in points] == [2, 3]
-    for point in points:  # full steps, and between none and all of the time of a full one for each other step
-        assert point["setting"] <= point["calls_mean"]
+    # A budget of B costs B + (4 - B) c calls, with one c for both.
+    two, three = (point["calls_mean"] for point in points)
+    light = 1 - (three - two)
+    assert light >= 0 and two == pytest.approx(2 + 2 * light, abs=1e-4)
+    equal = {int(np.ceil(calls - 1e-6)) for calls in (two, three)}
+    assert {p["setting"] for p in results["points"] if p["system"] == "base"} == {2, 4} | equal
+    timed = {(one["system"], one["setting"]) for one in results["latencies"]}
+    assert timed == {(p["system"], p["setting"]) for p in results["points"]}
+    assert results["reference"][0]["setting"] == 4
     figures = {path.stem for path in (workdir / "figures").iterdir()}
     assert {"quality_vs_calls", "quality_vs_time", "drift", "budget", "samples", "training"} <= figures
     tags = {tag for line in read_metrics(str(workdir)) for tag in line}
@@ -121,6 +132,30 @@ def test_two_buffers_of_a_variant(build, variant):
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: not np.array_equal(a, b), before, state.params)))
     assert all(np.isfinite(value) for pair in metrics.values() for value in pair)
     assert ("train/kl" in metrics) == (config.loss.kl > 0)
+
+
+def test_a_step_costs_its_share_of_one_of_the_base(build, monkeypatch):
+    """Four full steps take 4 s; one full step and three light ones 1.75 s or, frozen, 1.3 s."""
+    task = build(changed({}))
+    gallery, state = task.report.__self__, task.init(jax.random.key(0))
+    seconds = {"base": 4.0, "shortcut": 1.75, "frozen": 1.3}
+    monkeypatch.setattr(latency, "measure", lambda runs: {name: Spread(*3 * [seconds[name]]) for name in runs})
+    step, costs = gallery.costs(state.ema, ("shortcut", "calibrated", "frozen"))
+    assert step == 1.0 and costs["shortcut"] == costs["calibrated"] == Costs(1.0, 0.25)
+    assert costs["frozen"].light == pytest.approx(0.1)
+    system = gallery.system(state.ema, "shortcut", gallery.evenly, costs["shortcut"])
+    cond = np.zeros((2, 8), np.int32)
+    made = system.generate(3, cond, np.arange(2, dtype=np.int32), 0)
+    assert made.calls.tolist() == [3.25, 3.25] and made.taken.tolist() == [4, 4]
+
+
+def test_a_buffer_of_bad_gradients_counts_once(build):
+    """The loop counts buffers; one of them has three minibatches."""
+    task = build(changed({}))
+    state = task.init(jax.random.key(0))
+    state = state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+    state, metrics = task.step(state, task.batch(0))
+    assert int(state.bad_steps) == 1 and int(state.bad_total) == 3 and int(state.step) == 1
 
 
 def test_training_beats_the_frozen_feature(build):
@@ -220,9 +255,10 @@ def test_evaluate_measures_other_budgets(run, tmp_path):
     assert found[4]["metrics"] == base["metrics"] and found[4]["calls_mean"] == 4
 
 
-def test_a_shortcut_on_a_tuned_policy(trained, tmp_path):
-    """Its network and its order, most uncertain first; the base stays what it is compared with."""
-    config = tiny.get_config("shortcut")
+def test_a_shortcut_on_a_tuned_policy(trained, tmp_path, monkeypatch):
+    """Its network and its order; the base stays what it is compared with."""
+    elsewhere = tmp_path / "elsewhere"
+    config = changed({"curve.budgets": (2, 4)})
     config.parents.speed_rl = trained.config
     params, extra = load_params(trained.workdir)
     policy = Parent(trained.config, params, extra, trained.workdir)
@@ -236,9 +272,19 @@ def test_a_shortcut_on_a_tuned_policy(trained, tmp_path):
     for step in range(2):
         state, metrics = task.step(state, task.batch(step))
     assert np.isfinite(float(metrics["train/mse"][0]))
-    config.parents.speed_rl.parents.maskgit.model.width = 32
-    with pytest.raises(UserError, match="was tuned on a base of another model"):
-        runner.build(context)
+    measure = latency.measure
+    monkeypatch.setattr(latency, "measure", lambda runs: measure(runs, warm_up=1, repeats=1))
+    task.report(jax.device_get(state.ema))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {point["system"] for point in results["points"]} == {"base", "tuned", "shortcut", "frozen"}
+    full = float(re.search(r"a full step of the network ([\d.]+)", results["facts"]["a step's cost"])[1])
+    plain = next(p for p in results["points"] if (p["system"], p["setting"]) == ("tuned", 4))
+    assert plain["calls_mean"] <= 4 * full + 1e-2  # in steps of the base
+    other = dataclasses.replace(policy, workdir=str(elsewhere))
+    elsewhere.mkdir()
+    stored.write_places(str(elsewhere), {"maskgit": trained.parents["tokenizer"].workdir, "tokenizer": ""}, "")
+    with pytest.raises(UserError, match="was tuned on another base"):
+        runner.build(dataclasses.replace(context, parents=trained.parents | {"speed_rl": other}))
 
 
 @pytest.mark.parametrize(
@@ -252,6 +298,9 @@ def test_a_shortcut_on_a_tuned_policy(trained, tmp_path):
         ({"loss.kl": -1.0}, "loss.kl -1.0 must be at least 0"),
         ({"curve.budgets": (3, 2)}, "curve.budgets"),
         ({"curve.budgets": (9,)}, "9 full steps must lie in 1..4"),
+        ({"curve.beside": ("adaptive",), "curve.budgets": (1, 2), "curve.longest": 1}, "go below the 2 full steps"),
+        ({"evaluation.steps": (4, 2)}, "evaluation.steps"),
+        ({"evaluation.steps": (2, 99)}, "num_steps 99"),
         ({"curve.beside": ("shortcut",)}, "is not among frozen, linear, calibrated, adaptive"),
         ({"model.heads": 3}, "not divisible by heads 3"),
         ({"model.ratio": 0.5}, "ratio 0.5 must be at least 1"),
