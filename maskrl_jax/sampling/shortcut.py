@@ -92,11 +92,11 @@ def decode(
       refresh: a drift is the mean over the rows that this program sees: under pmap every device decides for its own.
       most: places for controls, static; `most_controls(plan, N)`.
       first: features [branches * B, T, D] of an empty grid, computed before (section 6, cached step 0): step 0 then
-        runs no network. Wrong where tokens are given.
+        runs no network and is no call. Wrong where tokens are given.
       extrapolate: move the feature linearly, 2 f - f_previous, in the place of the network (a baseline).
     Returns:
-      (Rollout, Memory): `calls` of the rollout count full steps alone, a kept step 0 among them; the memory holds the
-      last step's features and which steps were full.
+      (Rollout, Memory): `calls` of the rollout count runs of the full model; the memory holds the last step's features
+      and which steps were full, a kept step 0 among them.
     """
     plan, refresh = jax.tree.map(jnp.asarray, (plan, refresh))
     conds, rows = _branches(plan, cond, null_cond), len(given_BN) * branches(plan)
@@ -136,7 +136,7 @@ def decode(
             since=jnp.where(is_full, 0, memory.since + 1),
             full=memory.full.at[step].set(is_full),
         )
-        return _guided(plan, step, parts.head(features)), memory, is_full
+        return _guided(plan, step, parts.head(features)), memory, source == FULL
 
     empty = jnp.zeros(struct.shape, struct.dtype)
     memory = Memory(
@@ -179,13 +179,14 @@ def decode_unrolled(
     for step in range(steps):
 
         def predict(features, _, ids_BN, commit_BN, step=step):
-            if step in full_steps and (step or first is None):
+            runs = step in full_steps and (step > 0 or first is None)
+            if runs:
                 features = parts.features(*_inputs(plan, jnp.int32(step), ids_BN, rows), conds)
             elif step:
                 exact = controls_of(ids_BN, commit_BN == step - 1, int(left[step - 1] - left[step]))
                 share_b = jnp.full((rows,), left[step] / num_tokens, jnp.float32)
                 features = parts.advance(features, jax.tree.map(lambda x: _tile(x, rows), exact), share_b)
-            return _guided(plan, jnp.int32(step), parts.head(features)), features, jnp.bool_(step in full_steps)
+            return _guided(plan, jnp.int32(step), parts.head(features)), features, jnp.bool_(runs)
 
         carry = maskgit.call(predict, keys_B, plan, start_B, mask_id, carry)
     return maskgit.finish(carry)

@@ -295,9 +295,13 @@ class ShortcutGallery:
     # What the loop asks for
 
     def evaluate(self, state: Any, step: int) -> tuple[dict, dict]:
-        """A glance at the shortcut at its middle budget; full steps alone count as calls."""
+        """A glance at the shortcut at its middle budget, full steps alone as calls; errors one step after a full one."""
         system = self.system(state.ema, "shortcut", self.evenly, Costs(1.0, 0.0))
         values, picture = self.bench.glance(system, self.curve.usual)
+        for name, frozen in {"drift": False, "drift_frozen": True}.items():
+            for measure, error_AK in self.drift(state.ema, frozen).items():
+                after = range(1, self.curve.num_steps)
+                values |= {f"{name}/{measure}@{step:02d}": float(error_AK[step - 1, 1]) for step in after}
         return values, {"samples/grid": picture}
 
     def report(self, params: Any) -> None:

@@ -100,6 +100,7 @@ def test_a_run_leaves_report_figures_and_every_tag(run):
     assert {"quality_vs_calls", "quality_vs_time", "drift", "budget", "samples", "training"} <= figures
     tags = {tag for line in read_metrics(str(workdir)) for tag in line}
     assert tags >= {"train/loss", "train/mse", "train/mse_frozen", "train/grad_norm"}
+    assert tags >= {f"drift{of}/{m}@{s:02d}" for of in ("", "_frozen") for m in ("mse", "cosine", "kl") for s in (1, 3)}
     report = (workdir / "report.md").read_text()
     assert "linear extrapolation" in report and "of a full step" in report
 

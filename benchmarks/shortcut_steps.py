@@ -1,0 +1,105 @@
+"""What the steps of a feature shortcut cost, by the depth of the base, and what its sampling modes save.
+
+python benchmarks/shortcut_steps.py                 # the embedded base's width at several depths, random weights
+
+Per depth: a full step, c (a shortcut step over a full one: loops of N steps, all full or the first alone), and loops
+of B full steps in `scan` and `unrolled` form and with step 0 kept; all in turn, median of 20 after 3. Writes
+benchmarks/shortcut_steps.json.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configs import shortcut as shortcut_config  # noqa: E402
+from maskrl_jax.data.dataset import conditioning_of  # noqa: E402
+from maskrl_jax.evaluate import latency, report  # noqa: E402
+from maskrl_jax.sampling import maskgit, refresh  # noqa: E402
+from maskrl_jax.sampling import shortcut as sampling  # noqa: E402
+from maskrl_jax.sampling.maskgit import SamplerConfig  # noqa: E402
+from maskrl_jax.tasks import maskgit as maskgit_task  # noqa: E402
+from maskrl_jax.tasks import shortcut  # noqa: E402
+
+DEPTHS = flags.DEFINE_multi_integer("depths", [4, 6, 8], "blocks of the base")
+BATCH = flags.DEFINE_integer("batch", 64, "images of a batch")
+STEPS = flags.DEFINE_integer("steps", 24, "N")
+BUDGET = flags.DEFINE_integer("budget", 8, "B")
+REPEATS = flags.DEFINE_integer("repeats", latency.REPEATS, "timed runs of each")
+
+
+def loops(depth: int) -> dict:
+    """Closures of one depth: name -> run(repeat)."""
+    config, batch, steps = shortcut_config.get_config(), BATCH.value, STEPS.value
+    config.parents.maskgit.model.depth = depth
+    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    sampler = SamplerConfig(num_steps=steps, max_steps=steps, gumbel=1.0, guidance=1.7, temperature=0.7)
+    wiring = shortcut.Wiring(config, conditioning, sampler)
+    base = maskgit_task.Wiring(config.parents.maskgit, conditioning).init(jax.random.key(0)).params
+    params, plan, sizes = wiring.init(jax.random.key(1)).params, wiring.plan(steps), wiring.sizes
+    cond, null = jnp.ones((batch, *conditioning.null.shape), jnp.int32), conditioning.null
+    empty = jnp.full((batch, sizes.num_tokens), sizes.mask_id, jnp.int32)
+    most = sampling.most_controls(plan, sizes.num_tokens)
+
+    def keys(repeat):
+        return jax.random.split(jax.random.key(repeat), batch)
+
+    @jax.jit
+    def plain(base, keys_B, plan):
+        logits = wiring.base.logits(base)
+        return maskgit.decode(logits, keys_B, cond, null, plan, empty, sizes.mask_id).ids
+
+    @jax.jit
+    def looped(base, params, keys_B, plan, asks, first=None):
+        parts = wiring.parts(params, base)
+        options = {"most": most, "first": first}
+        return sampling.decode(parts, keys_B, cond, null, plan, asks, empty, sizes.mask_id, **options)[0].ids
+
+    @jax.jit
+    def unrolled(base, params, keys_B, first=None):
+        parts, full = wiring.parts(params, base), refresh.even_steps(steps, BUDGET.value)
+        return sampling.decode_unrolled(
+            parts, keys_B, cond, null, plan, full, sizes.num_tokens, sizes.mask_id, first=first
+        ).ids
+
+    first = jax.jit(
+        lambda base, params: sampling.empty_features(
+            wiring.parts(params, base), cond, null, plan, sizes.num_tokens, sizes.mask_id
+        )
+    )(base, params)
+    one, some = (refresh.scheduled(refresh.even_steps(steps, b), steps) for b in (1, BUDGET.value))
+    return {
+        "all full": lambda r: plain(base, keys(r), plan),
+        "first full": lambda r: looped(base, params, keys(r), plan, one),
+        "scan": lambda r: looped(base, params, keys(r), plan, some),
+        "unrolled": lambda r: unrolled(base, params, keys(r)),
+        "scan, step 0 kept": lambda r: looped(base, params, keys(r), plan, some, first),
+        "unrolled, step 0 kept": lambda r: unrolled(base, params, keys(r), first),
+    }
+
+
+def main(_: list[str]) -> None:
+    """Measure and write."""
+    result = {"batch": BATCH.value, "steps": STEPS.value, "budget": BUDGET.value, "depths": {}}
+    for depth in DEPTHS.value:
+        seconds = {name: spread.median for name, spread in latency.measure(loops(depth), repeats=REPEATS.value).items()}
+        full = seconds["all full"] / STEPS.value
+        result["depths"][depth] = {
+            "full_step_ms": 1000 * full,
+            "c": (seconds["first full"] - full) / (STEPS.value - 1) / full,
+            "loop_ms": {name: 1000 * value for name, value in seconds.items()},
+        }
+        print(depth, json.dumps(result["depths"][depth], default=np.ndarray.tolist), flush=True)
+    result |= {"commit": report.commit_hash(ROOT), "machine": report.machine()}
+    (ROOT / "benchmarks" / "shortcut_steps.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
