@@ -17,6 +17,7 @@ paired bootstrap over prompts and seeds.
 import contextlib
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 from concurrent import futures
@@ -64,6 +65,7 @@ MORE = {  # trained only when named with --only
     "guidance 5": {"rollout.guidance": 5.0},
 }
 ONLY = flags.DEFINE_multi_enum("only", None, [*ARMS, *MORE], "train this arm; the table holds what is finished")
+RUNNING = []  # runs of this command
 METRICS = ("graded", "strict", "judge", "diversity")
 
 
@@ -90,6 +92,9 @@ def iterations(arm: str) -> int:
 
 def main(_: list[str]) -> None:
     """Train what is missing, write after every run."""
+    if CLAIM.value and ONLY.value:
+        sys.exit("error: --only names arms of the ablation, and --claim trains the default config; leave one out")
+    signal.signal(signal.SIGTERM, _stop)
     out = (ROOT / OUT.value).with_suffix(".json")
     done = json.loads(out.read_text()) if out.exists() else {"runs": {}}
     arms = ["claim"] if CLAIM.value else list(ONLY.value or ARMS)
@@ -138,8 +143,18 @@ def _train(arm: str, seed: int) -> pathlib.Path:
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as files:
         log = files.enter_context(open(f"{workdir}.log", "w")) if JOBS.value > 1 else None
-        subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log and subprocess.STDOUT)
+        run = files.enter_context(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log and subprocess.STDOUT))
+        RUNNING.append(run)
+        if run.wait():
+            raise subprocess.CalledProcessError(run.returncode, command)
     return workdir
+
+
+def _stop(number: int, _) -> None:
+    """Stop the runs with this command: they save, and the same command goes on."""
+    for run in RUNNING:
+        run.terminate()
+    sys.exit(128 + number)
 
 
 def _points(workdir: pathlib.Path, system: str) -> dict[str, list[float]]:

@@ -1,6 +1,6 @@
 """MaskFocus: better images from the same number of calls, by tuning on critical steps (arXiv 2512.18766).
 
-python -m maskrl_jax.main --config=configs/maskfocus.py            # embedded task
+python -m maskrl_jax.main --config=configs/maskfocus.py            # embedded task, 14 minutes on two cores, parents 8
 python -m maskrl_jax.main --config=configs/maskfocus.py:faithful   # the official algorithm, at the scale of this task
 python -m maskrl_jax.main --config=configs/maskfocus.py:smoke      # a few updates of everything: does it run?
 python -m maskrl_jax.main --config=configs/maskfocus.py:meissonic --dry_run=v5e:4x4   # published scale, compile only

@@ -236,6 +236,7 @@ class Bench:
             logged=writers.read_metrics(self.workdir),
             tuned=findings.tuned,
             equality=equality,
+            setting=None if findings.aim is None else reference[0].setting,  # better at the same calls was the aim
         )
         drawn += [] if draw is None else draw(out)
         path = report.write(out, dataclasses.replace(findings, illustrations=drawn), facts)

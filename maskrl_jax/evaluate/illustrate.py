@@ -12,7 +12,7 @@ from maskrl_jax.evaluate.measure import Point
 PANELS = {
     "Training reward": {
         "reward/quality": "quality",
-        "reward/total": "total, with speed",
+        "reward/total": "all that is trained on",
         "reward/speed": "speed",
     },
     "Held out: never trained on": {
@@ -38,11 +38,13 @@ def _nearest_calls(points: Sequence[Point], calls: float) -> Point:
     return min(points, key=lambda point: abs(point.calls_mean - calls))
 
 
-def shown_points(points: Sequence[Point], reference: Point, tuned: str, equality: curve.Equality | None) -> list[Point]:
+def shown_points(
+    points: Sequence[Point], reference: Point, tuned: str, equality: curve.Equality | None, setting: float | None = None
+) -> list[Point]:
     """Pick what is drawn as pictures, all of the reference's seed.
 
     With a tuned system: the reference, the base at about the calls of the tuned one, the tuned one at the setting
-    that the verdict speaks of. Without: the reference and the base at a quarter of its calls or the nearest to it.
+    that the verdict speaks of, which `setting` names where it is not that of T*. Without: the reference and the base at a quarter of its calls or the nearest to it.
     """
     same_seed = [point for point in points if point.seed == reference.seed]
     base = [point for point in same_seed if point.system == reference.system]
@@ -50,7 +52,7 @@ def shown_points(points: Sequence[Point], reference: Point, tuned: str, equality
     if not own:
         few = _nearest_calls(base, reference.calls_mean / 4)
         return [reference] if few.setting == reference.setting else [reference, few]
-    setting = curve.of_the_verdict(equality).setting
+    setting = curve.of_the_verdict(equality).setting if setting is None else setting
     chosen = next(point for point in own if point.setting == setting)
     beside = _nearest_calls(base, chosen.calls_mean)
     return [reference, chosen] if beside.setting == reference.setting else [reference, beside, chosen]
@@ -90,13 +92,15 @@ def illustrate(
     *,
     tuned: str = "",
     equality: curve.Equality | None = None,
+    setting: float | None = None,
     logged: Sequence[Mapping[str, float]] = (),
     panels: Mapping[str, Mapping[str, str]] = PANELS,
 ) -> list[Illustration]:
     """Draw curves, call histogram, sample grid, commit order and training curves into `<workdir>/figures`.
 
     Pictures are left out where the points kept none, the training curves where nothing was logged.
-    `tuned` names the tuned system, "" for a plain base model; `logged` are the lines of metrics.jsonl.
+    `tuned` names the tuned system, "" for a plain base model; `setting` is the one whose pictures are shown, by default
+    that of T*; `logged` are the lines of metrics.jsonl.
     """
     root, drawn = pathlib.Path(workdir), []
 
@@ -108,7 +112,7 @@ def illustrate(
     curves = "Quality against network calls. Bands: 95 % bootstrap bounds (of set distances: range over seeds)."
     metrics = tables.headline_metrics(points)
     add("quality_vs_calls.png", curves, figures.quality_curves, points, metrics, reference, equality)
-    shown = shown_points(points, reference[0], tuned, equality)
+    shown = shown_points(points, reference[0], tuned, equality, setting)
     if all(len(point.kept["images"]) for point in shown):
         marks = " Marks: the exact verifier." if "strict" in shown[0].metrics else ""
         add("samples.png", f"Same prompts and same keys in every row.{marks}", _grid, shown, prompts)

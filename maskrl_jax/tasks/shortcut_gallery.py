@@ -317,8 +317,8 @@ class ShortcutGallery:
             light += bench.measure(self.system(params, kind, asks, costs[kind]), self.curve.budgets)
         own = [point for point in light if point.system == "shortcut"]
         # The base at no less time than each budget, rounded in its favour, besides its own curve.
-        equal = {math.ceil(point.calls_mean - 1e-6) for point in own} - {0}
-        steps = sorted({*bench.settings.steps, *equal})
+        equal = {math.ceil(point.calls_mean - 1e-6) for point in own}
+        steps = sorted({*bench.settings.steps, *(n for n in equal if n <= self.curve.num_steps)})
         base_points = bench.measure(self.base, steps)
         reference = [point for point in base_points if point.setting == bench.settings.reference]
         points = [*base_points]

@@ -91,7 +91,7 @@ def test_a_run_leaves_report_figures_and_every_tag(run):
     two, three = (point["calls_mean"] for point in points)
     light = 1 - (three - two)
     assert light >= 0 and two == pytest.approx(2 + 2 * light, abs=1e-4)
-    equal = {int(np.ceil(calls - 1e-6)) for calls in (two, three)}
+    equal = {n for n in (int(np.ceil(calls - 1e-6)) for calls in (two, three)) if n <= 4}  # a tiny base is cheap
     assert {p["setting"] for p in results["points"] if p["system"] == "base"} == {2, 4} | equal
     timed = {(one["system"], one["setting"]) for one in results["latencies"]}
     assert timed == {(p["system"], p["setting"]) for p in results["points"]}
@@ -280,7 +280,7 @@ def test_a_shortcut_on_a_tuned_policy(trained, tmp_path, monkeypatch):
     assert {point["system"] for point in results["points"]} == {"base", "tuned", "shortcut", "frozen"}
     full = float(re.search(r"a full step of the network ([\d.]+)", results["facts"]["a step's cost"])[1])
     plain = next(p for p in results["points"] if (p["system"], p["setting"]) == ("tuned", 4))
-    assert plain["calls_mean"] <= 4 * full + 1e-2  # in steps of the base
+    assert plain["calls_mean"] == pytest.approx(4 * full, rel=0.01)  # in steps of the base
     other = dataclasses.replace(policy, workdir=str(elsewhere))
     elsewhere.mkdir()
     stored.write_places(str(elsewhere), {"maskgit": trained.parents["tokenizer"].workdir, "tokenizer": ""}, "")
