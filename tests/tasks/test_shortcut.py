@@ -27,6 +27,7 @@ from maskrl_jax.evaluate.systems import Costs
 from maskrl_jax.evaluate.timing import Spread
 from maskrl_jax.models.shortcut import ShortcutConfig
 from maskrl_jax.parallel import Parallel
+from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import shortcut
 from maskrl_jax.tasks.shortcut import Teacher
 from maskrl_jax.tasks.shortcut_gallery import Curve
@@ -102,7 +103,7 @@ def test_a_run_leaves_report_figures_and_every_tag(run):
     assert tags >= {"train/loss", "train/mse", "train/mse_frozen", "train/grad_norm"}
     assert tags >= {f"drift{of}/{m}@{s:02d}" for of in ("", "_frozen") for m in ("mse", "cosine", "kl") for s in (1, 3)}
     report = (workdir / "report.md").read_text()
-    assert "linear extrapolation" in report and "of a full step" in report
+    assert "linear extrapolation" in report and "of a step of the base" in report
 
 
 def test_a_run_writes_nothing_but_checkpoints_and_the_report(run):
@@ -152,7 +153,7 @@ def test_a_step_costs_its_share_of_one_of_the_base(build, monkeypatch):
 
 def test_a_buffer_of_bad_gradients_counts_once(build):
     """The loop counts buffers; one of them has three minibatches."""
-    task = build(changed({}))
+    task = build(changed({"teacher.pairs": 1}))
     state = task.init(jax.random.key(0))
     state = state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
     state, metrics = task.step(state, task.batch(0))
@@ -170,8 +171,10 @@ def test_training_beats_the_frozen_feature(build):
     assert ratios[0] <= 1.0 + 1e-3 and np.mean(ratios[-5:]) < 0.9
 
 
-def test_the_loop_compiles_two_programs_once(build):
-    """Also where the number of steps changes from buffer to buffer."""
+def test_the_loop_compiles_two_programs_once(build, monkeypatch):
+    """Also where the number of steps changes from buffer to buffer; here with both branches of guidance."""
+    guided = SamplerConfig(num_steps=4, max_steps=4, guidance=1.7)
+    monkeypatch.setattr(shortcut, "read_sampler", lambda *_: guided)
     traces = {"rollout": 0, "update": 0}
     with pytest.MonkeyPatch.context() as patch:
         for name in traces:
@@ -185,7 +188,8 @@ def test_the_loop_compiles_two_programs_once(build):
         task = build(changed({"teacher.num_steps": (4, 3, 2)}))
         state = task.init(jax.random.key(0))
         for step in range(4):
-            state, _ = task.step(state, task.batch(step))
+            state, metrics = task.step(state, task.batch(step))
+            assert int(metrics["train/mse"][1]) == 8 * 2 * 3  # samples, pairs, minibatches: six pairs of two branches
     assert traces == {"rollout": 1, "update": 1}
 
 
@@ -283,7 +287,8 @@ def test_a_shortcut_on_a_tuned_policy(trained, tmp_path, monkeypatch):
     assert plain["calls_mean"] == pytest.approx(4 * full, rel=0.01)  # in steps of the base
     other = dataclasses.replace(policy, workdir=str(elsewhere))
     elsewhere.mkdir()
-    stored.write_places(str(elsewhere), {"maskgit": trained.parents["tokenizer"].workdir, "tokenizer": ""}, "")
+    other_base = trained.parents["tokenizer"].workdir
+    stored.write_places(str(elsewhere), {"maskgit": other_base, "tokenizer": other_base}, trained.store)
     with pytest.raises(UserError, match="was tuned on another base"):
         runner.build(dataclasses.replace(context, parents=trained.parents | {"speed_rl": other}))
 
