@@ -213,10 +213,10 @@ def _write(done: dict, path: pathlib.Path) -> None:
         f"{', '.join(sorted({run['machine'] for runs in arms.values() for run in runs}))}.",
         "",
         "| arm | seeds | iterations | s / iteration | graded | strict | gap closed [95 %] | each seed "
-        "| diversity ratio | FD ratio | KL | alarms |",
-        "|---|---:|---:|---:|---:|---:|---|---|---:|---:|---:|---:|",
+        "| graded against critical | diversity ratio | FD ratio | KL | alarms |",
+        "|---|---:|---:|---:|---:|---:|---|---|---|---:|---:|---:|---:|",
     ]
-    lines += [_row(arm, runs) for arm, runs in arms.items()]
+    lines += [_row(arm, runs, _against(done["runs"], arm)) for arm, runs in arms.items()]
     path.write_text("\n".join(lines) + "\n")
     if len(arms) > 1:
         _draw(arms, path.with_suffix(".png"))
@@ -250,7 +250,7 @@ def _draw(arms: dict[str, list[dict]], path: pathlib.Path) -> None:
     canvas.save(figure, path)
 
 
-def _row(arm: str, runs: list[dict]) -> str:
+def _row(arm: str, runs: list[dict], against: str) -> str:
     scores = {name: np.array([run["tuned"][name] for run in runs]) for name in (*METRICS, "frechet")}
     base = {name: np.array([run["base"][name] for run in runs]) for name in (*METRICS, "frechet")}
     closed, alone = _closed(runs)
@@ -265,12 +265,25 @@ def _row(arm: str, runs: list[dict]) -> str:
         f"{scores['strict'].mean():.3f}",
         f"{100 * closed.mean:.0f} % [{100 * closed.low:.0f}, {100 * closed.high:.0f}]",
         ", ".join(f"{100 * share:.0f} %" for share in alone),
+        against,
         f"{scores['diversity'].mean() / base['diversity'].mean():.2f}",
         f"{scores['frechet'].mean() / base['frechet'].mean():.2f}",
         f"{np.mean([x for x in kl if x is not None]):.4f}" if any(x is not None for x in kl) else "",
         str(sum(run["alarms"] for run in runs)),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _against(runs: dict[str, dict], arm: str) -> str:
+    """Paired difference of the graded score from that of the critical arm, over the seeds that both have."""
+    pairs = [
+        (run["tuned"]["graded"], other["tuned"]["graded"])
+        for name, run in runs.items()
+        if name.startswith(f"{arm}, seed") and (other := runs.get(name.replace(arm, "critical", 1)))
+    ]
+    if arm == "critical" or not pairs:
+        return ""
+    return f"{bootstrap.paired_difference(*(np.array(side) for side in zip(*pairs, strict=True))):+}"
 
 
 if __name__ == "__main__":
