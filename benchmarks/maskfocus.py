@@ -3,7 +3,7 @@
 python benchmarks/maskfocus.py                                  # the ablation: every arm, three seeds
 python benchmarks/maskfocus.py --only=critical --only=all       # trains these, writes what is finished
 python benchmarks/maskfocus.py --claim --out=benchmarks/maskfocus_claim   # the default config as it is, three seeds
-XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/maskfocus.py --iterations=80 --jobs=12 --out=benchmarks/maskfocus_80
+XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/maskfocus.py --iterations=80 --jobs=15 --out=benchmarks/maskfocus_80
 
 Arms of the ablation optimise two of the eight steps (the spec's least K) and the first call, for equally many
 iterations with one optimizer update each (`accumulate`), so that arms that optimise more steps do not get more updates.

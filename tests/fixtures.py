@@ -10,6 +10,8 @@ import pathlib
 import pytest
 from safetensors.numpy import load_file
 
+from maskrl_jax.models.maskgit_port import PortConfig
+
 BESIDE = pathlib.Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 ROOT = pathlib.Path(os.environ.get("MASKRL_FIXTURES") or BESIDE)
 
@@ -33,3 +35,16 @@ def load(folder: pathlib.Path) -> tuple[dict, dict, dict, dict]:
     files = (folder / f"{name}.safetensors" for name in ("state", "inputs", "outputs"))
     state, inputs, outputs = (load_file(file) if file.exists() else {} for file in files)
     return json.loads((folder / "config.json").read_text()), state, inputs, outputs
+
+
+def port_sizes(ctor: dict) -> PortConfig:
+    """Return the sizes of a reference transformer from its constructor's arguments."""
+    return PortConfig(
+        num_tokens=ctor["f_factor"] ** 2,
+        codebook_size=ctor["codebook_size"],
+        num_classes=ctor["nclass"],
+        width=ctor["hidden_dim"],
+        depth=ctor["depth"],
+        heads=ctor["heads"],
+        mlp_width=ctor["mlp_dim"],
+    )

@@ -127,3 +127,19 @@ def shortcut():
     config.curve.calibration = 8
     config.evaluation.update({"prompts": 8, "steps": (2, 4), "keep": 2, "batch_size": 16})
     return config
+
+
+def changed(stage: str, changes: dict):
+    """The config of a stage with other values at dotted paths; rewards are replaced whole."""
+    config = get_config(stage)
+    for path, value in changes.items():
+        if path in ("rewards", "rewards_heldout"):
+            config[path] = value
+            continue
+        place, _, key = path.rpartition(".")
+        owner = config
+        for name in filter(None, place.split(".")):
+            owner = owner[name]
+        with owner.ignore_type():
+            owner[key] = value
+    return config

@@ -91,12 +91,6 @@ def calibrated_steps(error_AK: np.ndarray, counts_S: np.ndarray, budget: int) ->
     return tuple(reversed(steps))
 
 
-def longest_run(steps: Sequence[int], num_steps: int) -> int:
-    """Most shortcut steps in a row."""
-    edges = [*steps, num_steps]
-    return max(after - step - 1 for step, after in zip(edges[:-1], edges[1:], strict=True))
-
-
 def _check(num_steps: int, budget: int) -> None:
     if not 1 <= budget <= num_steps:
         raise ValueError(f"{budget} full steps must lie in 1..{num_steps}, the number of steps")

@@ -104,29 +104,19 @@ def decode(
 
     def moved(memory, step, ids_BN, commit_BN):
         if extrapolate:
-            known = jnp.where(step > 1, memory.features - memory.previous, 0.0)
-            return memory.features + known
+            return memory.features + jnp.where(step > 1, memory.features - memory.previous, 0.0)
         controls = controls_of(ids_BN, commit_BN == (step - 1).astype(jnp.uint8), most)
         share_B = (ids_BN == mask_id).mean(-1, dtype=jnp.float32)
         return parts.advance(memory.features, *jax.tree.map(lambda x: _tile(x, rows), (controls, share_B)))
 
     def predict(memory, step, ids_BN, commit_BN):
-        wanted = refresh.full[step] | (
-            (memory.full.sum() < refresh.budget)
-            & ((memory.drift > refresh.threshold) | (memory.since >= refresh.longest))
-        )
-        source = jnp.where(wanted, FULL, SHORTCUT)
-        if first is not None:
-            source = jnp.where(step == 0, KEPT, source)
-        features = jax.lax.switch(
-            source,
-            [
-                lambda m, *_: m.features,
-                lambda m, step, ids, _: parts.features(*_inputs(plan, step, ids, rows), conds),
-                moved,
-            ],
-            *(memory, step, ids_BN, commit_BN),
-        )
+        source = _source(refresh, memory, step, first is not None)
+        ways = [
+            lambda m, *_: m.features,
+            lambda m, step, ids, _: parts.features(*_inputs(plan, step, ids, rows), conds),
+            moved,
+        ]
+        features = jax.lax.switch(source, ways, memory, step, ids_BN, commit_BN)
         is_full = source != SHORTCUT
         drift = memory.drift + _drift(features, memory.features, _tile(ids_BN == mask_id, rows))
         memory = Memory(
@@ -138,15 +128,28 @@ def decode(
         )
         return _guided(plan, step, parts.head(features)), memory, source == FULL
 
+    memory = _before(struct, first, len(refresh.full), extrapolate)
+    return maskgit.fill(predict, memory, keys_B, plan, given_BN, mask_id)
+
+
+def _before(struct: Any, first: Array | None, steps: int, extrapolate: bool) -> Memory:
+    """The memory before the first step, for features of a shape."""
     empty = jnp.zeros(struct.shape, struct.dtype)
-    memory = Memory(
+    return Memory(
         features=empty if first is None else first,
         previous=empty if extrapolate else empty[:0],
         drift=jnp.float32(0),
         since=jnp.int32(0),
-        full=jnp.zeros(refresh.full.shape, bool),
+        full=jnp.zeros((steps,), bool),
     )
-    return maskgit.fill(predict, memory, keys_B, plan, given_BN, mask_id)
+
+
+def _source(refresh: Refresh, memory: Memory, step: Array, kept: bool) -> Array:
+    """Where a step's feature comes from, int32 []; `kept`: that of step 0 is known."""
+    asked = (memory.drift > refresh.threshold) | (memory.since >= refresh.longest)
+    full = refresh.full[step] | ((memory.full.sum() < refresh.budget) & asked)
+    source = jnp.where(full, FULL, SHORTCUT)
+    return jnp.where(step == 0, KEPT, source) if kept else source
 
 
 def decode_unrolled(

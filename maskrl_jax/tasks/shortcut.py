@@ -74,12 +74,12 @@ class Wiring:
         self.network = Shortcut(ShortcutConfig(width=self.sizes.width, **config.model))
         if self.loss.chain >= self.teacher.longest:
             raise UserError(f"loss.chain {self.loss.chain} exceeds the {self.teacher.longest - 1} pairs of a rollout")
-        self.branches = 2 if sampler.guidance != 1.0 else 1
+        self.plans = [self.plan(steps) for steps in self.teacher.num_steps]
+        self.branches = branches(self.plans[0])
         self.count = self.branches * (self.teacher.longest - 1)
         if self.teacher.pairs > self.count:
             raise UserError(f"teacher.pairs {self.teacher.pairs} exceeds the {self.count} pairs of a sample")
         self.batches = self.teacher.epochs * (self.count // self.teacher.pairs)
-        self.plans = [self.plan(steps) for steps in self.teacher.num_steps]
         self.most = max(most_controls(plan, self.sizes.num_tokens) for plan in self.plans)
         self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps * self.batches)
         self.tx = train_state.make_optimizer(self.optimizer)
@@ -93,10 +93,9 @@ class Wiring:
 
     def init(self, key: Array) -> train_state.TrainState:
         """Fresh weights; with `zero_init_out` a network that leaves the feature as it is."""
-        features = jax.ShapeDtypeStruct((1, self.sizes.num_tokens, self.sizes.width), jnp.float32)
-        controls = jnp.zeros((1, self.most, self.sizes.width))
+        features, controls = (jnp.zeros((1, n, self.sizes.width)) for n in (self.sizes.num_tokens, self.most))
         valid, share = jnp.ones((1, self.most), bool), jnp.ones((1,))
-        params = self.network.init(key, jnp.zeros(features.shape), controls, valid, share)
+        params = self.network.init(key, features, controls, valid, share)
         return train_state.create(params, self.tx)
 
     def advance(self, params: Any, base_params: Any):

@@ -306,7 +306,7 @@ class ShortcutGallery:
 
     def report(self, params: Any) -> None:
         """Times, curves of base and shortcut, drift, report.md."""
-        bench, config, wiring = self.bench, self.config, self.wiring
+        bench, config = self.bench, self.config
         params = self.engine.parallel.replicate(params)
         errors = {"shortcut": self.drift(params), "frozen feature": self.drift(params, frozen=True)}
         names = ("shortcut", *self.curve.beside)
@@ -349,25 +349,32 @@ class ShortcutGallery:
             unlike=("tuned",),
         )
         step_ms = 1000 * step_seconds / bench.settings.batch_size
+        prices = (step_ms * costs["shortcut"].full, step_ms * costs["shortcut"].light)
+        bench.write(
+            findings,
+            config.num_steps,
+            self._facts(costs, step_ms),
+            lambda out: self._draw(out, points, latencies, kinds, errors, prices),
+        )
+
+    def _facts(self, costs: Mapping[str, Costs], step_ms: float) -> dict[str, str]:
+        """Lines of the protocol: units, samplers, costs, length of training."""
+        config, wiring, size = self.config, self.wiring, self.bench.settings.batch_size
         pairs = wiring.batches * wiring.teacher.pairs * config.batch_size * config.num_steps
-        facts = {
+        return {
             "network calls": "steps of the base, its second branch of guidance not counted; other steps count as the "
             "share of one that they take",
             "sampler of the base": _words(self.sampler),
             "sampler with the shortcut": f"{_words(wiring.sampler)}; {self.curve.num_steps} steps",
             "how it was chosen": CHOICE,
             "a step's cost": ", ".join(f"{cost.light:.3f} ({LABELS[kind]})" for kind, cost in costs.items())
-            + f" of a step of the base, which takes {step_ms:.3f} ms an image in batches of "
-            f"{bench.settings.batch_size}; a full step of the network {costs['shortcut'].full:.3f} (sampling loop alone, "
-            f"median of {latency.REPEATS} runs after {latency.WARM_UP}; no step is kept from one image to the next)",
+            + f" of a step of the base, which takes {step_ms:.3f} ms an image in batches of {size}; a full step of the "
+            f"network {costs['shortcut'].full:.3f} (sampling loop alone, median of {latency.REPEATS} runs after "
+            f"{latency.WARM_UP}; no step is kept from one image to the next)",
             "training": f"{config.num_steps * config.batch_size} rollouts of the network "
             f"({'/'.join(map(str, wiring.teacher.num_steps))} steps), {config.num_steps * wiring.batches} updates, "
             f"{pairs / 1e3:.0f} thousand pairs, seed {config.seed}",
         }
-        prices = (step_ms * costs["shortcut"].full, step_ms * costs["shortcut"].light)
-        bench.write(
-            findings, config.num_steps, facts, lambda out: self._draw(out, points, latencies, kinds, errors, prices)
-        )
 
     def _draw(self, out, points, latencies, kinds, errors, prices):
         place = pathlib.Path(out, "figures")

@@ -23,17 +23,7 @@ def reference(folder):
     """Return (model, params, inputs with the null class filled in, expected outputs, tolerances)."""
     config, state, inputs, outputs = fixtures.load(folder)
     made = config["ctor"]
-    model = MaskGITPort(
-        PortConfig(
-            num_tokens=made["f_factor"] ** 2,
-            codebook_size=made["codebook_size"],
-            num_classes=made["nclass"],
-            width=made["hidden_dim"],
-            depth=made["depth"],
-            heads=made["heads"],
-            mlp_width=made["mlp_dim"],
-        )
-    )
+    model = MaskGITPort(fixtures.port_sizes(made))
     ids = np.int32(inputs["code"]).reshape(len(inputs["code"]), -1)
     cond = np.int32(np.where(inputs["drop_label"], made["nclass"], inputs["y"]))
     errors = {name: value["max_abs_err_fp32_vs_fp64"] for name, value in config["fp32_vs_fp64"].items()}

@@ -11,7 +11,7 @@ import pytest
 
 from maskrl_jax.convert import maskgit_port as convert_port
 from maskrl_jax.convert import shortcut as convert_shortcut
-from maskrl_jax.models.maskgit_port import MaskGITPort, PortConfig
+from maskrl_jax.models.maskgit_port import MaskGITPort
 from maskrl_jax.models.shortcut import Shortcut, ShortcutConfig
 from maskrl_jax.sampling import draws, maskgit, refresh, schedules, shortcut
 from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
@@ -246,16 +246,7 @@ def _published_plan(sampler, num_tokens):
 def test_parity_with_the_official_sampler(folder, monkeypatch):
     config, state, inputs, outputs = fixtures.load(folder)
     ctor, sampler = config["ctor"], config["sampler"]
-    side = ctor["f_factor"]
-    sizes = PortConfig(
-        num_tokens=side**2,
-        codebook_size=ctor["codebook_size"],
-        num_classes=ctor["nclass"],
-        width=ctor["hidden_dim"],
-        depth=ctor["depth"],
-        heads=ctor["heads"],
-        mlp_width=ctor["mlp_dim"],
-    )
+    sizes = fixtures.port_sizes(ctor)
     own = {name.removeprefix("vit."): x for name, x in state.items() if name.startswith("vit.")}
     base, params = MaskGITPort(sizes), convert_port.params_of(own, sizes.depth)
     counts = schedules.increments(sampler["sched_mode"], sizes.num_tokens, sampler["steps"])

@@ -63,21 +63,6 @@ VARIANTS = {
 }
 
 
-def changed(stage, changes):
-    config = tiny.get_config(stage)
-    for path, value in changes.items():
-        if path in ("rewards", "rewards_heldout"):
-            config[path] = value
-            continue
-        place, _, key = path.rpartition(".")
-        owner = config
-        for name in filter(None, place.split(".")):
-            owner = owner[name]
-        with owner.ignore_type():
-            owner[key] = value
-    return config
-
-
 @pytest.fixture(scope="module")
 def runs(trained, tmp_path_factory):
     """Train both stages through the runner, reports included: (workdir of a stage, reads, unused fields)."""
@@ -131,7 +116,7 @@ def test_every_field_of_the_settings_is_used(runs):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_updates_of_a_variant(build, variant):
     stage, changes = VARIANTS[variant]
-    config = changed(stage, changes)
+    config = tiny.changed(stage, changes)
     task = build(config)
     state = task.init(jax.random.key(0))
     before = jax.device_get(state.params)
@@ -173,7 +158,7 @@ def test_whatever_steps_are_chosen_the_update_compiles_once(build):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(maskfocus.Wiring, "update", counted)
-        task = build(changed("maskfocus", {"steps.select": "random", "steps.count": 1}))
+        task = build(tiny.changed("maskfocus", {"steps.select": "random", "steps.count": 1}))
         state, seen = task.init(jax.random.key(0)), set()
         for step in range(4):
             state, metrics = task.step(state, task.batch(step))
@@ -186,7 +171,7 @@ def rollout(trained):
     """Return (parallel, program, placed arguments at a round) of a MaskFocus rollout."""
 
     def rollout(strategy="pmap", number=0, **changes):
-        config = changed("maskfocus", changes)
+        config = tiny.changed("maskfocus", changes)
         parallel = Parallel(strategy, jax.local_devices()[:2])
         wiring = maskfocus.Wiring(config, conditioning_of("shapes"))
         params = parallel.init(wiring.init, jax.random.key(0), trained.parents["maskgit"].params).params
@@ -245,12 +230,12 @@ def test_frozen_noise_repeats_and_fresh_noise_does_not(rollout):
     ],
 )
 def test_settings_that_cannot_be_are_named(stage, changes, message):
-    config = changed(stage, changes)
+    config = tiny.changed(stage, changes)
     with pytest.raises((UserError, ValueError), match=message):
         {"maskfocus": maskfocus, "mask_grpo": mask_grpo}[stage].phases(config, Parallel("pmap", jax.devices()[:1]))
 
 
 def test_a_device_needs_whole_groups():
-    config = changed("maskfocus", {"group": 4})
+    config = tiny.changed("maskfocus", {"group": 4})
     with pytest.raises(UserError, match="does not give each of 8 devices whole groups of 4; make it a multiple of 32"):
         maskfocus.phases(config, Parallel("pmap", jax.devices()))

@@ -52,15 +52,7 @@ VARIANTS = {
 
 
 def changed(changes):
-    config = tiny.get_config("shortcut")
-    for path, value in changes.items():
-        *places, key = path.split(".")
-        owner = config
-        for name in places:
-            owner = owner[name]
-        with owner.ignore_type():
-            owner[key] = value
-    return config
+    return tiny.changed("shortcut", changes)
 
 
 @pytest.fixture(scope="module")
