@@ -18,6 +18,8 @@ def params_of(state: Mapping[str, np.ndarray], config: ShortcutConfig) -> dict:
     The frozen tables E and P are no part of the state. Linear weights arrive as [out,in], the rows of in_proj
     as query, key, value. Without controls (our form of that ablation) the keys of the cross-attention are absent.
     """
+    if config.local_mixing:
+        raise ValueError("published shortcut weights have no local_mixing; set it to False")
     c, h = config, config.inner
     keys = Keys(state)
     params = _around(keys, c)

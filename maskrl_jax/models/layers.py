@@ -36,6 +36,29 @@ class Conv3(nn.Module):
         return nn.Dense(self.features, dtype=self.dtype, name="kernel")(neighbourhood(x_BHWC))
 
 
+class SparseConv3(nn.Module):
+    """3x3 convolution, zero padding, of a grid that is 0 but in a few cells; without a bias.
+
+    Costs by those cells, not by the grid.
+    """
+
+    side: int
+
+    @nn.compact
+    def __call__(self, x_BnC: Array, positions_Bn: Array, valid_Bn: Array) -> Array:
+        """Values [B,n,C] at row-major positions int32 [B,n], those that are valid -> [B,side^2,C]."""
+        batch, cells, channels = x_BnC.shape
+        wide = self.side + 2
+        sent = nn.Dense(9 * channels, use_bias=False, name="kernel")(_rows(x_BnC)).reshape(batch, cells, 9, channels)
+        sent = sent * valid_Bn[..., None, None]
+        shifts = np.array([[[i * wide + j for i in range(3) for j in range(3)]]])
+        rows_Bn, cols_Bn = jnp.divmod(positions_Bn, self.side)
+        to_Bn9 = (rows_Bn * wide + cols_Bn)[..., None] + shifts
+        grid = jnp.zeros((batch, wide**2, channels)).at[jnp.arange(batch)[:, None, None], to_Bn9].add(sent)
+        inside = grid.reshape(batch, wide, wide, channels)[:, 1:-1, 1:-1]
+        return inside.reshape(batch, self.side**2, channels)
+
+
 class DepthwiseConv3(nn.Module):
     """One 3x3 filter a channel on [B,H,W,D], zero padding; starts at 0, so that a residual of it starts as identity."""
 
@@ -49,6 +72,14 @@ class DepthwiseConv3(nn.Module):
             for i in range(3)
             for j in range(3)
         )
+
+
+def filtered(x_BSD: Array, side: int, name: str) -> Array:
+    """A depthwise 3x3 filter over the first side^2 tokens, which are a grid; 0 at the others."""
+    cells = side**2
+    grid = x_BSD[:, :cells].reshape(-1, side, side, x_BSD.shape[-1])
+    local = DepthwiseConv3(name=name)(grid).reshape(-1, cells, x_BSD.shape[-1])
+    return jnp.pad(local, ((0, 0), (0, x_BSD.shape[1] - cells), (0, 0)))
 
 
 class RelativeBias(nn.Module):
@@ -94,10 +125,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: Array, bias: Array | None = None) -> Array:
         if self.side:
-            cells = self.side**2
-            grid = x_BSD[:, :cells].reshape(-1, self.side, self.side, x_BSD.shape[-1])
-            local = DepthwiseConv3(name="local")(grid).reshape(-1, cells, x_BSD.shape[-1])
-            x_BSD = x_BSD + jnp.pad(local, ((0, 0), (0, x_BSD.shape[1] - cells), (0, 0)))
+            x_BSD = x_BSD + filtered(x_BSD, self.side, "local")
         mixed = Attention(self.heads, self.dtype, name="attention")(layer_norm("norm_attention")(x_BSD), bias)
         x_BSD = x_BSD + mixed
         hidden = nn.Dense(self.mlp_width, dtype=self.dtype, name="mlp_in")(_rows(layer_norm("norm_mlp")(x_BSD)))

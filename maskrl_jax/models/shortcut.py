@@ -1,6 +1,7 @@
 """MIGM-Shortcut (arXiv 2602.23996) for MaskGIT: predict the next feature of a masked image generator from the last."""
 
 import dataclasses
+import math
 
 import chex
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskrl_jax.models.layers import layer_norm
+from maskrl_jax.models.layers import SparseConv3, filtered, layer_norm
 
 Array = jax.Array
 TIME_WIDTH = 256  # width of the sinusoidal time embedding
@@ -27,11 +28,20 @@ class ShortcutConfig:
     controls: bool = True  # False: the ablation no_ca
     kv_prenorm: bool = False  # normalise keys and values as the queries are; published weights need False
     zero_init_out: bool = True  # start as the frozen feature (our choice; official False)
+    local_mixing: bool = False  # neighbours see each other by 3x3 filters (our choice; none is published)
+    num_tokens: int = 0  # N, a square number, where there is local mixing
     dtype: str = "float32"
     remat: bool = False
 
     def __post_init__(self):
         check_sizes(self, "width", "n_block", "heads")
+        if self.local_mixing and (self.num_tokens < 1 or self.side**2 != self.num_tokens):
+            raise ValueError(f"local_mixing needs a square grid; num_tokens {self.num_tokens} is none")
+
+    @property
+    def side(self) -> int:
+        """Side of the token grid."""
+        return math.isqrt(self.num_tokens)
 
     @property
     def inner(self) -> int:
@@ -54,19 +64,24 @@ class Shortcut(nn.Module):
     """Form A's network (shortcut spec, section 2): fhat = f + S(f, controls, rho).
 
     Our choices: Flax's default initialisation; no_ca (`controls=False`, published for the DiMOO form only)
-    leaves out the cross-attention with its norm and its MLP and the projection of the controls.
+    leaves out the cross-attention with its norm and its MLP and the projection of the controls; `local_mixing`, for
+    bases that have such filters themselves: a revealed token also enters the stream at the 3x3 cells about it, and
+    every block begins with a depthwise filter, which together tell the network what its base's stem and filters do.
     """
 
     config: ShortcutConfig
 
     @nn.compact
-    def __call__(self, features_BTD: Array, controls_BnD: Array, valid_Bn: Array, rho_B: Array) -> Array:
+    def __call__(
+        self, features_BTD: Array, controls_BnD: Array, positions_Bn: Array, valid_Bn: Array, rho_B: Array
+    ) -> Array:
         """Predict the next features.
 
         Args:
           features_BTD: f, features before the head [B,T,D] float32, class slot included.
           controls_BnD: E[v] + P[p] of the frozen base for the tokens just revealed, [B,n,D]; their order is
             irrelevant. Not read without `controls`.
+          positions_Bn: their places in the grid, int32, row-major; read with `local_mixing` alone.
           valid_Bn: False marks padding among the controls, bool. Cross-attention adds nothing to a row that
             has no control at all.
           rho_B: masked fraction that the predicted step sees, [B] in [0,1], float32.
@@ -78,9 +93,13 @@ class Shortcut(nn.Module):
         features_BTD = features_BTD.astype(jnp.float32)
         y_BTh = resized(features_BTD, c, dtype, "features_in")
         u_Bnh = resized(controls_BnD, c, dtype, "controls_in") if c.controls else None
+        side = c.side * c.local_mixing
+        if side and c.controls:
+            sent = SparseConv3(side, name="stem")(u_Bnh, positions_Bn, valid_Bn)
+            y_BTh = y_BTh + jnp.pad(sent, ((0, 0), (0, y_BTh.shape[1] - c.num_tokens), (0, 0)))
         block = nn.remat(ShortcutBlock) if c.remat else ShortcutBlock
         for index in range(c.n_block):
-            y_BTh = block(c.heads, c.kv_prenorm, dtype, name=f"block_{index}")(y_BTh, u_Bnh, valid_Bn)
+            y_BTh = block(c.heads, c.kv_prenorm, side, dtype, name=f"block_{index}")(y_BTh, u_Bnh, valid_Bn)
         y_BTh = nn.gelu(dense(layer_norm("norm_tail", 1e-12)(y_BTh), c.inner, dtype, "tail"), approximate=False)
         start = nn.initializers.zeros if starts_without_out(c) else nn.initializers.ones
         y_BTh = nn.LayerNorm(1e-12, jnp.float32, scale_init=start, name="norm_out")(y_BTh.astype(jnp.float32))
@@ -98,10 +117,13 @@ class ShortcutBlock(nn.Module):
 
     heads: int
     kv_prenorm: bool
+    side: int  # of the grid whose neighbours a filter mixes first; 0 = none
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, y_BTh: Array, u_Bnh: Array | None, valid_Bn: Array) -> Array:
+        if self.side:
+            y_BTh = y_BTh + filtered(y_BTh, self.side, "local")
         if u_Bnh is not None:
             y_BTh = self._mlp(self._attention(y_BTh, u_Bnh, valid_Bn, "cross"), "cross")
         return self._mlp(self._attention(y_BTh, y_BTh, None, "self"), "self")

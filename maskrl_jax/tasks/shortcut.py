@@ -71,7 +71,8 @@ class Wiring:
         self.sizes = generators.model_config(base, base.parents.tokenizer, conditioning)
         self.base = generators.generator(self.sizes)
         self.teacher, self.loss = Teacher(**config.teacher), ShortcutLoss(**config.loss)
-        self.network = Shortcut(ShortcutConfig(width=self.sizes.width, **config.model))
+        sizes = {"width": self.sizes.width, "num_tokens": self.sizes.num_tokens}
+        self.network = Shortcut(ShortcutConfig(**sizes, **config.model))
         if self.loss.chain >= self.teacher.longest:
             raise UserError(f"loss.chain {self.loss.chain} exceeds the {self.teacher.longest - 1} pairs of a rollout")
         self.plans = [self.plan(steps) for steps in self.teacher.num_steps]
@@ -94,8 +95,8 @@ class Wiring:
     def init(self, key: Array) -> train_state.TrainState:
         """Fresh weights; with `zero_init_out` a network that leaves the feature as it is."""
         features, controls = (jnp.zeros((1, n, self.sizes.width)) for n in (self.sizes.num_tokens, self.most))
-        valid, share = jnp.ones((1, self.most), bool), jnp.ones((1,))
-        params = self.network.init(key, features, controls, valid, share)
+        positions, valid = jnp.zeros((1, self.most), jnp.int32), jnp.ones((1, self.most), bool)
+        params = self.network.init(key, features, controls, positions, valid, jnp.ones((1,)))
         return train_state.create(params, self.tx)
 
     def advance(self, params: Any, base_params: Any):
@@ -103,7 +104,7 @@ class Wiring:
 
         def fn(features: Array, controls: Controls, share_b: Array) -> Array:
             embedded = self.base.controls(base_params)(controls.ids, controls.positions)
-            return self.network.apply(params, features, embedded, controls.valid, share_b)
+            return self.network.apply(params, features, embedded, controls.positions, controls.valid, share_b)
 
         return fn
 

@@ -33,6 +33,17 @@ def test_conv3_is_a_convolution_with_zero_padding():
     np.testing.assert_allclose(layer.apply(params, x), expected, atol=1e-5)
 
 
+def test_sparse_conv3_is_a_convolution_of_a_grid_of_few_cells():
+    """Its kernel is the convolution's, mirrored: a cell sends what its neighbours would gather."""
+    layer, positions = layers.SparseConv3(4), jnp.array([[0, 7, 10, 3], [15, 5, 6, 9]])
+    values, valid = jax.random.normal(jax.random.key(0), (2, 4, 3)), jnp.array([[True] * 4, [True, True, False, True]])
+    params = layer.init(jax.random.key(1), values, positions, valid)
+    kernel = params["params"]["kernel"]["kernel"].reshape(3, 3, 3, 3)  # in, row, column, out
+    grid = jnp.zeros((2, 16, 3)).at[jnp.arange(2)[:, None], positions].set(values * valid[..., None])
+    expected = convolve(grid.reshape(2, 4, 4, 3), jnp.transpose(kernel, (1, 2, 0, 3))[::-1, ::-1])
+    np.testing.assert_allclose(layer.apply(params, values, positions, valid), expected.reshape(2, 16, 3), atol=1e-5)
+
+
 def test_depthwise_filter_starts_at_zero_and_is_a_grouped_convolution():
     x, layer = grid(), layers.DepthwiseConv3()
     params = layer.init(jax.random.key(1), x)

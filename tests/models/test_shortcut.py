@@ -15,10 +15,12 @@ from maskrl_jax.models.shortcut import Shortcut, ShortcutConfig, time_embedding
 
 SMALL = {
     "maskgit": ShortcutConfig(width=16, heads=2, zero_init_out=False),
+    "local": ShortcutConfig(width=16, heads=2, zero_init_out=False, local_mixing=True, num_tokens=4),
     "dimoo": DimooShortcutConfig(width=16, heads=2, mlp_width=12, zero_init_out=False),
 }
-MODELS = {"maskgit": Shortcut, "dimoo": DimooShortcut}
-both_forms = pytest.mark.parametrize("form", SMALL)
+ARGUMENTS = ("features", "controls", "positions", "valid", "rho")
+MODELS = {"maskgit": Shortcut, "local": Shortcut, "dimoo": DimooShortcut}
+every_form = pytest.mark.parametrize("form", SMALL)
 close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
 
 
@@ -27,12 +29,9 @@ def configured(form, **changes):
 
 
 def applied(form, config, params, batch):
-    """Call a form with a batch by name; positions and padding are the DiMOO form's alone."""
-    extra = {} if form == "maskgit" else {name: batch[name] for name in batch.keys() & {"padding", "query_positions"}}
-    middle = () if form == "maskgit" else (batch["positions"],)
-    rest = {f"{name}_BL": value for name, value in extra.items()}
-    arguments = (batch["features"], batch["controls"], *middle, batch["valid"], batch["rho"])
-    return MODELS[form](config).apply(params, *arguments, **rest)
+    """Call a form with a batch by name; padding is the DiMOO form's alone."""
+    extra = {f"{name}_BL": batch[name] for name in batch.keys() & {"padding", "query_positions"}}
+    return MODELS[form](config).apply(params, *(batch[name] for name in ARGUMENTS), **extra)
 
 
 def batch_of(controls=4):
@@ -50,9 +49,7 @@ def batch_of(controls=4):
 def started(form, **changes):
     """Initialise the parameters; trace it with jit or eval_shape."""
     batch = batch_of()
-    middle = () if form == "maskgit" else (batch["positions"],)
-    arguments = (batch["features"], batch["controls"], *middle, batch["valid"], batch["rho"])
-    return MODELS[form](configured(form, **changes)).init(jax.random.key(0), *arguments)
+    return MODELS[form](configured(form, **changes)).init(jax.random.key(0), *(batch[name] for name in ARGUMENTS))
 
 
 @functools.cache
@@ -105,7 +102,7 @@ def test_feature_equals_the_reference(folder):
     controls, valid = maskgit_controls(inputs, inputs["tok_emb_weight"][inputs["new_token_ids"]])
     with jax.default_matmul_precision("highest"):
         found = jax.jit(Shortcut(config).apply)(
-            params_of(state, config), inputs["prev_feat"], controls, valid, inputs["mask_ratio"]
+            params_of(state, config), inputs["prev_feat"], controls, positions_of(inputs), valid, inputs["mask_ratio"]
         )
     np.testing.assert_allclose(found, outputs["feat"], rtol=0, atol=1e-4)
 
@@ -119,7 +116,8 @@ def test_loss_and_gradients_equal_the_reference(folder):
     masked = outputs["mask_map"].astype(bool)
 
     def loss_of(params):
-        features = Shortcut(config).apply(params, inputs["prev_feat"], controls, valid, inputs["mask_ratio"])
+        places, share = positions_of(inputs), inputs["mask_ratio"]
+        features = Shortcut(config).apply(params, inputs["prev_feat"], controls, places, valid, share)
         error = (features - inputs["tgt_feat"]) ** 2
         return error.mean(where=masked[..., None]), features
 
@@ -163,9 +161,9 @@ def test_dimoo_feature_equals_the_reference(folder):
 def shapes_of(form, config):
     """Parameter shapes without computing anything."""
     rows = jax.ShapeDtypeStruct((1, 2, config.width), jnp.float32)
-    middle = () if form == "maskgit" else (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
-    rest = jax.ShapeDtypeStruct((1, 2), bool), jax.ShapeDtypeStruct((1,), jnp.float32)
-    return jax.eval_shape(MODELS[form](config).init, jax.random.key(0), rows, rows, *middle, *rest)["params"]
+    kinds = [((1, 2), jnp.int32), ((1, 2), bool), ((1,), jnp.float32)]
+    rest = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
+    return jax.eval_shape(MODELS[form](config).init, jax.random.key(0), rows, rows, *rest)["params"]
 
 
 def size(tree):
@@ -227,7 +225,7 @@ def test_parts_have_the_published_counts():
     }
 
 
-@both_forms
+@every_form
 def test_padded_controls_equal_unpadded(form):
     """The last sample has one control and padding with numbers of its own, far larger than the real ones."""
     batch = batch_of()
@@ -236,7 +234,7 @@ def test_padded_controls_equal_unpadded(form):
     close(predicted(form, batch | {"controls": controls})[2:], predicted(form, single))
 
 
-@both_forms
+@every_form
 def test_order_of_controls_is_irrelevant(form):
     batch, order = batch_of(), jnp.array([2, 0, 3, 1])
     turned = {name: batch[name][:, order] for name in ("controls", "positions", "valid")}
@@ -245,15 +243,20 @@ def test_order_of_controls_is_irrelevant(form):
     assert np.abs(predicted(form, wrong) - predicted(form))[0].max() > 1e-2
 
 
-@both_forms
+@every_form
 def test_row_without_controls_gets_nothing_from_cross_attention(form):
-    """The same number as a cross-attention whose output projection is 0, bias included; other rows keep theirs."""
+    """The same number as a cross-attention whose output projection is 0, bias included; other rows keep theirs.
+
+    Nor does such a row get anything from a stem.
+    """
     batch, params = batch_of(), moved(form)
     empty = batch | {"valid": batch["valid"].at[1].set(False)}
-    module, out = ("block_0", "cross_out") if form == "maskgit" else ("block_0_first", "out")
+    module, out = ("block_0_first", "out") if form == "dimoo" else ("block_0", "cross_out")
     layers = params["params"] | {
         module: params["params"][module] | {out: jax.tree.map(jnp.zeros_like, params["params"][module][out])}
     }
+    if form == "local":
+        layers["stem"] = jax.tree.map(jnp.zeros_like, layers["stem"])
     found = predicted(form, empty)
     close(found[1], predicted(form, params={"params": layers})[1])
     close(found[::2], predicted(form)[::2])
@@ -262,14 +265,14 @@ def test_row_without_controls_gets_nothing_from_cross_attention(form):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
-@both_forms
+@every_form
 def test_batch_equals_singles(form):
     batch = batch_of()
     singles = [predicted(form, jax.tree.map(lambda x, i=i: x[i : i + 1], batch)) for i in range(3)]
     close(jnp.concatenate(singles), predicted(form))
 
 
-@both_forms
+@every_form
 @pytest.mark.parametrize(("ratio", "embed_t"), [(2, True), (1, True), (1, False)])
 def test_start_is_the_frozen_feature_and_can_move(form, ratio, embed_t):
     """Bit for bit; at ratio 1, without a projection, the last norm and the modulation start at zero instead."""
@@ -283,19 +286,19 @@ def test_start_is_the_frozen_feature_and_can_move(form, ratio, embed_t):
     assert max(np.abs(x).max() for x in jax.tree.leaves(jax.jit(jax.grad(error))(params))) > 1e-2
 
 
-@both_forms
+@every_form
 def test_zero_output_projection_equals_the_frozen_feature(form):
     params = moved(form)["params"]
     still = {"params": params | {"features_out": jax.tree.map(jnp.zeros_like, params["features_out"])}}
     np.testing.assert_array_equal(predicted(form, params=still), batch_of()["features"])
 
 
-@both_forms
+@every_form
 def test_official_start_is_not_the_frozen_feature(form):
     assert np.abs(predicted(form, params=initial(form)) - batch_of()["features"]).max() > 1e-1
 
 
-@both_forms
+@every_form
 def test_rho_is_per_sample(form):
     batch = batch_of()
     changed = predicted(form, batch | {"rho": batch["rho"].at[0].set(0.2)})
@@ -321,6 +324,8 @@ def test_time_embedding_is_cosines_then_sines_of_a_thousand_rho():
         ("maskgit", {"embed_t": False}, False),
         ("maskgit", {"controls": False}, False),
         ("maskgit", {"n_block": 2}, False),
+        ("maskgit", {"local_mixing": True, "num_tokens": 4}, False),
+        ("local", {"controls": False}, False),
         ("dimoo", {"embed_t": False}, False),
         ("dimoo", {"controls": False}, False),
         ("dimoo", {"n_block": 2}, False),
@@ -346,13 +351,26 @@ def test_prenorm_of_keys_makes_the_scale_of_the_controls_irrelevant():
     np.testing.assert_allclose(found[0], found[1], atol=1e-3)
 
 
-@both_forms
+@every_form
 def test_without_controls_nothing_of_them_is_read(form):
     other = batch_of() | {"controls": jnp.full((3, 4, 16), jnp.nan), "valid": jnp.zeros((3, 4), bool)}
     np.testing.assert_array_equal(predicted(form, other, controls=False), predicted(form, controls=False))
 
 
-@both_forms
+def test_neighbours_alone_see_a_token_through_the_stem():
+    """In a grid of 3 x 3 with attention switched off, a token at a corner reaches 4 cells."""
+    changes = {"num_tokens": 9}
+    batch = batch_of() | {"features": jnp.ones((3, 10, 16)), "positions": jnp.zeros((3, 4), jnp.int32)}
+    params = moved("local")["params"]
+    silent = {name: jax.tree.map(jnp.zeros_like, params["block_0"][name]) for name in ("cross_out", "self_out")}
+    silent |= {"local": jax.tree.map(jnp.zeros_like, params["block_0"]["local"])}
+    params = {"params": params | {"block_0": params["block_0"] | silent}}
+    other = batch | {"controls": -batch["controls"]}
+    moves = predicted("local", batch, params, **changes) - predicted("local", other, params, **changes)
+    assert np.flatnonzero(np.abs(moves[0]).max(-1) > 1e-4).tolist() == [0, 1, 3, 4]
+
+
+@every_form
 def test_bfloat16_computes_near_float32_and_keeps_float32_outside(form):
     found = predicted(form, params=moved(form), dtype="bfloat16")
     assert found.dtype == jnp.float32
@@ -413,6 +431,8 @@ def test_dimoo_block_weights_start_as_a_normal_cut_at_three_deviations():
         ("maskgit", {"ratio": 0.5}, "^ratio 0.5 must be at least 1$"),
         ("maskgit", {"ratio": float("nan")}, "^ratio nan must be at least 1$"),
         ("maskgit", {"heads": 3}, "^inner width 8 is not divisible by heads 3$"),
+        ("local", {"num_tokens": 6}, "^local_mixing needs a square grid; num_tokens 6 is none$"),
+        ("local", {"num_tokens": 0}, "^local_mixing needs a square grid; num_tokens 0 is none$"),
         ("maskgit", {"ratio": 64}, "^inner width 0 is not divisible by heads 2$"),
         ("dimoo", {"ratio": 0}, "^ratio 0 must be at least 1$"),
         ("dimoo", {"mlp_width": 0}, "^mlp_width 0 must be at least 1$"),

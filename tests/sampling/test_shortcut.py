@@ -262,7 +262,7 @@ def test_parity_with_the_official_sampler(folder, monkeypatch):
 
         def advance(f, controls, share):
             told = base.apply(params, controls.ids, controls.positions, method="controls")
-            return Shortcut(network).apply(moved, f, told, controls.valid, share)
+            return Shortcut(network).apply(moved, f, told, controls.positions, controls.valid, share)
 
         np.testing.assert_array_equal(np.flatnonzero(outputs["full_step_flags"]), steps)
     parts = shortcut.Parts(
