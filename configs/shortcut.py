@@ -72,7 +72,7 @@ def optimizer(smoke: bool = False) -> dict:
         "b1": 0.9,
         "b2": 0.99,
         "weight_decay": 0.01,
-        "warmup_steps": 2 if smoke else 50,
+        "warmup_steps": 1 if smoke else 2,  # buffers
         "decay": "cosine",
         "decay_steps": 0,  # over the whole run
         "ema_decay": 0.99,
@@ -112,7 +112,7 @@ def published_scale():
     config.model.update({"heads": 16, "zero_init_out": False, "local_mixing": False, "kv_prenorm": False})
     config.model.update({"dtype": "bfloat16", "remat": True})
     config.teacher.update({"num_steps": (15,), "pairs": 1})
-    config.optimizer.update({"name": "adamw", "learning_rate": 3e-4, "warmup_steps": 500, "b2": 0.999})
+    config.optimizer.update({"name": "adamw", "learning_rate": 3e-4, "warmup_steps": 18, "b2": 0.999})
     config.optimizer.ema_decay = 0.999
     config.curve.update({"num_steps": 15, "budgets": (7, 8)})
     config.evaluation.update({"steps": (8, 9, 11, 13, 15), "batch_size": 128})

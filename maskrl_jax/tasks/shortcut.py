@@ -82,7 +82,7 @@ class Wiring:
             raise UserError(f"teacher.pairs {self.teacher.pairs} exceeds the {self.count} pairs of a sample")
         self.batches = self.teacher.epochs * (self.count // self.teacher.pairs)
         self.most = max(most_controls(plan, self.sizes.num_tokens) for plan in self.plans)
-        self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps * self.batches)
+        self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps, self.batches)
         self.tx = train_state.make_optimizer(self.optimizer)
 
     def plan(self, num_steps: int) -> Plan:
