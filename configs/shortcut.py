@@ -10,7 +10,7 @@ specs/shortcut.md says which numbers are published; those of the embedded task a
 
 from configs import maskgit, sizes, speed_rl
 
-STEPS = {"": 60, "speed_rl": 60, "smoke": 3, "maskgit512": 780}
+STEPS = {"": 50, "speed_rl": 50, "smoke": 3, "maskgit512": 780}
 
 
 def get_config(arg: str = ""):
@@ -49,12 +49,12 @@ def embedded(arg: str):
             "dtype": "float32",
             "remat": False,
         },
-        teacher={"num_steps": (steps,), "pairs": 2, "epochs": 1},
+        teacher={"num_steps": (steps,), "pairs": 2, "epochs": 2},
         loss={"positions": "masked", "kl": 0.0, "kl_temperature": 1.0, "chain": 1, "through": True},
         optimizer=optimizer(smoke),
         curve={
             "num_steps": steps,
-            "budgets": (2, 3) if smoke else (6, 8, 12),
+            "budgets": (2, 3) if smoke else (5, 8, 11),
             "beside": ("frozen",),
             "calibration": 8 if smoke else 32,
             "longest": 6,

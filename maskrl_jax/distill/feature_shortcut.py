@@ -157,19 +157,21 @@ def _mean(values: Array, weights: Array) -> Array:
 
 
 def open_loop(
-    student: Student, params: Any, buffer: Buffer, guidance_S: Array, frozen: bool = False
+    student: Student, params: Any, buffer: Buffer, guidance_S: Array, frozen: bool = False, longest: int = 0
 ) -> dict[str, Array]:
     """How far a feature has drifted k steps after the last full one, on the teacher's tokens.
 
     Args:
       guidance_S: float32 [S], scale at each step (1 with one branch).
       frozen: leave the feature as it was instead of moving it.
+      longest: most steps since a full one, static; 0 for all.
     Returns:
-      name -> [S, S] at (a, k), from a full step at a and after k steps, at the positions masked at step a + k, mean
+      name -> [S, longest + 1] or [S, S] at (a, k), from a full step at a and after k steps, at the positions masked at step a + k, mean
       over the samples that come so far (0 where none does): `mse` and `cosine`, mean over branches, and `kl` of the
       guided logits (nats, teacher || student).
     """
     batch, branches, steps = buffer.features.shape[:3]
+    longest = longest or steps - 1
     rollout, length_b = jax.tree.map(
         lambda x: jnp.tile(x, (branches, *[1] * (x.ndim - 1))), (buffer.rollout(), buffer.lengths())
     )
@@ -199,7 +201,7 @@ def open_loop(
             count = jnp.maximum(exists_b.sum(), 1)
             return features, {name: (value_b * exists_b).sum() / count for name, value_b in found.items()}
 
-        _, errors = jax.lax.scan(move, teacher_SbTD[start], jnp.arange(1, steps))
+        _, errors = jax.lax.scan(move, teacher_SbTD[start], jnp.arange(1, longest + 1))
         return {name: jnp.concatenate([jnp.zeros(1), value]) for name, value in errors.items()}
 
     return jax.lax.map(after, jnp.arange(steps))

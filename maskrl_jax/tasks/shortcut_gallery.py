@@ -207,13 +207,13 @@ class ShortcutGallery:
         )
         return Buffer(**self.engine.parallel.gather(made))
 
-    def drift(self, params: Any, frozen: bool = False) -> dict[str, np.ndarray]:
-        """Mean errors [N, N] at (full step, steps since): see `open_loop`."""
+    def drift(self, params: Any, frozen: bool = False, longest: int = 0) -> dict[str, np.ndarray]:
+        """Mean errors [N, N] (or [N, longest + 1]) at (full step, steps since): see `open_loop`."""
 
         @jax.jit
         def errors(network, params, buffer):
             student = dataclasses.replace(self.wiring.student(network), most=self.most)
-            return open_loop(student, params, buffer, jnp.asarray(self.plan.guidance), frozen)
+            return open_loop(student, params, buffer, jnp.asarray(self.plan.guidance), frozen, longest)
 
         found = self.engine.parallel.whole(errors(self.network, params, self.calibration))
         steps = self.curve.num_steps
@@ -299,7 +299,7 @@ class ShortcutGallery:
         system = self.system(state.ema, "shortcut", self.evenly, Costs(1.0, 0.0))
         values, picture = self.bench.glance(system, self.curve.usual)
         for name, frozen in {"drift": False, "drift_frozen": True}.items():
-            for measure, error_AK in self.drift(state.ema, frozen).items():
+            for measure, error_AK in self.drift(state.ema, frozen, longest=1).items():
                 after = range(1, self.curve.num_steps)
                 values |= {f"{name}/{measure}@{step:02d}": float(error_AK[step - 1, 1]) for step in after}
         return values, {"samples/grid": picture}
