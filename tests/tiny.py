@@ -124,7 +124,8 @@ def shortcut():
     config.parents = {"tokenizer": base.parents.tokenizer, "judge": base.parents.judge, "maskgit": base}
     config.update({"num_steps": 4, "batch_size": 8, "save_every": 2})
     config.optimizer = SGD | {"learning_rate": 0.02, "ema_decay": 0.5}
-    config.curve.calibration = 8
+    config.teacher.epochs = 1
+    config.curve.update({"calibration": 8, "timing_runs": 2})
     config.evaluation.update({"prompts": 8, "steps": (2, 4), "keep": 2, "batch_size": 16})
     return config
 

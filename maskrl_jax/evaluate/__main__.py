@@ -22,7 +22,7 @@ def main() -> None:
     """Evaluate as the flags say."""
     from maskrl_jax import runner, stored
     from maskrl_jax.evaluate.bench import Evaluation
-    from maskrl_jax.tasks.shortcut_gallery import Curve
+    from maskrl_jax.tasks.shortcut_systems import Curve
 
     overrides = {flag.name: flag.value for flag in (PROMPTS, GROUP, SEED) if flag.value is not None}
     overrides |= {

@@ -29,7 +29,8 @@ from maskrl_jax.sampling.maskgit import Plan, SamplerConfig, make_plan
 from maskrl_jax.sampling.shortcut import Controls, Parts, branches, most_controls, predict_fully
 from maskrl_jax.tasks import checks, generators, speed_rl
 from maskrl_jax.tasks import maskgit as maskgit_task
-from maskrl_jax.tasks.shortcut_gallery import Curve, ShortcutGallery
+from maskrl_jax.tasks.shortcut_gallery import ShortcutGallery
+from maskrl_jax.tasks.shortcut_systems import Curve, ShortcutSystems
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
@@ -245,7 +246,7 @@ def build(context: Context) -> Task:
     plans = [parallel.replicate(plan) for plan in wiring.plans]
     roll_out, update = parallel.map(wiring.rollout), parallel.update(wiring.update)
     engine = generators.engine_of(context, wiring.sizes, wiring.null)
-    gallery = ShortcutGallery(context, wiring, engine, network)
+    gallery = ShortcutGallery(config, ShortcutSystems(context, wiring, engine, network))
 
     def batch(step):
         positions, samples = positions_at(len(pool), step, config.batch_size, slice(0, config.batch_size), config.seed)

@@ -1,51 +1,18 @@
-"""What stage `shortcut` measures and shows: the base at fewer steps and the base with its shortcut, on one time axis."""
+"""What stage `shortcut` reports: the base at fewer steps and the base with its shortcut, on one time axis."""
 
-import dataclasses
-import functools
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from maskrl_jax.distill.feature_shortcut import Buffer, open_loop
-from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import curve, latency, shortcut_figures, tables
-from maskrl_jax.evaluate.bench import CHOICE, Bench, read_sampler, tuning_notes
+from maskrl_jax.evaluate.bench import CHOICE, tuning_notes
 from maskrl_jax.evaluate.illustrate import Illustration
-from maskrl_jax.evaluate.latency import Latency
-from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
-from maskrl_jax.evaluate.systems import (
-    Costs,
-    Engine,
-    fixed_program,
-    fixed_system,
-    priced,
-    shortcut_program,
-    shortcut_system,
-)
-from maskrl_jax.evaluate.timing import Spread
-from maskrl_jax.keys import EVALUATE, sample_keys
-from maskrl_jax.sampling import refresh
-from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
-from maskrl_jax.sampling.refresh import Refresh
-from maskrl_jax.sampling.shortcut import Parts, most_controls
-from maskrl_jax.tasks import generators
-from maskrl_jax.tasks.task import Context
+from maskrl_jax.evaluate.systems import Costs, priced
+from maskrl_jax.sampling.maskgit import SamplerConfig
+from maskrl_jax.tasks.shortcut_systems import LABELS, ShortcutSystems
 
-LABELS = {
-    "shortcut": "base with its shortcut",
-    "frozen": "frozen feature",
-    "linear": "linear extrapolation",
-    "calibrated": "shortcut, calibrated steps",
-    "adaptive": "shortcut, adaptive refresh",
-    "tuned": "tuned network without shortcut",
-}
-BESIDE = ("frozen", "linear", "calibrated", "adaptive")
 CAPTIONS = {
     "quality_vs_time": "Quality against the measured time of the sampling loop (no decoding), one image of a batch.",
     "drift": "How far a feature is from the full model's: one step after a full one, and by steps since then.",
@@ -55,284 +22,53 @@ NOTES = (
     "Published numbers are of MaskGIT on ImageNet and of Lumina-DiMOO; no parity is claimed.",
     "Calls are in units of one step of the base: a shortcut step counts as the share of its time that it takes here.",
 )
-OTHER_PROGRAMS = ("frozen", "linear")  # kinds whose step is another; the others differ in their full steps alone
-BISECTIONS = 10  # of the drift at which an adaptive refresh runs the full model
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """The points of a shortcut.
-
-    num_steps: N. budgets: numbers of full steps B. beside: what is measured next to the shortcut, of `BESIDE`.
-    calibration: samples, of training prompts, that calibrated sets of steps and thresholds are found on.
-    longest: most shortcut steps in a row of an adaptive refresh.
-
-    Budgets are of the plan's N steps: where a mode with a threshold ends early, fewer of them are run.
-    """
-
-    num_steps: int = 24
-    budgets: tuple[int, ...] = (8, 12)
-    beside: tuple[str, ...] = ("frozen",)
-    calibration: int = 32
-    longest: int = 6
-
-    def __post_init__(self):
-        for name in ("budgets", "beside"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
-            raise UserError(f"curve.budgets {self.budgets} must rise and hold at least one number of full steps")
-        for budget in self.budgets:
-            refresh.even_steps(self.num_steps, budget)  # ValueError for one beyond num_steps
-        unknown = sorted(set(self.beside) - set(BESIDE))
-        if unknown:
-            raise UserError(f"curve.beside {unknown} is not among {', '.join(BESIDE)}")
-        fewest = -(-self.num_steps // (self.longest + 1)) if self.longest > 0 else 0
-        if "adaptive" in self.beside and self.budgets[0] < fewest:
-            raise UserError(
-                f"curve.budgets {self.budgets} go below the {fewest} full steps that curve.longest={self.longest} asks "
-                f"for in {self.num_steps} steps"
-            )
-        if self.calibration < 1 or self.longest < 1:
-            raise UserError("curve.calibration and curve.longest must be at least 1")
-
-    @property
-    def usual(self) -> int:
-        """The budget in the middle."""
-        return self.budgets[len(self.budgets) // 2]
 
 
 class ShortcutGallery:
-    """Systems of a base and its shortcut, their times, and the report."""
+    """The glances and the report of a run."""
 
-    def __init__(self, context: Context, wiring: Any, engine: Engine, network: Any):
-        """`network` are the parameters that the shortcut runs on: the base's own, or those of a policy tuned on it."""
-        self.context, self.config, self.wiring, self.engine = context, context.config, wiring, engine
-        self.curve, self.network = Curve(**context.config.curve), network
-        self.plan = wiring.plan(self.curve.num_steps)
-        self.most = most_controls(self.plan, engine.num_tokens)
-        base, program = context.parents["maskgit"], fixed_program(engine)
-        sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
-        longest = max(sampler.max_steps, self.curve.num_steps)
-        self.sampler = dataclasses.replace(sampler, max_steps=longest)
-        self.tuned = "speed_rl" in context.parents
-        self.base_params = engine.parallel.replicate(base.params) if self.tuned else network
-        system = fixed_system(engine, program, self.base_params, self.sampler, "base", "base")
-        self.base = generators.kept(system, context.parents, str(self.sampler))
-        # The network without its shortcut.
-        self.plain = fixed_system(engine, program, network, wiring.sampler, "tuned", LABELS["tuned"])
-
-    @functools.cached_property
-    def bench(self) -> Bench:
-        """Made when first needed: it reads the held-out pictures."""
-        return generators.bench_of(self.context)
-
-    # Systems
-
-    def parts_of(self, kind: str) -> Callable[[Any], Parts]:
-        """Parts of a kind's sampling, of parameters {"base", "shortcut"}."""
-
-        def parts(params):
-            own = self.wiring.parts(params["shortcut"], params["base"])
-            return dataclasses.replace(own, advance=lambda f, *_: f) if kind == "frozen" else own
-
-        return parts
-
-    def program(self, kind: str, pictures: bool = True) -> Callable:
-        """Compiled sampling of a kind; those that differ in their full steps alone share it."""
-        return self._program(kind if kind in OTHER_PROGRAMS else "shortcut", pictures)
-
-    @functools.cache  # noqa: B019 - as many entries as kinds, for the life of the gallery
-    def _program(self, kind, pictures):
-        extrapolate = kind == "linear"
-        return shortcut_program(self.engine, self.parts_of(kind), self.most, extrapolate=extrapolate, pictures=pictures)
-
-    def system(self, params: Any, kind: str, refresh_of: Callable[[float], Refresh], costs: Costs) -> System:
-        """A kind as a system; its setting is the number of full steps."""
-        both = {"base": self.network, "shortcut": params}
-        return shortcut_system(self.engine, self.program(kind), both, self.plan, refresh_of, costs, kind, LABELS[kind])
-
-    def evenly(self, budget: float) -> Refresh:
-        """The official set of full steps."""
-        return self._scheduled(refresh.even_steps(self.curve.num_steps, int(budget)))
-
-    def _scheduled(self, steps):
-        return refresh.scheduled(steps, len(self.plan.masked_after))
-
-    def refreshes(self, kind: str, params: Any, error_AK: np.ndarray) -> Callable[[float], Refresh]:
-        """When a kind runs the full model, by its setting."""
-        if kind == "calibrated":
-            # As revealed: modes with a threshold reveal more than the plan's counts.
-            steps = np.arange(self.curve.num_steps)[:, None, None]
-            counts = (self.calibration.commit_step == steps).sum(-1).mean(-1)
-            return lambda budget: self._scheduled(refresh.calibrated_steps(error_AK, counts, int(budget)))
-        if kind == "adaptive":
-            return functools.cache(lambda budget: self._adaptive(params, budget))
-        return self.evenly
-
-    def _adaptive(self, params, budget):
-        """The threshold of drift whose rollouts take about `budget` full steps, on training prompts."""
-        conds = self._calibration_prompts(self.bench.settings.batch_size)
-        low, high = 1e-4, 1e2
-        for _ in range(BISECTIONS):
-            middle = math.sqrt(low * high)
-            asks = refresh.adaptive(middle, self.curve.longest, self.curve.num_steps, len(self.plan.masked_after))
-            made = self.system(params, "adaptive", lambda _, asks=asks: asks, Costs(1.0, 0.0)).generate(
-                budget, conds, np.arange(len(conds), dtype=np.int32), self.bench.settings.seed + 1
-            )
-            low, high = (middle, high) if made.calls.mean() > budget else (low, middle)
-        return refresh.adaptive(high, self.curve.longest, self.curve.num_steps, len(self.plan.masked_after))
-
-    def _calibration_prompts(self, count):
-        data = self.bench.dataset
-        return data.encode(list(data.prompts(count, self.bench.settings.seed + 1, held_out=False)))
-
-    # Drift
-
-    @functools.cached_property
-    def calibration(self) -> Buffer:
-        """Rollouts of the base on training prompts, at the steps of the curve."""
-        devices = self.engine.parallel.num_devices
-        count = -(-self.curve.calibration // devices) * devices
-        rows = self.engine.parallel.rows(count)
-        cond = self._calibration_prompts(count)
-
-        def program(base, frozen, batch, axis):
-            keys_B = sample_keys(0, EVALUATE, 0, batch["index"])
-            return self.wiring.teach(base, frozen["plan"], keys_B, batch["cond"])
-
-        made = self.engine.parallel.map(program)(
-            self.network,
-            {"plan": self.plan},
-            {"cond": cond[rows], "index": np.arange(count, dtype=np.int32)[rows]},
-        )
-        return Buffer(**self.engine.parallel.gather(made))
-
-    def drift(self, params: Any, frozen: bool = False, longest: int = 0) -> dict[str, np.ndarray]:
-        """Mean errors [N, N] (or [N, longest + 1]) at (full step, steps since): see `open_loop`."""
-
-        @jax.jit
-        def errors(network, params, buffer):
-            student = dataclasses.replace(self.wiring.student(network), most=self.most)
-            return open_loop(student, params, buffer, jnp.asarray(self.plan.guidance), frozen, longest)
-
-        found = self.engine.parallel.whole(errors(self.network, params, self.calibration))
-        steps = self.curve.num_steps
-        return {name: value[:steps, :steps] for name, value in found.items()}
-
-    # Time
-
-    @functools.cached_property
-    def _plain_program(self):
-        return fixed_program(self.engine, pictures=False)
-
-    def _run(self, program, own, frozen):
-        """A closure that makes one batch of tokens, with other keys every time."""
-        size, rows = self.bench.settings.batch_size, self.engine.parallel.rows(self.bench.settings.batch_size)
-        cond = self._calibration_prompts(size)
-        given = np.full((size, self.engine.num_tokens), self.engine.mask_id, np.int32)
-
-        def once(repeat):
-            index = np.arange(size, dtype=np.int32) + 10_000 * (repeat + 1)
-            batch = {"cond": cond, "index": index, "seed": np.zeros(size, np.int32), "given": given}
-            return program(own, frozen, {name: x[rows] for name, x in batch.items()})
-
-        return once
-
-    def _plain_run(self, own, sampler, steps):
-        longest = max(steps, len(self.plan.masked_after))
-        chosen = dataclasses.replace(sampler, num_steps=steps, max_steps=longest)
-        return self._run(self._plain_program, own, {"plan": make_plan(chosen, self.engine.num_tokens)})
-
-    def _light_run(self, params, kind, plan, asks):
-        both = {"base": self.network, "shortcut": params}
-        return self._run(self.program(kind, pictures=False), both, {"plan": plan, "refresh": asks})
-
-    def _measured(self, runs):
-        """Times of runs, those of process 0 on all of them: what follows from them must not differ."""
-        found = latency.measure(runs)
-        seconds = self.engine.parallel.of_first(np.array([dataclasses.astuple(spread) for spread in found.values()]))
-        return {name: Spread(*map(float, row)) for name, row in zip(found, seconds, strict=True)}
-
-    def costs(self, params: Any, kinds: Sequence[str]) -> tuple[float, dict[str, Costs]]:
-        """Seconds of one step of the base on a batch, and what the steps of each kind cost in such steps.
-
-        specs/shortcut.md section 10: of loops of N steps, all of them full or the first alone, in a mode that takes
-        every step; kinds that share a program share its costs.
-        """
-        steps = self.curve.num_steps
-        own, base = (dataclasses.replace(s, mode="confidence") for s in (self.wiring.sampler, self.sampler))
-        whole = make_plan(
-            dataclasses.replace(own, num_steps=steps, max_steps=len(self.plan.masked_after)), self.engine.num_tokens
-        )
-        programs = {kind: kind if kind in OTHER_PROGRAMS else "shortcut" for kind in kinds}
-        runs = {"base": self._plain_run(self.base_params, base, steps)}
-        if self.tuned:
-            runs["full"] = self._plain_run(self.network, own, steps)
-        for program in set(programs.values()):
-            runs[program] = self._light_run(params, program, whole, self._scheduled([0]))
-        seconds = {name: spread.median for name, spread in self._measured(runs).items()}
-        step, full = seconds["base"] / steps, seconds.get("full", seconds["base"]) / steps
-        light = {name: max(seconds[name] - full, 0.0) / max(steps - 1, 1) for name in set(programs.values())}
-        return step, {kind: Costs(full / step, light[name] / step) for kind, name in programs.items()}
-
-    def times(
-        self, params: Any, kinds: Mapping[str, Callable[[float], Refresh]], steps: Sequence[int]
-    ) -> list[Latency]:
-        """Times of one batch's sampling loop, without decoding: the base by steps, every kind by budget."""
-        runs = {("base", n): self._plain_run(self.base_params, self.sampler, n) for n in steps}
-        if self.tuned:
-            for n in self.bench.settings.steps:
-                runs["tuned", n] = self._plain_run(self.network, self.wiring.sampler, n)
-        for kind, asks in kinds.items():
-            for budget in self.curve.budgets:
-                runs[kind, budget] = self._light_run(params, kind, self.plan, asks(budget))
-        size, labels = self.bench.settings.batch_size, {"base": "base", **LABELS}
-        return [
-            Latency(system, labels[system], setting, size, spread)
-            for (system, setting), spread in self._measured(runs).items()
-        ]
-
-    # What the loop asks for
+    def __init__(self, config: Any, systems: ShortcutSystems):
+        self.config, self.systems = config, systems
 
     def evaluate(self, state: Any, step: int) -> tuple[dict, dict]:
         """A glance at the shortcut at its middle budget, full steps alone as calls; errors one step after a full one."""
-        system = self.system(state.ema, "shortcut", self.evenly, Costs(1.0, 0.0))
-        values, picture = self.bench.glance(system, self.curve.usual)
+        system = self.systems.system(state.ema, "shortcut", self.systems.evenly, Costs(1.0, 0.0))
+        values, picture = self.systems.bench.glance(system, self.systems.curve.usual)
         for name, frozen in {"drift": False, "drift_frozen": True}.items():
-            for measure, error_AK in self.drift(state.ema, frozen, longest=1).items():
-                after = range(1, self.curve.num_steps)
+            for measure, error_AK in self.systems.drift(state.ema, frozen, longest=1).items():
+                after = range(1, self.systems.curve.num_steps)
                 values |= {f"{name}/{measure}@{step:02d}": float(error_AK[step - 1, 1]) for step in after}
         return values, {"samples/grid": picture}
 
     def report(self, params: Any) -> None:
         """Times, curves of base and shortcut, drift, report.md."""
-        bench, config = self.bench, self.config
-        params = self.engine.parallel.replicate(params)
-        errors = {"shortcut": self.drift(params), "frozen feature": self.drift(params, frozen=True)}
-        names = ("shortcut", *self.curve.beside)
-        kinds = {kind: self.refreshes(kind, params, errors["shortcut"]["kl"]) for kind in names}
-        step_seconds, costs = self.costs(params, names)
+        systems, bench, config = self.systems, self.systems.bench, self.config
+        params = systems.engine.parallel.replicate(params)
+        errors = {"shortcut": systems.drift(params), "frozen feature": systems.drift(params, frozen=True)}
+        names = ("shortcut", *systems.curve.beside)
+        kinds = {kind: systems.refreshes(kind, params, errors["shortcut"]["kl"]) for kind in names}
+        step_seconds, costs = systems.costs(params, names)
         light = []
         for kind, asks in kinds.items():
-            light += bench.measure(self.system(params, kind, asks, costs[kind]), self.curve.budgets)
+            light += bench.measure(systems.system(params, kind, asks, costs[kind]), systems.curve.budgets)
         own = [point for point in light if point.system == "shortcut"]
         # The base at no less time than each budget, rounded in its favour, besides its own curve.
         equal = {math.ceil(point.calls_mean - 1e-6) for point in own}
-        steps = sorted({*bench.settings.steps, *(n for n in equal if n <= self.curve.num_steps)})
-        base_points = bench.measure(self.base, steps)
+        steps = sorted({*bench.settings.steps, *(n for n in equal if n <= systems.curve.num_steps)})
+        base_points = bench.measure(systems.base, steps)
         reference = [point for point in base_points if point.setting == bench.settings.reference]
         points = [*base_points]
-        if self.tuned:
-            points += bench.measure(priced(self.plain, costs["shortcut"].full), bench.settings.steps)
+        if systems.tuned:
+            points += bench.measure(priced(systems.plain, costs["shortcut"].full), bench.settings.steps)
         points += light
-        latencies = self.times(params, kinds, steps)
+        latencies = systems.times(params, kinds, steps)
         found = curve.first_equal(own, reference, bench.criteria())
         timings = []
         if bench.settings.timing_repeats:
             setting = curve.of_the_verdict(found).setting
-            sizes = (self.engine.parallel.num_devices, bench.settings.batch_size)
-            system = self.system(params, "shortcut", self.evenly, costs["shortcut"])
-            timings = bench.time((self.base, bench.settings.reference), (system, setting), sizes)
+            sizes = (systems.engine.parallel.num_devices, bench.settings.batch_size)
+            system = systems.system(params, "shortcut", systems.evenly, costs["shortcut"])
+            timings = bench.time((systems.base, bench.settings.reference), (system, setting), sizes)
         findings = Findings(
             title=f"Feature shortcut on {config.data.name}",
             config=config.name,
@@ -343,7 +79,7 @@ class ShortcutGallery:
             goal=bench.settings.goal,
             trained_on=("features of the frozen base along its own rollouts",),
             held_out=("every score", "the prompts (never trained on here; the base has seen their pictures)"),
-            notes=NOTES + tuning_notes(self.context.parents["maskgit"].workdir, bench.settings.reference),
+            notes=NOTES + tuning_notes(systems.context.parents["maskgit"].workdir, bench.settings.reference),
             timings=timings,
             latencies=latencies,
             unlike=("tuned",),
@@ -359,17 +95,18 @@ class ShortcutGallery:
 
     def _facts(self, costs: Mapping[str, Costs], step_ms: float) -> dict[str, str]:
         """Lines of the protocol: units, samplers, costs, length of training."""
-        config, wiring, size = self.config, self.wiring, self.bench.settings.batch_size
+        config, systems = self.config, self.systems
+        wiring, size = systems.wiring, systems.bench.settings.batch_size
         pairs = wiring.batches * wiring.teacher.pairs * config.batch_size * config.num_steps
         return {
             "network calls": "steps of the base, its second branch of guidance not counted; other steps count as the "
             "share of one that they take",
-            "sampler of the base": _words(self.sampler),
-            "sampler with the shortcut": f"{_words(wiring.sampler)}; {self.curve.num_steps} steps",
+            "sampler of the base": _words(systems.sampler),
+            "sampler with the shortcut": f"{_words(wiring.sampler)}; {systems.curve.num_steps} steps",
             "how it was chosen": CHOICE,
             "a step's cost": ", ".join(f"{cost.light:.3f} ({LABELS[kind]})" for kind, cost in costs.items())
             + f" of a step of the base, which takes {step_ms:.3f} ms an image in batches of {size}; a full step of the "
-            f"network {costs['shortcut'].full:.3f} (sampling loop alone, median of {latency.REPEATS} runs after "
+            f"network {costs['shortcut'].full:.3f} (sampling loop alone, median of {systems.curve.timing_runs} runs after "
             f"{latency.WARM_UP}; no step is kept from one image to the next)",
             "training": f"{config.num_steps * config.batch_size} rollouts of the network "
             f"({'/'.join(map(str, wiring.teacher.num_steps))} steps), {config.num_steps * wiring.batches} updates, "
@@ -380,10 +117,10 @@ class ShortcutGallery:
         place = pathlib.Path(out, "figures")
         metrics = tables.headline_metrics(points)[:6]
         rows = {
-            f"{LABELS[kind]}, {budget} full": asks(budget).full[: self.curve.num_steps].tolist()
+            f"{LABELS[kind]}, {budget} full": asks(budget).full[: self.systems.curve.num_steps].tolist()
             for kind, asks in kinds.items()
             if kind in ("shortcut", "calibrated")  # an adaptive refresh decides as it goes
-            for budget in self.curve.budgets
+            for budget in self.systems.curve.budgets
         }
         drawn = {
             "quality_vs_time": shortcut_figures.quality_vs_time(

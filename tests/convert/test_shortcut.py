@@ -86,12 +86,16 @@ def refused(form, state, message, **options):
         MAPPED[form](state, config_of(form, **options))
 
 
+def test_local_mixing_has_no_published_weights():
+    message = "published shortcut weights have no local_mixing; set it to False"
+    refused("maskgit", state_of("maskgit"), message, local_mixing=True, num_tokens=4)
+
+
 @pytest.mark.parametrize(("form", "options"), VARIANTS)
 def test_parameters_fit_the_model_and_every_key_has_one_place(form, options):
-    rows, valid = jnp.zeros((1, 3, 8)), jnp.ones((1, 3), bool)
-    middle = () if form == "maskgit" else (jnp.zeros((1, 3), jnp.int32),)
+    rows, positions, valid = jnp.zeros((1, 3, 8)), jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), bool)
     model = MODELS[form](config_of(form, **options))
-    expected = jax.eval_shape(model.init, jax.random.key(0), rows, rows, *middle, valid, jnp.ones(1))
+    expected = jax.eval_shape(model.init, jax.random.key(0), rows, rows, positions, valid, jnp.ones(1))
     state = state_of(form, **options)
     found = MAPPED[form](state, config_of(form, **options))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)

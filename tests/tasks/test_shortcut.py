@@ -30,7 +30,7 @@ from maskrl_jax.parallel import Parallel
 from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import shortcut
 from maskrl_jax.tasks.shortcut import Teacher
-from maskrl_jax.tasks.shortcut_gallery import Curve
+from maskrl_jax.tasks.shortcut_systems import Curve
 from maskrl_jax.tasks.task import Context, Parent
 from maskrl_jax.writers import read_metrics
 
@@ -46,7 +46,8 @@ VARIANTS = {
     },
     "a chain of three": {"loss.chain": 3},
     "several numbers of steps, a buffer used twice": {"teacher.num_steps": (4, 3), "teacher.epochs": 2},
-    "no controls, no time": {"model.controls": False, "model.embed_t": False, "model.kv_prenorm": True},
+    "no controls, no time": {"model.controls": False, "model.embed_t": False},
+    "as published": {"model.local_mixing": False, "model.kv_prenorm": False, "optimizer.name": "adamw"},
     "two blocks, full width, no zero": {"model.n_block": 2, "model.ratio": 1.0, "model.zero_init_out": False},
 }
 
@@ -66,7 +67,7 @@ def run(trained, tmp_path_factory):
         patch.setattr(jax, "devices", lambda: alone)
         patch.setattr(shapes, "SPLIT_SIZES", tiny.SPLIT_SIZES)
         measure = latency.measure
-        patch.setattr(latency, "measure", lambda runs: measure(runs, warm_up=1, repeats=2))
+        patch.setattr(latency, "measure", lambda runs, repeats: measure(runs, warm_up=1, repeats=repeats))
         stack.enter_context(reads.recorded())
         unused = stack.enter_context(field_uses(*SETTINGS))
         runner.run(config, str(workdir), trained.store)
@@ -131,13 +132,13 @@ def test_two_buffers_of_a_variant(build, variant):
 def test_a_step_costs_its_share_of_one_of_the_base(build, monkeypatch):
     """Four full steps take 4 s; one full step and three light ones 1.75 s or, frozen, 1.3 s."""
     task = build(changed({}))
-    gallery, state = task.report.__self__, task.init(jax.random.key(0))
+    systems, state = task.report.__self__.systems, task.init(jax.random.key(0))
     seconds = {"base": 4.0, "shortcut": 1.75, "frozen": 1.3}
-    monkeypatch.setattr(latency, "measure", lambda runs: {name: Spread(*3 * [seconds[name]]) for name in runs})
-    step, costs = gallery.costs(state.ema, ("shortcut", "calibrated", "frozen"))
+    monkeypatch.setattr(latency, "measure", lambda runs, repeats: {name: Spread(*3 * [seconds[name]]) for name in runs})
+    step, costs = systems.costs(state.ema, ("shortcut", "calibrated", "frozen"))
     assert step == 1.0 and costs["shortcut"] == costs["calibrated"] == Costs(1.0, 0.25)
     assert costs["frozen"].light == pytest.approx(0.1)
-    system = gallery.system(state.ema, "shortcut", gallery.evenly, costs["shortcut"])
+    system = systems.system(state.ema, "shortcut", systems.evenly, costs["shortcut"])
     cond = np.zeros((2, 8), np.int32)
     made = system.generate(3, cond, np.arange(2, dtype=np.int32), 0)
     assert made.calls.tolist() == [3.25, 3.25] and made.taken.tolist() == [4, 4]
@@ -270,7 +271,7 @@ def test_a_shortcut_on_a_tuned_policy(trained, tmp_path, monkeypatch):
         state, metrics = task.step(state, task.batch(step))
     assert np.isfinite(float(metrics["train/mse"][0]))
     measure = latency.measure
-    monkeypatch.setattr(latency, "measure", lambda runs: measure(runs, warm_up=1, repeats=1))
+    monkeypatch.setattr(latency, "measure", lambda runs, repeats: measure(runs, warm_up=1, repeats=repeats))
     task.report(jax.device_get(state.ema))
     results = json.loads((tmp_path / "results.json").read_text())
     assert {point["system"] for point in results["points"]} == {"base", "tuned", "shortcut", "frozen"}
