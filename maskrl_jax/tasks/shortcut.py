@@ -161,7 +161,7 @@ class Wiring:
             state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
             return state, (metrics, info)
 
-        # Averages and warm-ups count minibatches; the loop, and what stops a run gone bad, count buffers.
+        # The moving average counts minibatches; the loop, and what stops a run gone bad, count buffers.
         state, (metrics, infos) = jax.lax.scan(minibatch, state.replace(step=state.step * len(slots_MBp)), slots_MBp)
         sums = axis.all_reduce(jax.tree.map(lambda x: x.sum(0), metrics))
         values = {f"train/{name}": value for name, value in sums.items()}
