@@ -50,7 +50,14 @@ def embedded(arg: str):
             "remat": False,
         },
         teacher={"num_steps": (steps,), "pairs": 2, "epochs": 2},
-        loss={"positions": "masked", "kl": 0.0, "kl_temperature": 1.0, "chain": 1, "through": True},
+        loss={
+            "positions": "masked",
+            "kl": 0.0,
+            "kl_temperature": 1.0,
+            "chain": 1,
+            "through": True,
+            "student_tokens": False,
+        },
         optimizer=optimizer(smoke),
         curve={
             "num_steps": steps,

@@ -22,6 +22,7 @@ class Buffer(flax.struct.PyTreeNode):
     """Teacher rollouts from empty grids."""
 
     features: Array  # float32 [B, branches, S, T, D], of every step
+    cond: Array  # int32 [B, ...]
     ids: Array  # int32 [B, N]
     commit_step: Array  # uint8 [B, N]
 
@@ -43,6 +44,9 @@ class ShortcutLoss:
     kl: weight of T^2 KL(softmax(Head(f) / T) || softmax(Head(fhat) / T)) over image codes; 0 in the release.
     chain: K steps in a row on the teacher's tokens, each with weight 1 / K (extension 1, our choice); 1 as published.
     through: whether gradients run through the chain, or stop between its steps.
+    student_tokens: from the second step on a chain runs over tokens drawn from its own features with the sampler's
+      guidance, and its targets are a new pass of the teacher (our variant of an official option, which draws without
+      guidance); both branches of a pair are then moved together.
     """
 
     positions: str = "masked"
@@ -50,12 +54,15 @@ class ShortcutLoss:
     kl_temperature: float = 1.0
     chain: int = 1
     through: bool = True
+    student_tokens: bool = False
 
     def __post_init__(self):
         if self.positions not in POSITIONS:
             raise ValueError(f"loss.positions {self.positions!r} is not one of {', '.join(POSITIONS)}")
         if self.chain < 1:
             raise ValueError(f"loss.chain {self.chain} must be at least 1")
+        if self.student_tokens and self.chain < 2:
+            raise ValueError("loss.student_tokens needs a loss.chain of at least 2: the first step has the teacher's")
         if self.kl < 0 or self.kl_temperature <= 0:
             raise ValueError(f"loss.kl {self.kl} must be at least 0 and kl_temperature {self.kl_temperature} above 0")
 
@@ -69,12 +76,15 @@ class Student:
       head: features [..., D] at image positions first -> logits [..., N, K] of image codes.
       num_tokens: N.
       most: places for controls.
+      redraw: (keys [b], cond [b, ...], Rollout, step [b], features [branches * b,T,D]) -> the rollout with that step
+        drawn anew and the teacher's features at the next; for `student_tokens` alone.
     """
 
     advance: Callable[[Any, Array, Controls, Array], Array]
     head: Callable[[Array], Array]
     num_tokens: int
     most: int
+    redraw: Callable[[Array, Array, Rollout, Array, Array], tuple[Rollout, Array]] | None = None
 
 
 def pair_slots(keys_B: Array, pairs: int, count: int, epochs: int) -> Array:
@@ -99,29 +109,45 @@ def branch_and_step(slots: Array, branches: int, lengths: Array) -> tuple[Array,
 
 
 def loss(
-    settings: ShortcutLoss, student: Student, params: Any, buffer: Buffer, branch: Array, step: Array
+    settings: ShortcutLoss, student: Student, params: Any, buffer: Buffer, branch: Array, step: Array, keys_B: Array
 ) -> tuple[Array, dict]:
-    """Sum over pairs of the loss, and {name: (sum, weight)}; branch and step int32 [B, pairs].
+    """Sum over pairs of the loss, and {name: (sum, weight)}.
+
+    Args:
+      branch, step: int32 [B, pairs]; with `student_tokens` a pair stands for all branches and `branch` is not read.
+      keys_B: keys of the samples' own tokens, read with `student_tokens` alone.
 
     Per pair: squared error of the predicted feature, mean over its positions and width; 0 for a sample that was done
     in one step. `mse_frozen` is the same error of the feature left as it was: what the network has to beat.
     """
     pairs, step_b = step.shape[1], step.reshape(-1)
-    rollout, lengths = buffer.rollout(), buffer.lengths()
-    rollout, length_b = jax.tree.map(lambda x: jnp.repeat(x, pairs, axis=0), (rollout, lengths))
-    take = jax.vmap(lambda features, branch, at: features[branch, at])  # row by row: rows lie on their devices
+    repeated = lambda x: jnp.repeat(x, pairs, axis=0)  # noqa: E731
+    rollout, cond_b, lengths = jax.tree.map(repeated, buffer.rollout()), repeated(buffer.cond), buffer.lengths()
+    length_b = repeated(lengths)
+    keys_b = jax.vmap(jax.random.fold_in)(repeated(keys_B), jnp.tile(jnp.arange(pairs), len(keys_B)))
+    branches = buffer.features.shape[1] if settings.student_tokens else 1
+    spread = lambda x: jnp.tile(x, (branches, *[1] * (x.ndim - 1)))  # noqa: E731 - to the rows that are moved
 
     def known(ahead):
-        found = take(buffer.features, branch, jnp.minimum(step + ahead, lengths[:, None] - 1))
-        return found.reshape(-1, *found.shape[2:])
+        # Sample by sample: they lie on their devices.
+        at = jnp.minimum(step + ahead, lengths[:, None] - 1)
+        if settings.student_tokens:
+            found = jnp.moveaxis(jax.vmap(lambda features, at: features[:, at])(buffer.features, at), 1, 0)
+        else:
+            found = jax.vmap(lambda features, branch, at: features[branch, at])(buffer.features, branch, at)
+        return found.reshape(-1, *buffer.features.shape[3:])
 
     features = start = known(0)
     errors, divergences, frozen = [], [], None
     for k in range(settings.chain):
-        masked_bN, controls, share_b = step_pairs(rollout, step_b + k, student.most)
+        wanted = known(k + 1)
+        if settings.student_tokens and k:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys_b, k)
+            rollout, wanted = student.redraw(keys, cond_b, rollout, step_b + k, jax.lax.stop_gradient(features))
+        masked_bN, controls, share_b = jax.tree.map(spread, step_pairs(rollout, step_b + k, student.most))
         features = features if settings.through or k == 0 else jax.lax.stop_gradient(features)
-        features, wanted = student.advance(params, features, controls, share_b), known(k + 1)
-        exists_b = (step_b + k + 1 < length_b).astype(jnp.float32)
+        features = student.advance(params, features, controls, share_b)
+        exists_b = spread(step_b + k + 1 < length_b).astype(jnp.float32)
         weight_bT = _positions(settings, masked_bN, features.shape[1]) * exists_b[:, None]
         errors.append(_mean(jnp.square(features - wanted).mean(-1), weight_bT).sum())
         if frozen is None:
@@ -130,7 +156,7 @@ def loss(
             parts = (student.head(x) / settings.kl_temperature for x in (wanted, features))
             each_bN = _kl(*(jax.nn.log_softmax(logits) for logits in parts)) * settings.kl_temperature**2
             divergences.append(_mean(each_bN, weight_bT[:, : student.num_tokens]).sum())
-    count = jnp.float32(len(step_b))
+    count = jnp.float32(len(features))
     metrics = {"mse": (errors[0], count), "mse_frozen": (frozen, count)}
     total = sum(errors) / settings.chain
     if settings.kl:

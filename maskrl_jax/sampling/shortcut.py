@@ -19,6 +19,7 @@ from maskrl_jax.sampling.refresh import Refresh
 
 Array = jax.Array
 KEPT, FULL, SHORTCUT = 0, 1, 2  # where a step's feature comes from
+LATER = GIVEN - 1  # commit step of a token that is not drawn yet
 
 
 class Controls(flax.struct.PyTreeNode):
@@ -218,6 +219,45 @@ def step_pairs(rollout: Rollout, step_B: Array, most: int) -> tuple[Array, Contr
     return masked_BN, controls, masked_BN.mean(-1, dtype=jnp.float32)
 
 
+def redraw(
+    parts: Parts,
+    keys_b: Array,
+    cond: Any,
+    null_cond: Any,
+    plan: Plan,
+    rollout: Rollout,
+    step_b: Array,
+    features: Array,
+    mask_id: int,
+) -> tuple[Rollout, Array]:
+    """Take one step of rollouts from empty grids anew, each its own, with other features.
+
+    Args:
+      step_b: int32 [b], the step that is taken; `features` [branches * b, T, D] stand for those of the model at it.
+    Returns:
+      (the rollouts, whose tokens from that step on are forgotten and those of the step drawn anew: commit step `LATER`
+      where nothing is drawn yet; the full model's features [branches * b, T, D] at the step that follows).
+    """
+    plan, num_tokens = jax.tree.map(jnp.asarray, plan), rollout.ids.shape[1]
+    known_bN = rollout.commit_step.astype(jnp.int32) < step_b[:, None]
+    ids_bN = jnp.where(known_bN, rollout.ids, mask_id)
+    commit_bN = jnp.where(known_bN, rollout.commit_step, jnp.uint8(GIVEN))
+
+    def one(key, step, ids, commit, logits):
+        carry = maskgit.begin(ids[None], ()).replace(step=step, commit_step=commit[None])
+        start = jnp.full((1,), num_tokens)
+        predict = lambda memory, *_: (logits[None], memory, jnp.bool_(True))  # noqa: E731
+        made = maskgit.call(predict, key[None], plan, start, mask_id, carry)
+        return made.ids[0], made.commit_step[0]
+
+    logits = _guided(plan, step_b, parts.head(features))
+    ids_bN, commit_bN = jax.vmap(one)(keys_b, step_b, ids_bN, commit_bN, logits)
+    commit_bN = jnp.where(ids_bN == mask_id, jnp.uint8(LATER), commit_bN)
+    rows, after_b = len(features), jnp.minimum(step_b + 1, len(plan.timestep) - 1)
+    wanted = parts.features(_tile(ids_bN, rows), _tile(plan.timestep[after_b], rows), _branches(plan, cond, null_cond))
+    return Rollout(ids_bN, commit_bN, rollout.calls), wanted
+
+
 def predict_fully(parts: Parts, cond: Any, null_cond: Any, plan: Plan, given_BN: Array) -> tuple[Callable, Array]:
     """Prediction for `maskgit.fill` that runs the full model at every step and keeps its features.
 
@@ -256,11 +296,12 @@ def _tile(x: Array, rows: int) -> Array:
 
 
 def _guided(plan: Plan, step: Array, logits: Array) -> Array:
-    """Guidance mixes logits, never features."""
+    """Guidance mixes logits, never features; `step` is [] or one for each row."""
     if not plan.guide:
         return logits
     conditional, unconditional = jnp.split(logits, 2)
-    return unconditional + jnp.asarray(plan.guidance)[step] * (conditional - unconditional)
+    scale = jnp.asarray(plan.guidance)[step].reshape(-1, 1, 1)
+    return unconditional + scale * (conditional - unconditional)
 
 
 def _drift(after: Array, before: Array, masked_bN: Array) -> Array:

@@ -26,7 +26,7 @@ from maskrl_jax.parallel import Axis, mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling import maskgit, refresh
 from maskrl_jax.sampling.maskgit import Plan, SamplerConfig, make_plan
-from maskrl_jax.sampling.shortcut import Controls, Parts, branches, most_controls, predict_fully
+from maskrl_jax.sampling.shortcut import Controls, Parts, branches, most_controls, predict_fully, redraw
 from maskrl_jax.tasks import checks, generators, speed_rl
 from maskrl_jax.tasks import maskgit as maskgit_task
 from maskrl_jax.tasks.shortcut_gallery import ShortcutGallery
@@ -78,7 +78,9 @@ class Wiring:
             raise UserError(f"loss.chain {self.loss.chain} exceeds the {self.teacher.longest - 1} pairs of a rollout")
         self.plans = [self.plan(steps) for steps in self.teacher.num_steps]
         self.branches = branches(self.plans[0])
-        self.count = self.branches * (self.teacher.longest - 1)
+        # A pair is of one branch, or of both.
+        self.pair_branches = 1 if self.loss.student_tokens else self.branches
+        self.count = self.pair_branches * (self.teacher.longest - 1)
         if self.teacher.pairs > self.count:
             raise UserError(f"teacher.pairs {self.teacher.pairs} exceeds the {self.count} pairs of a sample")
         self.batches = self.teacher.epochs * (self.count // self.teacher.pairs)
@@ -113,13 +115,19 @@ class Wiring:
         """What sampling with the shortcut needs."""
         return Parts(self.base.features(base_params), self.base.head(base_params), self.advance(params, base_params))
 
-    def student(self, base_params: Any) -> Student:
-        """The network as what is trained."""
+    def student(self, base_params: Any, plan: Plan | None = None) -> Student:
+        """The network as what is trained; with a plan it can draw tokens of its own."""
+
+        def drawn(keys_b, cond, rollout, step_b, features):
+            parts = self.parts(None, base_params)
+            return redraw(parts, keys_b, cond, self.null, plan, rollout, step_b, features, self.sizes.mask_id)
+
         return Student(
             advance=lambda params, *state: self.advance(params, base_params)(*state),
             head=self.base.head(base_params),
             num_tokens=self.sizes.num_tokens,
             most=self.most,
+            redraw=None if plan is None else drawn,
         )
 
     def rollout(self, base_params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
@@ -138,6 +146,7 @@ class Wiring:
         by_branch = features_SbTD.reshape(steps, branches(plan), rows, *rest)
         return {
             "features": jnp.transpose(by_branch, (2, 1, 0, 3, 4)),
+            "cond": cond,
             "ids": rollout.ids,
             "commit_step": rollout.commit_step,
         }
@@ -145,16 +154,17 @@ class Wiring:
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
         """All minibatches of a buffer, one optimizer step each; the state's step counts buffers."""
         first = state
-        buffer = Buffer(batch["features"], batch["ids"], batch["commit_step"])
-        student = self.student(frozen["base"])
+        buffer = Buffer(batch["features"], batch["cond"], batch["ids"], batch["commit_step"])
+        student = self.student(frozen["base"], frozen["plan"])
         keys_B = sample_keys(self.config.seed, TRAIN, batch["round"][0], batch["index"])
         slots_MBp = pair_slots(keys_B, self.teacher.pairs, self.count, self.teacher.epochs)
 
         def minibatch(state, slots):
-            branch, step = branch_and_step(slots, self.branches, buffer.lengths())
+            branch, step = branch_and_step(slots, self.pair_branches, buffer.lengths())
+            own_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
 
             def objective(params):
-                return loss(self.loss, student, params, buffer, branch, step)
+                return loss(self.loss, student, params, buffer, branch, step, own_keys_B)
 
             (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
             grads = mean_gradients(grads, metrics["loss"][1], axis)
@@ -204,7 +214,7 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     learn = made | {"index": whole, "round": whole}
     return [
         Phase("rollout", wiring.rollout, (base, frozen, request), kind="map", loop_trips=wiring.teacher.longest),
-        Phase("update", wiring.update, (state, {"base": base}, learn), kind="update"),
+        Phase("update", wiring.update, (state, {"base": base} | frozen, learn), kind="update"),
     ]
 
 
@@ -260,7 +270,7 @@ def build(context: Context) -> Task:
         plan = plans[int(batch["round"][0]) % len(plans)]
         made = roll_out(network, {"plan": plan}, batch)
         learn = made | {name: batch[name] for name in ("index", "round")}
-        return update(state, {"base": network}, learn)
+        return update(state, {"base": network, "plan": plan}, learn)
 
     return Task(
         init=lambda key: parallel.init(wiring.init, key),

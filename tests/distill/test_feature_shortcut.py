@@ -11,6 +11,7 @@ from maskrl_jax.distill import feature_shortcut
 from maskrl_jax.distill.feature_shortcut import Buffer, ShortcutLoss, Student
 
 B, BRANCHES, S, N, D, K = 3, 2, 4, 5, 2, 3
+KEYS = jax.vmap(jax.random.key)(jnp.arange(B))
 
 
 @pytest.fixture
@@ -19,7 +20,8 @@ def buffer():
     level = np.arange(S, dtype=np.float32)[None, None, :, None, None] + np.arange(BRANCHES)[None, :, None, None, None]
     features = np.broadcast_to(level, (B, BRANCHES, S, N, D)).astype(np.float32)
     commit = np.array([0, 1, 1, 2, 3], np.uint8)
-    return Buffer(jnp.asarray(features), jnp.zeros((B, N), jnp.int32), jnp.asarray(np.tile(commit, (B, 1))))
+    cond, ids = jnp.arange(B), jnp.zeros((B, N), jnp.int32)
+    return Buffer(jnp.asarray(features), cond, ids, jnp.asarray(np.tile(commit, (B, 1))))
 
 
 def student(step=0.0):
@@ -36,7 +38,7 @@ def every_pair():
 
 def value(settings, params, buffer, who=None):
     branch, step = every_pair()
-    total, metrics = feature_shortcut.loss(settings, who or student(), params, buffer, branch, step)
+    total, metrics = feature_shortcut.loss(settings, who or student(), params, buffer, branch, step, KEYS)
     return float(total), {name: float(s / w) for name, (s, w) in metrics.items()}
 
 
@@ -54,7 +56,7 @@ def test_masked_positions_are_those_of_the_predicted_step(buffer):
     features = buffer.features.at[..., 4, :].add(jnp.asarray([0.0, 1.0, 0.0, 0.0])[None, None, :, None])
     branch, step = (jnp.asarray(x)[None].repeat(B, 0) for x in ([0], [0]))
     settings, other = ShortcutLoss(), dataclasses.replace(buffer, features=features)
-    total, _ = feature_shortcut.loss(settings, student(), jnp.float32(1.0), other, branch, step)
+    total, _ = feature_shortcut.loss(settings, student(), jnp.float32(1.0), other, branch, step, KEYS)
     assert float(total) == pytest.approx(B * 1 / 4)  # f_1 is off by 1 at one of the four places masked at step 1
 
 
@@ -81,7 +83,29 @@ def test_a_stopped_gradient_ends_at_the_last_step(buffer):
 
 def value_of(settings, params, buffer):
     branch, step = every_pair()
-    return feature_shortcut.loss(settings, student(), params, buffer, branch, step)[0]
+    return feature_shortcut.loss(settings, student(), params, buffer, branch, step, KEYS)[0]
+
+
+def test_own_tokens_are_drawn_from_the_second_step_on_and_set_its_target(buffer):
+    """A redraw that asks for 10, sees the features that were moved once, and forgets the teacher's later tokens."""
+    seen = []
+
+    def redraw(keys, cond, rollout, step, features):
+        seen.append((cond, step, features, keys))
+        return dataclasses.replace(rollout, commit_step=jnp.full((len(step), N), 200, jnp.uint8)), 0 * features + 10.0
+
+    p, who = 0.5, dataclasses.replace(student(), redraw=redraw)
+    steps = jnp.tile(jnp.arange(2)[None], (B, 1))
+    settings = ShortcutLoss(chain=2, student_tokens=True)
+    total, metrics = feature_shortcut.loss(settings, who, jnp.float32(p), buffer, 0 * steps, steps, KEYS)
+    start = np.array([s + branch for branch in range(BRANCHES) for _ in range(B) for s in range(2)])
+    ((cond, step, features, keys),) = seen
+    np.testing.assert_array_equal(cond, np.repeat(np.arange(B), 2))
+    np.testing.assert_array_equal(step, np.tile([1, 2], B))
+    np.testing.assert_allclose(features[:, 0, 0], start + p)
+    assert len(np.unique(jax.random.key_data(keys), axis=0)) == B * 2
+    assert float(total) == pytest.approx((((1 - p) ** 2 + (10 - start - 2 * p) ** 2) / 2).sum(), rel=1e-5)
+    assert int(metrics["mse"][1]) == len(start)
 
 
 def test_the_kl_is_that_of_the_logits(buffer):
@@ -127,7 +151,7 @@ def test_a_sample_that_was_done_at_once_teaches_nothing(buffer):
     branch, step = feature_shortcut.branch_and_step(slots, BRANCHES, done.lengths())
     for positions in ("masked", "all"):
         settings = ShortcutLoss(positions=positions)
-        assert float(feature_shortcut.loss(settings, student(), jnp.float32(0.5), done, branch, step)[0]) == 0
+        assert float(feature_shortcut.loss(settings, student(), jnp.float32(0.5), done, branch, step, KEYS)[0]) == 0
 
 
 def test_open_loop_errors_grow_as_the_steps_do(buffer):
@@ -166,7 +190,9 @@ def test_drift_mixes_the_branches_as_the_sampler_does(buffer):
     assert float(found["kl"][0, 1]) == pytest.approx(float((jnp.exp(teacher) * (teacher - ours)).sum()), rel=1e-4)
 
 
-@pytest.mark.parametrize("bad", [{"positions": "none"}, {"chain": 0}, {"kl": -1.0}, {"kl_temperature": 0.0}])
+@pytest.mark.parametrize(
+    "bad", [{"positions": "none"}, {"chain": 0}, {"student_tokens": True}, {"kl": -1.0}, {"kl_temperature": 0.0}]
+)
 def test_settings_that_cannot_be_are_refused(bad):
     with pytest.raises(ValueError, match="loss"):
         ShortcutLoss(**bad)

@@ -171,6 +171,32 @@ def test_training_reads_what_sampling_read(mode):
     np.testing.assert_allclose(features, memory.features, atol=2e-5)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_a_step_redrawn_from_the_teachers_features_is_the_teachers_step(guidance):
+    """Rows at steps of their own, with their rollouts' keys; what comes out is what the teacher saw next."""
+    plan, parts, steps = make_plan(_config(guidance=guidance), N), _parts(), np.array([0, 3, 6, 1, 5, 2])
+    predict, kept = shortcut.predict_fully(parts, COND, NULL, plan, EMPTY)
+    rollout, features_SbTD = maskgit.fill(predict, kept, _keys(np.arange(6)), plan, EMPTY, MASK)
+    rows = np.arange(features_SbTD.shape[1])
+    at = jnp.asarray(np.tile(steps, len(rows) // 6))
+
+    @jax.jit
+    def redrawn(features):
+        return shortcut.redraw(
+            parts, _keys(np.arange(6)), COND, NULL, plan, rollout, jnp.asarray(steps), features, MASK
+        )
+
+    found, wanted = redrawn(features_SbTD[at, rows])
+    commit = np.asarray(rollout.commit_step)
+    drawn = commit <= steps[:, None]
+    np.testing.assert_array_equal(found.commit_step, np.where(drawn, commit, shortcut.LATER))
+    np.testing.assert_array_equal(found.ids, np.where(drawn, rollout.ids, MASK))
+    np.testing.assert_allclose(wanted, features_SbTD[at + 1, rows], atol=1e-6)
+    other, _ = redrawn(features_SbTD[at, rows][::-1])
+    assert (other.ids != found.ids).any()
+    assert ((other.ids == MASK).sum(1) == (found.ids == MASK).sum(1)).all()
+
+
 def test_controls_are_the_revealed_tokens():
     ids, revealed = jnp.asarray([[4, 5, 6, 7]]), jnp.asarray([[False, True, False, True]])
     found = shortcut.controls_of(ids, revealed, 3)

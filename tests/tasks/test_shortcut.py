@@ -45,6 +45,7 @@ VARIANTS = {
         "loss.kl_temperature": 2.0,
     },
     "a chain of three": {"loss.chain": 3},
+    "a chain of two on its own tokens": {"loss.chain": 2, "loss.student_tokens": True, "teacher.num_steps": (4, 3)},
     "several numbers of steps, a buffer used twice": {"teacher.num_steps": (4, 3), "teacher.epochs": 2},
     "no controls, no time": {"model.controls": False, "model.embed_t": False},
     "as published": {"model.local_mixing": False, "model.kv_prenorm": False, "optimizer.name": "adamw"},
