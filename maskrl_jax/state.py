@@ -14,7 +14,7 @@ import optax.contrib
 from maskrl_jax.errors import UserError, unknown
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
-DECAYS = ("constant", "linear", "cosine")
+DECAYS = ("constant", "linear", "cosine", "tenth")
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -38,7 +38,7 @@ class OptimizerConfig:
     """Describe an optimizer; `rates` are (regex on the "/"-joined path, factor), the first match counts.
 
     The learning rate rises linearly over `warmup_steps` updates and, unless `decay` is "constant", falls to 0 at
-    update `decay_steps` (counted from 0). `b1` and `b2` are Adam's (`b1` also sgd's momentum); Muon's momentum is
+    update `decay_steps` (counted from 0); "tenth": to a tenth, at that update at once. `b1` and `b2` are Adam's (`b1` also sgd's momentum); Muon's momentum is
     optax's 0.95. Factor 0 freezes a parameter. Weight decay is decoupled and applies to arrays of two or more axes.
     `clip_norm` 0 means no clipping. The rate moves once in `updates_per_step` updates (those made, a skipped one is
     none), and both counts above are of such steps.
@@ -92,6 +92,7 @@ def learning_rate(cfg: OptimizerConfig, peak: float) -> optax.Schedule:
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, 0.0, span),
         "cosine": lambda: optax.cosine_decay_schedule(peak, span),
+        "tenth": lambda: optax.piecewise_constant_schedule(peak, {span: 0.1}),
     }[cfg.decay]()
     # From 1/(warmup+1) on, not from 0: an update with rate 0 would be lost.
     warmup = optax.linear_schedule(peak / (cfg.warmup_steps + 1), peak, cfg.warmup_steps)

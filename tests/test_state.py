@@ -99,6 +99,8 @@ def test_rate_warms_up_then_decays_to_zero():
     cfg = OptimizerConfig(warmup_steps=3, decay="linear", decay_steps=7)
     rates = [float(train_state.learning_rate(cfg, 1.0)(step)) for step in (0, 1, 2, 3, 5, 7, 9)]
     np.testing.assert_allclose(rates, [0.25, 0.5, 0.75, 1.0, 0.5, 0.0, 0.0], atol=1e-6)
+    tenth = train_state.learning_rate(OptimizerConfig(decay="tenth", decay_steps=4, warmup_steps=1), 2.0)
+    np.testing.assert_allclose([float(tenth(step)) for step in range(7)], [1.0, 2, 2, 2, 0.2, 0.2, 0.2], atol=1e-6)
     cosine = OptimizerConfig(decay="cosine", decay_steps=4)
     np.testing.assert_allclose(float(train_state.learning_rate(cosine, 2.0)(2)), 1.0, atol=1e-6)
 

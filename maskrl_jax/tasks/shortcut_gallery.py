@@ -89,11 +89,11 @@ class ShortcutGallery:
         bench.write(
             findings,
             config.num_steps,
-            self._facts(costs, step_ms),
+            self._facts(costs, step_ms, systems.flops(params)),
             lambda out: self._draw(out, points, latencies, kinds, errors, prices),
         )
 
-    def _facts(self, costs: Mapping[str, Costs], step_ms: float) -> dict[str, str]:
+    def _facts(self, costs: Mapping[str, Costs], step_ms: float, flops: tuple[float, float]) -> dict[str, str]:
         """Lines of the protocol: units, samplers, costs, length of training."""
         config, systems = self.config, self.systems
         wiring, size = systems.wiring, systems.bench.settings.batch_size
@@ -108,6 +108,8 @@ class ShortcutGallery:
             + f" of a step of the base, which takes {step_ms:.3f} ms an image in batches of {size}; a full step of the "
             f"network {costs['shortcut'].full:.3f} (sampling loop alone, median of {systems.curve.timing_runs} runs after "
             f"{latency.WARM_UP}; no step is kept from one image to the next)",
+            "FLOPs": f"{flops[0] / 1e6:.3g} million a full step of an image, {flops[1] / 1e6:.3g} million a shortcut step "
+            f"({flops[1] / flops[0]:.3f}), as compiled, networks and head alone",
             "training": f"{config.num_steps * config.batch_size} rollouts of the network "
             f"({'/'.join(map(str, wiring.teacher.num_steps))} steps), {config.num_steps * wiring.batches} updates, "
             f"{pairs / 1e3:.0f} thousand pairs, seed {config.seed}",

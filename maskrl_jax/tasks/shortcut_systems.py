@@ -29,7 +29,7 @@ from maskrl_jax.keys import EVALUATE, sample_keys
 from maskrl_jax.sampling import refresh
 from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
 from maskrl_jax.sampling.refresh import Refresh
-from maskrl_jax.sampling.shortcut import Parts, most_controls
+from maskrl_jax.sampling.shortcut import Controls, Parts, branches, most_controls
 from maskrl_jax.tasks import generators
 from maskrl_jax.tasks.task import Context
 
@@ -265,6 +265,30 @@ class ShortcutSystems:
         step, full = seconds["base"] / steps, seconds.get("full", seconds["base"]) / steps
         light = {name: max(seconds[name] - full, 0.0) / max(steps - 1, 1) for name in set(programs.values())}
         return step, {kind: Costs(full / step, light[name] / step) for kind, name in programs.items()}
+
+    def flops(self, params: Any) -> tuple[float, float]:
+        """FLOPs of a full and of a shortcut step, an image, as compiled: network and head, both branches, no draw."""
+        rows = branches(self.plan)
+        features = jax.ShapeDtypeStruct((rows, *self.calibration.features.shape[3:]), jnp.float32)
+        cond = jax.ShapeDtypeStruct((rows, *self.calibration.cond.shape[1:]), jnp.int32)
+        ids, time = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, self.engine.num_tokens), (rows,)))
+        told = jax.ShapeDtypeStruct((rows, self.most), jnp.int32)
+        controls = Controls(told, told, jax.ShapeDtypeStruct(told.shape, bool))
+
+        def full(own, ids, time, cond):
+            parts = self.wiring.parts(None, own["base"])
+            return parts.head(parts.features(ids, time, cond))
+
+        def light(own, features, controls, share):
+            parts = self.wiring.parts(own["shortcut"], own["base"])
+            return parts.head(parts.advance(features, controls, share))
+
+        own = {"base": self.network, "shortcut": params}
+        compiled = (
+            jax.jit(full).lower(own, ids, time, cond).compile(),
+            jax.jit(light).lower(own, features, controls, jax.ShapeDtypeStruct((rows,), jnp.float32)).compile(),
+        )
+        return tuple((one.cost_analysis() or {}).get("flops", math.nan) for one in compiled)
 
     def times(
         self, params: Any, kinds: Mapping[str, Callable[[float], Refresh]], steps: Sequence[int]
