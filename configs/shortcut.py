@@ -4,7 +4,7 @@ python -m maskrl_jax.main --config=configs/shortcut.py           # embedded task
 python -m maskrl_jax.main --config=configs/shortcut.py:speed_rl  # the same on a policy of configs/speed_rl.py
 python -m maskrl_jax.main --config=configs/shortcut.py:smoke     # a few updates of everything: does it run?
 python -m maskrl_jax.main --config=configs/shortcut.py:maskgit512 --dry_run=v5e:4x4   # published scale, compile only
-python -m maskrl_jax.main --config=configs/shortcut.py:maskgit512-official --dry_run=v5e:4x4   # with its optimiser
+python -m maskrl_jax.main --config=configs/shortcut.py:maskgit512-official --dry_run=v5e:2x2   # with its optimiser
 
 specs/shortcut.md says which numbers are published; those of the embedded task are our choice.
 """
@@ -133,7 +133,7 @@ def published_scale():
 
 
 def official(config):
-    """The published optimiser on minibatches of four pairs; its length is not published, 50,000 images are.
+    """The published optimiser on minibatches of four pairs, for one to four devices; its length is not published, 50,000 images are.
 
     AdamW at 1e-4, a tenth of that after 1,000 updates (36 buffers of 28), average 0.9999 (which warms up here).
     """
