@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from maskrl_jax import stored  # noqa: E402
-from maskrl_jax.evaluate import measure  # noqa: E402
+from maskrl_jax.evaluate import canvas, measure  # noqa: E402
 
 ALONE = {"curve.beside": "()"}  # what stands beside the shortcut is measured with the default
 ARMS = {
@@ -43,6 +43,7 @@ RUNS = flags.DEFINE_string("runs", "runs/shortcut-arms", "where the runs go")
 STORE = flags.DEFINE_string("store", "runs/stages", "where trained parents are")
 OUT = flags.DEFINE_string("out", "benchmarks/shortcut", "result files without their ending")
 METRICS = ("graded", "strict", "diversity")
+DRAWN = {"graded": "Graded verifier ↑", "strict": "Strict verifier ↑"}
 EVALUATION_SEED = 17  # of seed 0; each further seed has the next
 
 
@@ -105,30 +106,39 @@ def _difference(pairs: list[tuple[dict, dict]], metric: str) -> str:
     return f"**{text}**" if abs(values.mean()) > 2 * error else text
 
 
-def _share_of_time(run: dict, system: str, setting: float, reference: float) -> float:
+def _settings(runs: list[dict]) -> list[tuple[str, str, float]]:
+    """(system, label, setting) of every point of the runs."""
+    return list(dict.fromkeys((p["system"], p["label"], p["setting"]) for run in runs for p in run["points"]))
+
+
+def _reference(run: dict) -> float:
+    """The base's most steps."""
+    return max(p["setting"] for p in run["points"] if p["system"] == "base")
+
+
+def _share_of_time(run: dict, system: str, setting: float) -> float:
     times = {(one["system"], one["setting"]): one["seconds"]["median"] for one in run["latencies"]}
-    return times[system, setting] / times["base", reference]
+    return times[system, setting] / times["base", _reference(run)]
 
 
 def _rows(arm: str, runs: list[dict]) -> list[str]:
     rows = []
-    systems = dict.fromkeys((p["system"], p["label"], p["setting"]) for p in runs[0]["points"] if p["system"] != "base")
-    reference = max(p["setting"] for p in runs[0]["points"] if p["system"] == "base")
-    for system, label, setting in systems:
+    for system, label, setting in _settings(runs):
+        if system == "base":
+            continue
         own = [_of(run, system, setting) for run in runs]
-        base = {p["setting"] for p in runs[0]["points"] if p["system"] == "base"}
         equal = []
         for run, point in zip(runs, own, strict=True):
-            above = sorted(n for n in base if n >= point["calls"] - 1e-9 and _of(run, "base", n))
-            equal.append(_of(run, "base", above[0]))
-        whole = [_of(run, "base", reference) for run in runs]
+            above = [p for p in run["points"] if p["system"] == "base" and p["setting"] >= point["calls"] - 1e-9]
+            equal.append(min(above, key=lambda p: p["setting"]))
+        whole = [_of(run, "base", _reference(run)) for run in runs]
         name = label if arm == "default" else f"{arm}: {label}"
         cells = [
             name,
             f"{setting:g}",
             str(len(runs)),
             f"{np.mean([p['calls'] for p in own]):.1f}",
-            f"{100 * np.mean([_share_of_time(run, system, setting, reference) for run in runs]):.0f} %",
+            f"{100 * np.mean([_share_of_time(run, system, setting) for run in runs]):.0f} %",
             f"{np.mean([np.mean(p['graded']) for p in own]):.3f}",
             f"{np.mean([np.mean(p['strict']) for p in own]):.3f}",
             f"{np.mean([p['frechet'] for p in own]):.1f}",
@@ -142,9 +152,42 @@ def _rows(arm: str, runs: list[dict]) -> list[str]:
     return rows
 
 
+@canvas.styled
+def _draw(arms: dict[str, list[dict]], path: pathlib.Path) -> None:
+    """Draw the claim: quality against the share of the base's longest time, two standard errors over seeds."""
+    curves = {}
+    for arm in ("default", "no_ca"):
+        runs = arms.get(arm, [])
+        for system, label, setting in _settings(runs):
+            if arm == "default" or system != "base":
+                times = [_share_of_time(run, system, setting) for run in runs if _of(run, system, setting)]
+                points = [point for run in runs if (point := _of(run, system, setting))]
+                name = label if arm == "default" else "shortcut without controls"
+                curves.setdefault(name, []).append((100 * np.mean(times), points))
+    if "base" not in curves:
+        return
+    figure = canvas.new_figure(height=3.6)
+    panels = canvas.small_multiples(figure, len(DRAWN), 2, "% of the time of the base at its most steps")
+    for axes, (metric, title) in zip(panels, DRAWN.items(), strict=True):
+        for place, (label, rows) in enumerate(curves.items()):
+            look = {"color": canvas.COLOURS[place % 8], "marker": canvas.MARKERS[place % 8], "markeredgecolor": "white"}
+            rows.sort(key=lambda row: row[0])
+            values = [np.array([np.mean(point[metric]) for point in found]) for _, found in rows]
+            errors = [2 * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else 0 for x in values]
+            shares, means = [row[0] for row in rows], np.array([x.mean() for x in values])
+            axes.plot(shares, means, label=label, zorder=3, **look)
+            axes.fill_between(shares, means - errors, means + errors, color=look["color"], alpha=0.16, linewidth=0)
+        lowest = min(np.mean(point[metric]) for _, found in curves["base"] for point in found)
+        axes.set_ylim(bottom=max(lowest - 0.1, 0))  # what is far below the base at any number of steps is not shown
+        axes.set_title(title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    canvas.save(figure, path)
+
+
 def _write(runs: dict, path: pathlib.Path) -> None:
     arms = {arm: [run for name, run in sorted(runs.items()) if name.startswith(f"{arm}, seed")] for arm in ARMS}
     arms = {arm: found for arm, found in arms.items() if found}
+    _draw(arms, path.with_suffix(".png"))
     base = {}
     for run in runs.values():
         for point in run["points"]:
