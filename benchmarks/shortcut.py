@@ -169,16 +169,18 @@ def _draw(arms: dict[str, list[dict]], path: pathlib.Path) -> None:
     figure = canvas.new_figure(height=3.6)
     panels = canvas.small_multiples(figure, len(DRAWN), 2, "% of the time of the base at its most steps")
     for axes, (metric, title) in zip(panels, DRAWN.items(), strict=True):
+        lowest = min(np.mean(point[metric]) for _, found in curves["base"] for point in found)
+        bottom = max(lowest - 0.1, 0)  # what is far below the base at any number of steps is only named
         for place, (label, rows) in enumerate(curves.items()):
             look = {"color": canvas.COLOURS[place % 8], "marker": canvas.MARKERS[place % 8], "markeredgecolor": "white"}
             rows.sort(key=lambda row: row[0])
             values = [np.array([np.mean(point[metric]) for point in found]) for _, found in rows]
             errors = [2 * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else 0 for x in values]
             shares, means = [row[0] for row in rows], np.array([x.mean() for x in values])
+            label = label if means.max() > bottom else f"{label} (below)"
             axes.plot(shares, means, label=label, zorder=3, **look)
             axes.fill_between(shares, means - errors, means + errors, color=look["color"], alpha=0.16, linewidth=0)
-        lowest = min(np.mean(point[metric]) for _, found in curves["base"] for point in found)
-        axes.set_ylim(bottom=max(lowest - 0.1, 0))  # what is far below the base at any number of steps is not shown
+        axes.set_ylim(bottom=bottom)
         axes.set_title(title)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     canvas.save(figure, path)
