@@ -24,9 +24,11 @@ sys.path.insert(0, str(ROOT))
 from maskrl_jax import stored  # noqa: E402
 from maskrl_jax.evaluate import canvas, measure  # noqa: E402
 
-ALONE = {"curve.beside": "()"}  # what stands beside the shortcut is measured with the default
+# Every number of steps that a budget may be compared with, so that all seeds have the same points of the base.
+STEPS = {"evaluation.steps": "(6,8,9,10,11,12,13,14,15,16,24)"}
+ALONE = STEPS | {"curve.beside": "()"}  # what stands beside the shortcut is measured with the default
 ARMS = {
-    "default": {"curve.beside": "('frozen','linear','calibrated','adaptive')"},
+    "default": STEPS | {"curve.beside": "('frozen','linear','calibrated','adaptive')"},
     "no_ca": ALONE | {"model.controls": False},
     "chain of 3": ALONE | {"loss.chain": 3},  # extension 1
     "mixed N": ALONE | {"teacher.num_steps": "(24,16,12)"},  # extension 2
@@ -97,13 +99,15 @@ def _of(run: dict, system: str, setting: float) -> dict | None:
 
 
 def _difference(pairs: list[tuple[dict, dict]], metric: str) -> str:
-    """Mean of the differences of seeds with its standard error, in bold beyond two of them."""
+    """Mean of the differences of seeds with its standard error, in bold beyond two of them from five seeds on."""
+    if not pairs:
+        return ""
     values = np.array([np.mean(own[metric]) - np.mean(other[metric]) for own, other in pairs])
     if len(values) < 2:
         return f"{values.mean():+.3f}"
     error = values.std(ddof=1) / math.sqrt(len(values))
     text = f"{values.mean():+.3f} ± {error:.3f}"
-    return f"**{text}**" if abs(values.mean()) > 2 * error else text
+    return f"**{text}**" if len(values) >= 5 and abs(values.mean()) > 2 * error else text
 
 
 def _settings(runs: list[dict]) -> list[tuple[str, str, float]]:
@@ -121,43 +125,60 @@ def _share_of_time(run: dict, system: str, setting: float) -> float:
     return times[system, setting] / times["base", _reference(run)]
 
 
-def _rows(arm: str, runs: list[dict]) -> list[str]:
+def _equal(run: dict, point: dict) -> dict:
+    """The base at the fewest measured steps that take no less, by count and by clock; else at its most."""
+    share = _share_of_time(run, point["system"], point["setting"])
+    slower = [
+        p
+        for p in run["points"]
+        if p["system"] == "base"
+        and p["setting"] >= point["calls"]
+        and _share_of_time(run, "base", p["setting"]) >= share
+    ]
+    return min(slower, key=lambda p: p["setting"]) if slower else _of(run, "base", _reference(run))
+
+
+def _rows(arm: str, runs: list[dict], default: dict[str, dict]) -> list[str]:
+    """Table rows of an arm; `default`: seed -> run of the default arm."""
     rows = []
-    for system, label, setting in _settings(runs):
-        if system == "base":
+    for system, label, setting in _settings(list(runs.values())):
+        if system in ("base", "tuned"):
             continue
-        own = [_of(run, system, setting) for run in runs]
-        equal = []
-        for run, point in zip(runs, own, strict=True):
-            above = [p for p in run["points"] if p["system"] == "base" and p["setting"] >= point["calls"] - 1e-9]
-            equal.append(min(above, key=lambda p: p["setting"]))
-        whole = [_of(run, "base", _reference(run)) for run in runs]
-        name = label if arm == "default" else f"{arm}: {label}"
+        own = {seed: _of(run, system, setting) for seed, run in runs.items()}
+        equal = {seed: _equal(runs[seed], point) for seed, point in own.items()}
+        pairs = {
+            "equal": [(own[seed], equal[seed]) for seed in own],
+            "longest": [(own[seed], _of(runs[seed], "base", _reference(runs[seed]))) for seed in own],
+            "default": [
+                (own[seed], point)
+                for seed in own
+                if seed in default and (point := _of(default[seed], "shortcut", setting)) not in (None, own[seed])
+            ],
+        }
+        shares = [_share_of_time(run, system, setting) for run in runs.values()]
+        their = [_share_of_time(runs[seed], "base", point["setting"]) for seed, point in equal.items()]
         cells = [
-            name,
+            label if arm == "default" else f"{arm}: {label}",
             f"{setting:g}",
             str(len(runs)),
-            f"{np.mean([p['calls'] for p in own]):.1f}",
-            f"{100 * np.mean([_share_of_time(run, system, setting) for run in runs]):.0f} %",
-            f"{np.mean([np.mean(p['graded']) for p in own]):.3f}",
-            f"{np.mean([np.mean(p['strict']) for p in own]):.3f}",
-            f"{np.mean([p['frechet'] for p in own]):.1f}",
-            "/".join(f"{n:g}" for n in sorted({p["setting"] for p in equal})),
-            _difference(list(zip(own, equal, strict=True)), "graded"),
-            _difference(list(zip(own, equal, strict=True)), "strict"),
-            _difference(list(zip(own, whole, strict=True)), "graded"),
-            _difference(list(zip(own, whole, strict=True)), "strict"),
+            f"{np.mean([p['calls'] for p in own.values()]):.1f}",
+            f"{100 * np.mean(shares):.0f} %",
+            *(f"{np.mean([np.mean(p[name]) for p in own.values()]):.3f}" for name in ("graded", "strict")),
+            f"{np.mean([p['frechet'] for p in own.values()]):.1f}",
+            "/".join(f"{n:g}" for n in sorted({p["setting"] for p in equal.values()})),
+            f"{100 * np.mean(their):.0f} %",
+            *(_difference(pairs[kind], name) for kind in pairs for name in ("graded", "strict")),
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return rows
 
 
 @canvas.styled
-def _draw(arms: dict[str, list[dict]], path: pathlib.Path) -> None:
+def _draw(arms: dict[str, dict[str, dict]], path: pathlib.Path) -> None:
     """Draw the claim: quality against the share of the base's longest time, two standard errors over seeds."""
     curves = {}
     for arm in ("default", "no_ca"):
-        runs = arms.get(arm, [])
+        runs = list(arms.get(arm, {}).values())
         for system, label, setting in _settings(runs):
             if arm == "default" or system != "base":
                 times = [_share_of_time(run, system, setting) for run in runs if _of(run, system, setting)]
@@ -175,7 +196,7 @@ def _draw(arms: dict[str, list[dict]], path: pathlib.Path) -> None:
             look = {"color": canvas.COLOURS[place % 8], "marker": canvas.MARKERS[place % 8], "markeredgecolor": "white"}
             rows.sort(key=lambda row: row[0])
             values = [np.array([np.mean(point[metric]) for point in found]) for _, found in rows]
-            errors = [2 * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else 0 for x in values]
+            errors = np.array([2 * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else np.nan for x in values])
             shares, means = [row[0] for row in rows], np.array([x.mean() for x in values])
             label = label if means.max() > bottom else f"{label} (below)"
             axes.plot(shares, means, label=label, zorder=3, **look)
@@ -187,19 +208,18 @@ def _draw(arms: dict[str, list[dict]], path: pathlib.Path) -> None:
 
 
 def _write(runs: dict, path: pathlib.Path) -> None:
-    arms = {arm: [run for name, run in sorted(runs.items()) if name.startswith(f"{arm}, seed")] for arm in ARMS}
+    named = [(*name.split(", seed "), run) for name, run in sorted(runs.items())]
+    arms = {arm: {seed: run for of, seed, run in named if of == arm} for arm in ARMS}
     arms = {arm: found for arm, found in arms.items() if found}
     _draw(arms, path.with_suffix(".png"))
-    base = {}
-    for run in runs.values():
-        for point in run["points"]:
-            if point["system"] == "base":
-                base.setdefault(point["setting"], []).append(point)
+    # Every arm of a seed has the same base points.
+    base = {(seed, p["setting"]): p for _, seed, run in named for p in run["points"] if p["system"] == "base"}
     curve = "; ".join(
         f"{n:g} steps: graded {np.mean([np.mean(p['graded']) for p in found]):.3f}, strict "
         f"{np.mean([np.mean(p['strict']) for p in found]):.3f}, Frechet distance "
-        f"{np.mean([p['frechet'] for p in found]):.1f}"
-        for n, found in sorted(base.items())
+        f"{np.mean([p['frechet'] for p in found]):.1f} ({len(found)} seeds)"
+        for n in sorted({n for _, n in base})
+        if (found := [p for (_, of), p in base.items() if of == n])
     )
     prompts = len(next(iter(runs.values()))["points"][0]["graded"])
     lines = [
@@ -209,21 +229,23 @@ def _write(runs: dict, path: pathlib.Path) -> None:
         f"Commits: {', '.join(sorted({run['commit'] for run in runs.values()}))}. Machine: "
         f"{', '.join(sorted({run['machine'] for run in runs.values()}))}.",
         "",
-        "Calls and time are those of the sampling loop; differences are mean ± standard error over seeds, in bold "
-        "beyond two of them. Training: "
+        "Calls and time are those of the sampling loop, time in % of the base's longest. The base at equal time is the "
+        "next measured one that takes no less, by count of steps and by the clock. Differences are mean ± standard error "
+        "over seeds, in bold beyond two of them from five seeds on, not corrected for their number; `no_ca` leaves out "
+        "cross-attention with its MLP and the stem. Training: "
         + ", ".join(
-            f"{arm} {np.mean([run['train_seconds'] for run in found]):.0f} s (error "
-            f"{np.mean([run['mse'] for run in found]):.2f} of the frozen feature's)"
+            f"{arm} {np.mean([run['train_seconds'] for run in found.values()]):.0f} s (error "
+            f"{np.mean([run['mse'] for run in found.values()]):.2f} of the frozen feature's)"
             for arm, found in arms.items()
         )
         + ".",
         "",
-        "| system | full steps | seeds | calls | time of the base's longest | graded | strict | FD | base with | graded "
-        "against it | strict | graded against the longest | strict |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---|---|---|",
+        "| system | full steps | seeds | calls | time | graded | strict | FD | base at equal time | its time | graded "
+        "against it | strict | graded against the longest | strict | graded against the default shortcut | strict |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---|---|---|---|---|",
     ]
     for arm, found in arms.items():
-        lines += _rows(arm, found)
+        lines += _rows(arm, found, arms.get("default", {}))
     path.write_text("\n".join(lines) + "\n")
     print(f"wrote {path}", flush=True)
 

@@ -102,7 +102,7 @@ def published_scale():
     """MaskGIT at 512 pixels (form A), its sampler and the published network; serves --dry_run until weights load.
 
     The published training draws 50,000 images once; here 780 buffers of 64 are as many. The optimiser and minibatches
-    of 64 pairs are our choice (specs/shortcut.md section 5).
+    of 64 pairs are our choice.
     """
     config = embedded("")
     config.name = "configs/shortcut.py:maskgit512"
@@ -127,7 +127,7 @@ def published_scale():
     config.teacher.update({"num_steps": (15,), "pairs": 1, "epochs": 1})
     config.optimizer.update({"name": "adamw", "learning_rate": 3e-4, "warmup_steps": 18, "b2": 0.999})
     config.optimizer.ema_decay = 0.999
-    config.curve.update({"num_steps": 15, "budgets": (7, 8)})
+    config.curve.update({"num_steps": 15, "budgets": (7, 8), "calibration": 8})  # samples of 94 MB each
     config.evaluation.update({"steps": (8, 9, 11, 13, 15), "batch_size": 128})
     return config
 
@@ -135,7 +135,8 @@ def published_scale():
 def official(config):
     """The published optimiser on minibatches of four pairs, for one to four devices; its length is not published, 50,000 images are.
 
-    AdamW at 1e-4, a tenth of that after 1,000 updates (36 buffers of 28), average 0.9999 (which warms up here).
+    AdamW at 1e-4, a tenth of that after 1,000 updates (36 buffers of 28), average 0.9999. Not as published: the average
+    warms up, biases and norms do not decay, bfloat16 in place of float16, and Flax's initialisation.
     """
     config.name, config.batch_size = "configs/shortcut.py:maskgit512-official", 4
     config.num_steps, config.log_every, config.save_every = STEPS["maskgit512-official"], 10, 500

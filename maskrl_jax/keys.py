@@ -5,7 +5,7 @@ import jax
 Array = jax.Array
 
 # Purposes. 0 and 1 stand for none: numbering from 0 would change every key, and with it all that was ever drawn.
-TRAIN, ROLLOUT, EVALUATE, MASKS, STEPS = range(2, 7)
+TRAIN, ROLLOUT, EVALUATE, MASKS, STEPS, STUDENT = range(2, 8)
 
 
 def step_key(seed: int, purpose: int, step: Array | int) -> Array:

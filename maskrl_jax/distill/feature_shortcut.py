@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from maskrl_jax.sampling.draws import mixed
 from maskrl_jax.sampling.maskgit import Rollout
 from maskrl_jax.sampling.shortcut import Controls, step_pairs
 
@@ -43,6 +44,7 @@ class ShortcutLoss:
       Lumina-DiMOO.
     kl: weight of T^2 KL(softmax(Head(f) / T) || softmax(Head(fhat) / T)) over image codes; 0 in the release.
     chain: K steps in a row on the teacher's tokens, each with weight 1 / K (extension 1, our choice); 1 as published.
+      Steps beyond the end of a rollout count as 0.
     through: whether gradients run through the chain, or stop between its steps.
     student_tokens: from the second step on a chain runs over tokens drawn from its own features with the sampler's
       guidance, and its targets are a new pass of the teacher (our variant of an official option, which draws without
@@ -91,8 +93,8 @@ def pair_slots(keys_B: Array, pairs: int, count: int, epochs: int) -> Array:
     """Deal the pairs of a buffer into minibatches: slots int32 [M, B, pairs] for `branch_and_step`.
 
     Every sample shuffles its own branches x (S - 1) = `count` pairs and gives `pairs` to each minibatch, so that the
-    minibatches do not depend on how samples are spread over devices (our choice). With fewer steps than the buffer
-    holds, some pairs come twice. What is left over of an epoch is dropped.
+    minibatches do not depend on how samples are spread over devices (our choice). What is left over of an epoch is
+    dropped.
     """
     batches = count // pairs
     shuffled = [
@@ -103,9 +105,12 @@ def pair_slots(keys_B: Array, pairs: int, count: int, epochs: int) -> Array:
     return jnp.swapaxes(slots, 0, 1)
 
 
-def branch_and_step(slots: Array, branches: int, lengths: Array) -> tuple[Array, Array]:
-    """Which branch a slot [B, pairs] stands for, and from which step s of the sample it leads to s + 1."""
-    return slots % branches, (slots // branches) % jnp.maximum(lengths - 1, 1)[:, None]
+def branch_and_step(slots: Array, branches: int, lengths: Array, longest: int) -> tuple[Array, Array]:
+    """Which branch a slot [B, pairs] stands for, and from which step s of the sample it leads to s + 1.
+
+    A sample of fewer steps than the `longest` has some pairs twice, spread evenly over its steps.
+    """
+    return slots % branches, (slots // branches) * jnp.maximum(lengths - 1, 1)[:, None] // (longest - 1)
 
 
 def loss(
@@ -205,9 +210,8 @@ def open_loop(
     teacher_SbTD = jnp.transpose(buffer.features, (2, 1, 0, 3, 4)).reshape(steps, -1, *buffer.features.shape[3:])
 
     def logp(features, step):
-        logits = jnp.split(student.head(features), branches)
-        mixed = logits[0] if branches == 1 else logits[1] + guidance_S[step] * (logits[0] - logits[1])
-        return jax.nn.log_softmax(mixed)
+        logits = student.head(features)
+        return jax.nn.log_softmax(logits if branches == 1 else mixed(logits, guidance_S[step]))
 
     def after(start):
         def move(features, k):

@@ -43,18 +43,23 @@ class SparseConv3(nn.Module):
     """
 
     side: int
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x_BnC: Array, positions_Bn: Array, valid_Bn: Array) -> Array:
-        """Values [B,n,C] at row-major positions int32 [B,n], those that are valid -> [B,side^2,C]."""
+        """Values [B,n,C] at row-major positions int32 [B,n], all of them other ones -> float32 [B,side^2,C].
+
+        Those that are not valid send nothing.
+        """
         batch, cells, channels = x_BnC.shape
         wide = self.side + 2
-        sent = nn.Dense(9 * channels, use_bias=False, name="kernel")(_rows(x_BnC)).reshape(batch, cells, 9, channels)
-        sent = sent * valid_Bn[..., None, None]
-        shifts = np.array([[[i * wide + j for i in range(3) for j in range(3)]]])
+        sent = nn.Dense(9 * channels, use_bias=False, dtype=self.dtype, name="kernel")(_rows(x_BnC))
+        sent = jnp.where(valid_Bn[..., None, None], sent.reshape(batch, cells, 9, channels), 0).astype(jnp.float32)
         rows_Bn, cols_Bn = jnp.divmod(positions_Bn, self.side)
-        to_Bn9 = (rows_Bn * wide + cols_Bn)[..., None] + shifts
-        grid = jnp.zeros((batch, wide**2, channels)).at[jnp.arange(batch)[:, None, None], to_Bn9].add(sent)
+        corner_Bn, grid = rows_Bn * wide + cols_Bn, jnp.zeros((batch, wide**2, channels))
+        for shift in range(9):  # one at a time no cell is hit twice: the sum has one order on every device
+            to_Bn = corner_Bn + shift // 3 * wide + shift % 3
+            grid = grid.at[jnp.arange(batch)[:, None], to_Bn].add(sent[:, :, shift], unique_indices=True)
         inside = grid.reshape(batch, wide, wide, channels)[:, 1:-1, 1:-1]
         return inside.reshape(batch, self.side**2, channels)
 

@@ -78,7 +78,8 @@ class Shortcut(nn.Module):
         """Predict the next features.
 
         Args:
-          features_BTD: f, features before the head [B,T,D] float32, class slot included.
+          features_BTD: f, features before the head [B,T,D] float32, class slot included where the base keeps it (form
+            A; our own base leaves its condition tokens out, so that T = N).
           controls_BnD: E[v] + P[p] of the frozen base for the tokens just revealed, [B,n,D]; their order is
             irrelevant. Not read without `controls`.
           positions_Bn: their places in the grid, int32, row-major; read with `local_mixing` alone.
@@ -95,7 +96,7 @@ class Shortcut(nn.Module):
         u_Bnh = resized(controls_BnD, c, dtype, "controls_in") if c.controls else None
         side = c.side * c.local_mixing
         if side and c.controls:
-            sent = SparseConv3(side, name="stem")(u_Bnh, positions_Bn, valid_Bn)
+            sent = SparseConv3(side, dtype, name="stem")(u_Bnh, positions_Bn, valid_Bn)
             y_BTh = y_BTh + jnp.pad(sent, ((0, 0), (0, y_BTh.shape[1] - c.num_tokens), (0, 0)))
         block = nn.remat(ShortcutBlock) if c.remat else ShortcutBlock
         for index in range(c.n_block):

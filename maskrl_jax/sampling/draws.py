@@ -24,13 +24,22 @@ def guided(logits_fn: LogitsFn, null_cond: Any) -> Callable[[Array, Array, Any, 
     """
 
     def fn(ids_BN: Array, timestep_B: Array, cond: Any, scale_B: Array) -> Array:
-        nulls = jax.tree.map(lambda null, c: jnp.broadcast_to(null, c.shape).astype(c.dtype), null_cond, cond)
-        both = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, nulls)
-        logits = logits_fn(jnp.tile(ids_BN, (2, 1)), jnp.tile(timestep_B, 2), both)
-        conditional, unconditional = jnp.split(logits, 2)
-        return unconditional + scale_B[:, None, None] * (conditional - unconditional)
+        logits = logits_fn(jnp.tile(ids_BN, (2, 1)), jnp.tile(timestep_B, 2), with_null(cond, null_cond))
+        return mixed(logits, scale_B)
 
     return fn
+
+
+def with_null(cond: Any, null_cond: Any) -> Any:
+    """Conditions [B,...] followed by as many null ones, [2B,...]."""
+    nulls = jax.tree.map(lambda null, c: jnp.broadcast_to(null, c.shape).astype(c.dtype), null_cond, cond)
+    return jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, nulls)
+
+
+def mixed(logits: Array, scale: Array) -> Array:
+    """Logits [2B,N,K] of conditional rows and then unconditional ones, mixed by a scale [] or [B]: [B,N,K]."""
+    conditional, unconditional = jnp.split(logits, 2)
+    return unconditional + scale.reshape(-1, 1, 1) * (conditional - unconditional)
 
 
 def draw_tokens(keys_B: Array, logp_BNK: Array) -> tuple[Array, Array]:

@@ -15,6 +15,7 @@ from maskrl_jax.sampling import draws, schedules
 Array = jax.Array
 MODES = ("confidence", "halton", "random", "threshold", "uncertain", "entropy")
 NOISY = ("confidence", "uncertain")
+ORDERED = ("halton", "random")  # a sample's order is drawn once, from its key
 NOISE_ENDS = ("after", "at")
 OPEN_ENDED = ("threshold", "uncertain", "entropy")  # may commit more than the plan's counts
 GIVEN = 255  # commit step of tokens that were given, not sampled

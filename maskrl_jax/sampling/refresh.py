@@ -21,6 +21,7 @@ class Refresh(flax.struct.PyTreeNode):
     threshold: Array  # float32 []
     longest: Array  # int32 []
     budget: Array  # int32 []
+    by_drift: bool = flax.struct.field(pytree_node=False)  # whether the drift is asked for at all: it costs time
 
 
 def scheduled(steps: Sequence[int], max_steps: int) -> Refresh:
@@ -29,7 +30,7 @@ def scheduled(steps: Sequence[int], max_steps: int) -> Refresh:
         raise ValueError(f"full steps {tuple(steps)} must hold step 0: there is no feature before it")
     full = np.zeros(max_steps, bool)
     full[list(steps)] = True
-    return Refresh(full, NEVER, np.int32(max_steps), np.int32(0))
+    return Refresh(full, NEVER, np.int32(max_steps), np.int32(0), by_drift=False)
 
 
 def adaptive(threshold: float, longest: int, budget: int, max_steps: int) -> Refresh:
@@ -42,7 +43,7 @@ def adaptive(threshold: float, longest: int, budget: int, max_steps: int) -> Ref
             f"adaptive refresh: threshold {threshold}, longest {longest} and budget {budget} must be at least 0, 1 and 1"
         )
     return scheduled([0], max_steps).replace(
-        threshold=np.float32(threshold), longest=np.int32(longest), budget=np.int32(budget)
+        threshold=np.float32(threshold), longest=np.int32(longest), budget=np.int32(budget), by_drift=True
     )
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskrl_jax.sampling import maskgit
+from maskrl_jax.sampling import draws, maskgit
 from maskrl_jax.sampling.maskgit import GIVEN, Plan, Rollout
 from maskrl_jax.sampling.refresh import Refresh
 
@@ -119,7 +119,9 @@ def decode(
         ]
         features = jax.lax.switch(source, ways, memory, step, ids_BN, commit_BN)
         is_full = source != SHORTCUT
-        drift = memory.drift + _drift(features, memory.features, _tile(ids_BN == mask_id, rows))
+        drift = memory.drift
+        if refresh.by_drift:
+            drift = drift + _drift(features, memory.features, _tile(ids_BN == mask_id, rows))
         memory = Memory(
             features=features,
             previous=memory.features if extrapolate else memory.previous,
@@ -282,8 +284,7 @@ def _branches(plan: Plan, cond: Any, null_cond: Any) -> Any:
     """Conditions of both branches, [branches * B, ...]."""
     if not plan.guide:
         return cond
-    nulls = jax.tree.map(lambda null, c: jnp.broadcast_to(null, c.shape).astype(c.dtype), null_cond, cond)
-    return jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, nulls)
+    return draws.with_null(cond, null_cond)
 
 
 def _inputs(plan: Plan, step: Array, ids_BN: Array, rows: int) -> tuple[Array, Array]:
@@ -297,11 +298,7 @@ def _tile(x: Array, rows: int) -> Array:
 
 def _guided(plan: Plan, step: Array, logits: Array) -> Array:
     """Guidance mixes logits, never features; `step` is [] or one for each row."""
-    if not plan.guide:
-        return logits
-    conditional, unconditional = jnp.split(logits, 2)
-    scale = jnp.asarray(plan.guidance)[step].reshape(-1, 1, 1)
-    return unconditional + scale * (conditional - unconditional)
+    return draws.mixed(logits, jnp.asarray(plan.guidance)[step]) if plan.guide else logits
 
 
 def _drift(after: Array, before: Array, masked_bN: Array) -> Array:

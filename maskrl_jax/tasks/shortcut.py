@@ -20,7 +20,7 @@ from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Evaluation, read_sampler
 from maskrl_jax.evaluate.studio import Studio
 from maskrl_jax.evaluate.systems import Costs, shortcut_program, shortcut_system
-from maskrl_jax.keys import ROLLOUT, TRAIN, sample_keys
+from maskrl_jax.keys import ROLLOUT, STUDENT, TRAIN, sample_keys
 from maskrl_jax.models.shortcut import Shortcut, ShortcutConfig
 from maskrl_jax.parallel import Axis, mean_gradients
 from maskrl_jax.phase import Phase
@@ -76,6 +76,11 @@ class Wiring:
         self.network = Shortcut(ShortcutConfig(**sizes, **config.model))
         if self.loss.chain >= self.teacher.longest:
             raise UserError(f"loss.chain {self.loss.chain} exceeds the {self.teacher.longest - 1} pairs of a rollout")
+        if self.loss.student_tokens and sampler.mode in maskgit.ORDERED:
+            raise UserError(
+                f"loss.student_tokens does not know the order that a rollout of sampler mode {sampler.mode!r} has drawn; "
+                "choose another mode or leave it False"
+            )
         self.plans = [self.plan(steps) for steps in self.teacher.num_steps]
         self.branches = branches(self.plans[0])
         # A pair is of one branch, or of both.
@@ -156,12 +161,14 @@ class Wiring:
         first = state
         buffer = Buffer(batch["features"], batch["cond"], batch["ids"], batch["commit_step"])
         student = self.student(frozen["base"], frozen["plan"])
-        keys_B = sample_keys(self.config.seed, TRAIN, batch["round"][0], batch["index"])
+        keys_B, student_keys_B = (
+            sample_keys(self.config.seed, purpose, batch["round"][0], batch["index"]) for purpose in (TRAIN, STUDENT)
+        )
         slots_MBp = pair_slots(keys_B, self.teacher.pairs, self.count, self.teacher.epochs)
 
         def minibatch(state, slots):
-            branch, step = branch_and_step(slots, self.pair_branches, buffer.lengths())
-            own_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
+            branch, step = branch_and_step(slots, self.pair_branches, buffer.lengths(), self.teacher.longest)
+            own_keys_B = jax.vmap(jax.random.fold_in, (0, None))(student_keys_B, state.step)
 
             def objective(params):
                 return loss(self.loss, student, params, buffer, branch, step, own_keys_B)

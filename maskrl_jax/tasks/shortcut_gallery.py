@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from maskrl_jax.evaluate import curve, latency, shortcut_figures, tables
 from maskrl_jax.evaluate.bench import CHOICE, tuning_notes
 from maskrl_jax.evaluate.illustrate import Illustration
@@ -22,6 +24,7 @@ NOTES = (
     "Published numbers are of MaskGIT on ImageNet and of Lumina-DiMOO; no parity is claimed.",
     "Calls are in units of one step of the base: a shortcut step counts as the share of its time that it takes here.",
 )
+ADAPTIVE = "An adaptive refresh decides for a whole batch: its samples depend on those beside them."
 
 
 class ShortcutGallery:
@@ -52,14 +55,14 @@ class ShortcutGallery:
         for kind, asks in kinds.items():
             light += bench.measure(systems.system(params, kind, asks, costs[kind]), systems.curve.budgets)
         own = [point for point in light if point.system == "shortcut"]
-        # The base at no less time than each budget, rounded in its favour, besides its own curve.
-        equal = {math.ceil(point.calls_mean - 1e-6) for point in own}
+        # The base at no less time than each point, rounded in its favour, besides its own curve.
+        equal = {math.ceil(point.calls_mean - 1e-6) for point in light}
         steps = sorted({*bench.settings.steps, *(n for n in equal if n <= systems.curve.num_steps)})
         base_points = bench.measure(systems.base, steps)
         reference = [point for point in base_points if point.setting == bench.settings.reference]
         points = [*base_points]
         if systems.tuned:
-            points += bench.measure(priced(systems.plain, costs["shortcut"].full), bench.settings.steps)
+            points += bench.measure(priced(systems.plain, costs["tuned"].full), bench.settings.steps)
         points += light
         latencies = systems.times(params, kinds, steps)
         found = curve.first_equal(own, reference, bench.criteria())
@@ -79,7 +82,9 @@ class ShortcutGallery:
             goal=bench.settings.goal,
             trained_on=("features of the frozen base along its own rollouts",),
             held_out=("every score", "the prompts (never trained on here; the base has seen their pictures)"),
-            notes=NOTES + tuning_notes(systems.context.parents["maskgit"].workdir, bench.settings.reference),
+            notes=NOTES
+            + (ADAPTIVE,) * ("adaptive" in names)
+            + tuning_notes(systems.context.parents["maskgit"].workdir, bench.settings.reference),
             timings=timings,
             latencies=latencies,
             unlike=("tuned",),
@@ -97,21 +102,26 @@ class ShortcutGallery:
         """Lines of the protocol: units, samplers, costs, length of training."""
         config, systems = self.config, self.systems
         wiring, size = systems.wiring, systems.bench.settings.batch_size
-        pairs = wiring.batches * wiring.teacher.pairs * config.batch_size * config.num_steps
+        rollouts, steps = config.num_steps * config.batch_size, np.mean(wiring.teacher.num_steps)
+        pairs = wiring.batches * wiring.teacher.pairs * rollouts
+        passes = rollouts * steps + pairs * (wiring.loss.chain - 1) * wiring.loss.student_tokens
+        plain = f", one of the tuned network alone {costs['tuned'].full:.3f}" if systems.tuned else ""
         return {
             "network calls": "steps of the base, its second branch of guidance not counted; other steps count as the "
             "share of one that they take",
             "sampler of the base": _words(systems.sampler),
             "sampler with the shortcut": f"{_words(wiring.sampler)}; {systems.curve.num_steps} steps",
             "how it was chosen": CHOICE,
-            "a step's cost": ", ".join(f"{cost.light:.3f} ({LABELS[kind]})" for kind, cost in costs.items())
-            + f" of a step of the base, which takes {step_ms:.3f} ms an image in batches of {size}; a full step of the "
-            f"network {costs['shortcut'].full:.3f} (sampling loop alone, median of {systems.curve.timing_runs} runs after "
+            "a step's cost": ", ".join(
+                f"{cost.light:.3f} ({LABELS[kind]})" for kind, cost in costs.items() if kind != "tuned"
+            )
+            + f" of a step of the base, which takes {step_ms:.3f} ms an image in batches of {size}; a full step "
+            f"in the shortcut's loop {costs['shortcut'].full:.3f}{plain} (sampling loop alone, median of {systems.curve.timing_runs} runs after "
             f"{latency.WARM_UP}; no step is kept from one image to the next)",
             "FLOPs": f"{flops[0] / 1e6:.3g} million a full step of an image, {flops[1] / 1e6:.3g} million a shortcut step "
             f"({flops[1] / flops[0]:.3f}), as compiled, networks and head alone",
-            "training": f"{config.num_steps * config.batch_size} rollouts of the network "
-            f"({'/'.join(map(str, wiring.teacher.num_steps))} steps), {config.num_steps * wiring.batches} updates, "
+            "training": f"{rollouts} rollouts of the network ({'/'.join(map(str, wiring.teacher.num_steps))} steps), "
+            f"{passes / 1e3:.0f} thousand passes of it, {config.num_steps * wiring.batches} updates, "
             f"{pairs / 1e3:.0f} thousand pairs, seed {config.seed}",
         }
 

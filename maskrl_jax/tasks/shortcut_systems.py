@@ -52,7 +52,8 @@ class Curve:
 
     num_steps: N. budgets: numbers of full steps B. beside: what is measured next to the shortcut, of `BESIDE`.
     calibration: samples, of training prompts, that calibrated sets of steps and thresholds are found on.
-    longest: most shortcut steps in a row of an adaptive refresh.
+    longest: most shortcut steps in a row of an adaptive refresh. It decides for all rows of a device's batch at once:
+      its samples depend on those beside them, and on the number of devices.
     timing_runs: runs of each sampling loop that its time is the median of.
 
     Budgets are of the plan's N steps: where a mode with a threshold ends early, fewer of them are run.
@@ -92,8 +93,6 @@ class Curve:
 
 class ShortcutSystems:
     """Systems of a base and its shortcut, how a feature drifts in them, and what they cost."""
-
-    """Systems of a base and its shortcut, their times, and the report."""
 
     def __init__(self, context: Context, wiring: Any, engine: Engine, network: Any):
         """`network` are the parameters that the shortcut runs on: the base's own, or those of a policy tuned on it."""
@@ -159,17 +158,25 @@ class ShortcutSystems:
         return self.evenly
 
     def _adaptive(self, params, budget):
-        """The threshold of drift whose rollouts take about `budget` full steps, on training prompts."""
-        conds = self._calibration_prompts(self.bench.settings.batch_size)
+        """The least threshold of drift whose rollouts take `budget` full steps or fewer in the mean, training prompts.
+
+        A batch takes a whole number of them, hence the mean over several.
+        """
+        size, whole = self.bench.settings.batch_size, len(self.plan.masked_after)
+        starts = range(0, max(self.curve.calibration, size), size)
+        conds = self._calibration_prompts(len(starts) * size)
+
+        def full_steps(asks):
+            system = self.system(params, "adaptive", lambda _: asks, Costs(1.0, 0.0))
+            rows = [np.arange(start, start + size, dtype=np.int32) for start in starts]
+            return np.mean([system.generate(budget, conds[r], r, self.bench.settings.seed + 1).calls for r in rows])
+
         low, high = 1e-4, 1e2
         for _ in range(BISECTIONS):
             middle = math.sqrt(low * high)
-            asks = refresh.adaptive(middle, self.curve.longest, self.curve.num_steps, len(self.plan.masked_after))
-            made = self.system(params, "adaptive", lambda _, asks=asks: asks, Costs(1.0, 0.0)).generate(
-                budget, conds, np.arange(len(conds), dtype=np.int32), self.bench.settings.seed + 1
-            )
-            low, high = (middle, high) if made.calls.mean() > budget else (low, middle)
-        return refresh.adaptive(high, self.curve.longest, self.curve.num_steps, len(self.plan.masked_after))
+            asks = refresh.adaptive(middle, self.curve.longest, self.curve.num_steps, whole)
+            low, high = (middle, high) if full_steps(asks) > budget else (low, middle)
+        return refresh.adaptive(high, self.curve.longest, self.curve.num_steps, whole)
 
     def _calibration_prompts(self, count):
         data = self.bench.dataset
@@ -247,8 +254,9 @@ class ShortcutSystems:
     def costs(self, params: Any, kinds: Sequence[str]) -> tuple[float, dict[str, Costs]]:
         """Seconds of one step of the base on a batch, and what the steps of each kind cost in such steps.
 
-        specs/shortcut.md section 10: of loops of N steps, all of them full or the first alone, in a mode that takes
-        every step; kinds that share a program share its costs.
+        specs/shortcut.md section 10: of loops of N steps of a kind's program, all of them full or the first alone, and
+        of the plain base, in a mode that takes every step; kinds that share a program share its costs. Full steps
+        alone has `tuned`, where the network is not the base.
         """
         steps = self.curve.num_steps
         own, base = (dataclasses.replace(s, mode="confidence") for s in (self.wiring.sampler, self.sampler))
@@ -258,13 +266,20 @@ class ShortcutSystems:
         programs = {kind: kind if kind in OTHER_PROGRAMS else "shortcut" for kind in kinds}
         runs = {"base": self._plain_run(self.base_params, base, steps)}
         if self.tuned:
-            runs["full"] = self._plain_run(self.network, own, steps)
+            runs["tuned"] = self._plain_run(self.network, own, steps)
         for program in set(programs.values()):
-            runs[program] = self._light_run(params, program, whole, self._scheduled([0]))
+            runs[program, "all"] = self._light_run(params, program, whole, self._scheduled(range(steps)))
+            runs[program, "first"] = self._light_run(params, program, whole, self._scheduled([0]))
         seconds = {name: spread.median for name, spread in self._measured(runs).items()}
-        step, full = seconds["base"] / steps, seconds.get("full", seconds["base"]) / steps
-        light = {name: max(seconds[name] - full, 0.0) / max(steps - 1, 1) for name in set(programs.values())}
-        return step, {kind: Costs(full / step, light[name] / step) for kind, name in programs.items()}
+        step = seconds["base"] / steps
+
+        def cost(program):
+            full = seconds[program, "all"] / steps
+            light = max(seconds[program, "first"] - full, 0.0) / max(steps - 1, 1)
+            return Costs(full / step, light / step)
+
+        found = {kind: cost(name) for kind, name in programs.items()}
+        return step, found | ({"tuned": Costs(seconds["tuned"] / steps / step, 0.0)} if self.tuned else {})
 
     def flops(self, params: Any) -> tuple[float, float]:
         """FLOPs of a full and of a shortcut step, an image, as compiled: network and head, both branches, no draw."""
@@ -283,7 +298,9 @@ class ShortcutSystems:
             parts = self.wiring.parts(own["shortcut"], own["base"])
             return parts.head(parts.advance(features, controls, share))
 
+        # Not placed: of the whole program, however arrays are split.
         own = {"base": self.network, "shortcut": params}
+        own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own)
         compiled = (
             jax.jit(full).lower(own, ids, time, cond).compile(),
             jax.jit(light).lower(own, features, controls, jax.ShapeDtypeStruct((rows,), jnp.float32)).compile(),

@@ -33,7 +33,7 @@ def student(step=0.0):
 def every_pair():
     """All pairs of each sample: (branch, step) int32 [B, branches * (S - 1)]."""
     slots = jnp.tile(jnp.arange(BRANCHES * (S - 1))[None], (B, 1))
-    return feature_shortcut.branch_and_step(slots, BRANCHES, jnp.full(B, S))
+    return feature_shortcut.branch_and_step(slots, BRANCHES, jnp.full(B, S), S)
 
 
 def value(settings, params, buffer, who=None):
@@ -138,17 +138,25 @@ def test_a_sample_s_pairs_do_not_depend_on_the_others():
     np.testing.assert_array_equal(feature_shortcut.pair_slots(keys[1:], 2, 6, 1), whole[:, 1:])
 
 
-def test_branches_and_steps_of_a_shorter_rollout_exist():
-    slots = jnp.arange(BRANCHES * (S - 1))[None].repeat(2, 0)
-    branch, step = feature_shortcut.branch_and_step(slots, BRANCHES, jnp.asarray([3, 1]))
-    assert set(np.asarray(step[0])) == {0, 1} and set(np.asarray(branch[0])) == {0, 1}
-    assert set(np.asarray(step[1])) == {0}  # done in one step: there is no pair, and the loss is 0
+def test_pairs_of_a_shorter_rollout_exist_and_are_spread_evenly():
+    """23 steps of the buffer on 15, 11 and none: each comes once or twice, early ones no more often than late ones."""
+    slots = jnp.arange(BRANCHES * 23)[None].repeat(3, 0)
+    branch, step = feature_shortcut.branch_and_step(slots, BRANCHES, jnp.asarray([16, 12, 1]), 24)
+    for row, pairs in enumerate((15, 11)):
+        counts = np.bincount(np.asarray(step[row]), minlength=pairs) // BRANCHES
+        assert len(counts) == pairs and 23 // pairs <= counts.min() and counts.max() <= -(-23 // pairs)
+        early, late = counts[: pairs // 2].sum(), counts[-(pairs // 2) :].sum()
+        assert abs(int(early) - int(late)) <= 1
+        assert set(zip(*np.asarray((branch[row], step[row])), strict=True)) == {
+            (b, s) for b in range(BRANCHES) for s in range(pairs)
+        }
+    assert set(np.asarray(step[2])) == {0}  # done in one step: there is no pair, and the loss is 0
 
 
 def test_a_sample_that_was_done_at_once_teaches_nothing(buffer):
     done = dataclasses.replace(buffer, commit_step=jnp.zeros((B, N), jnp.uint8))
     slots = jnp.zeros((B, 1), jnp.int32)
-    branch, step = feature_shortcut.branch_and_step(slots, BRANCHES, done.lengths())
+    branch, step = feature_shortcut.branch_and_step(slots, BRANCHES, done.lengths(), S)
     for positions in ("masked", "all"):
         settings = ShortcutLoss(positions=positions)
         assert float(feature_shortcut.loss(settings, student(), jnp.float32(0.5), done, branch, step, KEYS)[0]) == 0

@@ -250,7 +250,17 @@ def test_other_budgets_and_steps_compile_nothing():
     for steps, budget in ((8, 3), (6, 2), (8, 8)):
         rollout, _ = run(make_plan(_config(num_steps=steps), N), _even(budget, steps))
         assert (rollout.calls == budget).all()
-    run(make_plan(_config(), N), refresh.adaptive(0.5, 3, 4, STEPS))
+
+
+def test_other_thresholds_compile_nothing():
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def run(asks):
+        plan = make_plan(_config(), N)
+        return shortcut.decode(_parts(), _keys(np.arange(6)), COND, NULL, plan, asks, EMPTY, MASK, most=N)[1].full.sum()
+
+    found = [int(run(refresh.adaptive(threshold, 4, 8, STEPS))) for threshold in (0.01, 0.3, 100.0)]
+    assert found == sorted(found, reverse=True) and found[0] > found[-1]
 
 
 def _published_plan(sampler, num_tokens):
