@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from maskrl_jax.sampling.draws import mixed
 from maskrl_jax.sampling.maskgit import Rollout
-from maskrl_jax.sampling.shortcut import Controls, step_pairs
+from maskrl_jax.sampling.shortcut import Controls
+from maskrl_jax.sampling.shortcut_teacher import step_pairs
 
 Array = jax.Array
 POSITIONS = ("masked", "all")

@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax.sampling import draws, maskgit
-from maskrl_jax.sampling.maskgit import GIVEN, Plan, Rollout
+from maskrl_jax.sampling.maskgit import Plan, Rollout
 from maskrl_jax.sampling.refresh import Refresh
 
 Array = jax.Array
 KEPT, FULL, SHORTCUT = 0, 1, 2  # where a step's feature comes from
-LATER = GIVEN - 1  # commit step of a token that is not drawn yet
 
 
 class Controls(flax.struct.PyTreeNode):
@@ -100,28 +99,28 @@ def decode(
       and which steps were full, a kept step 0 among them.
     """
     plan, refresh = jax.tree.map(jnp.asarray, (plan, refresh))
-    conds, rows = _branches(plan, cond, null_cond), len(given_BN) * branches(plan)
-    struct = jax.eval_shape(parts.features, *_inputs(plan, jnp.int32(0), given_BN, rows), conds)
+    conds, rows = conditions(plan, cond, null_cond), len(given_BN) * branches(plan)
+    struct = jax.eval_shape(parts.features, *inputs(plan, jnp.int32(0), given_BN, rows), conds)
 
     def moved(memory, step, ids_BN, commit_BN):
         if extrapolate:
             return memory.features + jnp.where(step > 1, memory.features - memory.previous, 0.0)
         controls = controls_of(ids_BN, commit_BN == (step - 1).astype(jnp.uint8), most)
         share_B = (ids_BN == mask_id).mean(-1, dtype=jnp.float32)
-        return parts.advance(memory.features, *jax.tree.map(lambda x: _tile(x, rows), (controls, share_B)))
+        return parts.advance(memory.features, *jax.tree.map(lambda x: tiled(x, rows), (controls, share_B)))
 
     def predict(memory, step, ids_BN, commit_BN):
         source = _source(refresh, memory, step, first is not None)
         ways = [
             lambda m, *_: m.features,
-            lambda m, step, ids, _: parts.features(*_inputs(plan, step, ids, rows), conds),
+            lambda m, step, ids, _: parts.features(*inputs(plan, step, ids, rows), conds),
             moved,
         ]
         features = jax.lax.switch(source, ways, memory, step, ids_BN, commit_BN)
         is_full = source != SHORTCUT
         drift = memory.drift
         if refresh.by_drift:
-            drift = drift + _drift(features, memory.features, _tile(ids_BN == mask_id, rows))
+            drift = drift + _drift(features, memory.features, tiled(ids_BN == mask_id, rows))
         memory = Memory(
             features=features,
             previous=memory.features if extrapolate else memory.previous,
@@ -129,7 +128,7 @@ def decode(
             since=jnp.where(is_full, 0, memory.since + 1),
             full=memory.full.at[step].set(is_full),
         )
-        return _guided(plan, step, parts.head(features)), memory, source == FULL
+        return guided(plan, step, parts.head(features)), memory, source == FULL
 
     memory = _before(struct, first, len(refresh.full), extrapolate)
     return maskgit.fill(predict, memory, keys_B, plan, given_BN, mask_id)
@@ -174,7 +173,7 @@ def decode_unrolled(
     batch = keys_B.shape[0]
     if plan.mode in maskgit.OPEN_ENDED:
         raise ValueError(f"sampler mode {plan.mode!r} does not know its counts; unrolled sampling needs them")
-    conds = _branches(plan, cond, null_cond)
+    conds = conditions(plan, cond, null_cond)
     rows = batch * branches(plan)
     if 0 not in full_steps:
         raise ValueError(f"full steps {tuple(full_steps)} must hold step 0: there is no feature before it")
@@ -187,12 +186,12 @@ def decode_unrolled(
         def predict(features, _, ids_BN, commit_BN, step=step):
             runs = step in full_steps and (step > 0 or first is None)
             if runs:
-                features = parts.features(*_inputs(plan, jnp.int32(step), ids_BN, rows), conds)
+                features = parts.features(*inputs(plan, jnp.int32(step), ids_BN, rows), conds)
             elif step:
                 exact = controls_of(ids_BN, commit_BN == step - 1, int(left[step - 1] - left[step]))
                 share_b = jnp.full((rows,), left[step] / num_tokens, jnp.float32)
-                features = parts.advance(features, jax.tree.map(lambda x: _tile(x, rows), exact), share_b)
-            return _guided(plan, jnp.int32(step), parts.head(features)), features, jnp.bool_(runs)
+                features = parts.advance(features, jax.tree.map(lambda x: tiled(x, rows), exact), share_b)
+            return guided(plan, jnp.int32(step), parts.head(features)), features, jnp.bool_(runs)
 
         carry = maskgit.call(predict, keys_B, plan, start_B, mask_id, carry)
     return maskgit.finish(carry)
@@ -200,79 +199,10 @@ def decode_unrolled(
 
 def empty_features(parts: Parts, cond: Any, null_cond: Any, plan: Plan, num_tokens: int, mask_id: int) -> Array:
     """Features [branches * B, T, D] of a grid of MASK only: they depend on the condition alone (cached step 0)."""
-    conds = _branches(plan, cond, null_cond)
+    conds = conditions(plan, cond, null_cond)
     rows = len(jax.tree.leaves(conds)[0])
     empty = jnp.full((rows, num_tokens), mask_id, jnp.int32)
     return parts.features(empty, jnp.full((rows,), plan.timestep[0]), conds)
-
-
-def step_pairs(rollout: Rollout, step_B: Array, most: int) -> tuple[Array, Controls, Array]:
-    """What the shortcut reads on its way from a step to the next, out of finished rollouts of empty grids.
-
-    Args:
-      rollout: B samples. A token never changes once revealed, so ids and commit steps tell every earlier state.
-      step_B: int32 [B], s: the feature of s is known, that of s + 1 is wanted.
-    Returns:
-      (positions still masked at s + 1, bool [B,N]; controls revealed at s; their share rho_{s+1}, float32 [B]).
-    """
-    commit_BN = jnp.where(rollout.commit_step == GIVEN, -1, rollout.commit_step.astype(jnp.int32))
-    masked_BN = commit_BN > step_B[:, None]
-    controls = controls_of(rollout.ids, commit_BN == step_B[:, None], most)
-    return masked_BN, controls, masked_BN.mean(-1, dtype=jnp.float32)
-
-
-def redraw(
-    parts: Parts,
-    keys_b: Array,
-    cond: Any,
-    null_cond: Any,
-    plan: Plan,
-    rollout: Rollout,
-    step_b: Array,
-    features: Array,
-    mask_id: int,
-) -> tuple[Rollout, Array]:
-    """Take one step of rollouts from empty grids anew, each its own, with other features.
-
-    Args:
-      step_b: int32 [b], the step that is taken; `features` [branches * b, T, D] stand for those of the model at it.
-    Returns:
-      (the rollouts, whose tokens from that step on are forgotten and those of the step drawn anew: commit step `LATER`
-      where nothing is drawn yet; the full model's features [branches * b, T, D] at the step that follows).
-    """
-    plan, num_tokens = jax.tree.map(jnp.asarray, plan), rollout.ids.shape[1]
-    known_bN = rollout.commit_step.astype(jnp.int32) < step_b[:, None]
-    ids_bN = jnp.where(known_bN, rollout.ids, mask_id)
-    commit_bN = jnp.where(known_bN, rollout.commit_step, jnp.uint8(GIVEN))
-
-    def one(key, step, ids, commit, logits):
-        carry = maskgit.begin(ids[None], ()).replace(step=step, commit_step=commit[None])
-        start = jnp.full((1,), num_tokens)
-        predict = lambda memory, *_: (logits[None], memory, jnp.bool_(True))  # noqa: E731
-        made = maskgit.call(predict, key[None], plan, start, mask_id, carry)
-        return made.ids[0], made.commit_step[0]
-
-    logits = _guided(plan, step_b, parts.head(features))
-    ids_bN, commit_bN = jax.vmap(one)(keys_b, step_b, ids_bN, commit_bN, logits)
-    commit_bN = jnp.where(ids_bN == mask_id, jnp.uint8(LATER), commit_bN)
-    rows, after_b = len(features), jnp.minimum(step_b + 1, len(plan.timestep) - 1)
-    wanted = parts.features(_tile(ids_bN, rows), _tile(plan.timestep[after_b], rows), _branches(plan, cond, null_cond))
-    return Rollout(ids_bN, commit_bN, rollout.calls), wanted
-
-
-def predict_fully(parts: Parts, cond: Any, null_cond: Any, plan: Plan, given_BN: Array) -> tuple[Callable, Array]:
-    """Prediction for `maskgit.fill` that runs the full model at every step and keeps its features.
-
-    Returns (predict, memory): a buffer float32 [S, branches * B, T, D] that it fills.
-    """
-    conds, rows = _branches(plan, cond, null_cond), len(given_BN) * branches(plan)
-    struct = jax.eval_shape(parts.features, *_inputs(plan, jnp.int32(0), given_BN, rows), conds)
-
-    def predict(kept, step, ids_BN, _):
-        features = parts.features(*_inputs(plan, step, ids_BN, rows), conds)
-        return _guided(plan, step, parts.head(features)), kept.at[step].set(features), jnp.bool_(True)
-
-    return predict, jnp.zeros((len(plan.masked_after), *struct.shape), struct.dtype)
 
 
 def branches(plan: Plan) -> int:
@@ -280,23 +210,24 @@ def branches(plan: Plan) -> int:
     return 2 if plan.guide else 1
 
 
-def _branches(plan: Plan, cond: Any, null_cond: Any) -> Any:
+def conditions(plan: Plan, cond: Any, null_cond: Any) -> Any:
     """Conditions of both branches, [branches * B, ...]."""
     if not plan.guide:
         return cond
     return draws.with_null(cond, null_cond)
 
 
-def _inputs(plan: Plan, step: Array, ids_BN: Array, rows: int) -> tuple[Array, Array]:
+def inputs(plan: Plan, step: Array, ids_BN: Array, rows: int) -> tuple[Array, Array]:
     """Tokens and timestep of both branches."""
-    return _tile(ids_BN, rows), jnp.full((rows,), jnp.asarray(plan.timestep)[step])
+    return tiled(ids_BN, rows), jnp.full((rows,), jnp.asarray(plan.timestep)[step])
 
 
-def _tile(x: Array, rows: int) -> Array:
+def tiled(x: Array, rows: int) -> Array:
+    """Rows repeated for every branch: conditional ones, then unconditional ones."""
     return jnp.tile(x, (rows // len(x), *[1] * (x.ndim - 1)))
 
 
-def _guided(plan: Plan, step: Array, logits: Array) -> Array:
+def guided(plan: Plan, step: Array, logits: Array) -> Array:
     """Guidance mixes logits, never features; `step` is [] or one for each row."""
     return draws.mixed(logits, jnp.asarray(plan.guidance)[step]) if plan.guide else logits
 

@@ -26,7 +26,8 @@ from maskrl_jax.parallel import Axis, mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling import maskgit, refresh
 from maskrl_jax.sampling.maskgit import Plan, SamplerConfig, make_plan
-from maskrl_jax.sampling.shortcut import Controls, Parts, branches, most_controls, predict_fully, redraw
+from maskrl_jax.sampling.shortcut import Controls, Parts, branches, most_controls
+from maskrl_jax.sampling.shortcut_teacher import predict_fully, redraw
 from maskrl_jax.tasks import checks, generators, speed_rl
 from maskrl_jax.tasks import maskgit as maskgit_task
 from maskrl_jax.tasks.shortcut_gallery import ShortcutGallery

@@ -14,6 +14,7 @@ from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Costs, priced
 from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks.shortcut_systems import LABELS, ShortcutSystems
+from maskrl_jax.tasks.shortcut_times import ShortcutTimes
 
 CAPTIONS = {
     "quality_vs_time": "Quality against the measured time of the sampling loop (no decoding), one image of a batch.",
@@ -46,11 +47,11 @@ class ShortcutGallery:
     def report(self, params: Any) -> None:
         """Times, curves of base and shortcut, drift, report.md."""
         systems, bench, config = self.systems, self.systems.bench, self.config
-        params = systems.engine.parallel.replicate(params)
+        times, params = ShortcutTimes(systems), systems.engine.parallel.replicate(params)
         errors = {"shortcut": systems.drift(params), "frozen feature": systems.drift(params, frozen=True)}
         names = ("shortcut", *systems.curve.beside)
         kinds = {kind: systems.refreshes(kind, params, errors["shortcut"]["kl"]) for kind in names}
-        step_seconds, costs = systems.costs(params, names)
+        step_seconds, costs = times.costs(params, names)
         light = []
         for kind, asks in kinds.items():
             light += bench.measure(systems.system(params, kind, asks, costs[kind]), systems.curve.budgets)
@@ -64,7 +65,7 @@ class ShortcutGallery:
         if systems.tuned:
             points += bench.measure(priced(systems.plain, costs["tuned"].full), bench.settings.steps)
         points += light
-        latencies = systems.times(params, kinds, steps)
+        latencies = times.loops(params, kinds, steps)
         found = curve.first_equal(own, reference, bench.criteria())
         timings = []
         if bench.settings.timing_repeats:
@@ -94,7 +95,7 @@ class ShortcutGallery:
         bench.write(
             findings,
             config.num_steps,
-            self._facts(costs, step_ms, systems.flops(params)),
+            self._facts(costs, step_ms, times.flops(params)),
             lambda out: self._draw(out, points, latencies, kinds, errors, prices),
         )
 

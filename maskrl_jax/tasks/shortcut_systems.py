@@ -1,9 +1,9 @@
-"""What stage `shortcut` samples with: the base, its shortcut and what is compared with it, and their measured times."""
+"""What stage `shortcut` samples with: the base, its shortcut and what is compared with it."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ from maskrl_jax.distill.feature_shortcut import Buffer, open_loop
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import latency
 from maskrl_jax.evaluate.bench import Bench, read_sampler
-from maskrl_jax.evaluate.latency import Latency
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.systems import (
     Costs,
@@ -24,12 +23,11 @@ from maskrl_jax.evaluate.systems import (
     shortcut_program,
     shortcut_system,
 )
-from maskrl_jax.evaluate.timing import Spread
 from maskrl_jax.keys import EVALUATE, sample_keys
 from maskrl_jax.sampling import refresh
-from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
+from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.sampling.refresh import Refresh
-from maskrl_jax.sampling.shortcut import Controls, Parts, branches, most_controls
+from maskrl_jax.sampling.shortcut import Parts, most_controls
 from maskrl_jax.tasks import generators
 from maskrl_jax.tasks.task import Context
 
@@ -92,7 +90,7 @@ class Curve:
 
 
 class ShortcutSystems:
-    """Systems of a base and its shortcut, how a feature drifts in them, and what they cost."""
+    """Systems of a base and its shortcut, and how a feature drifts in them."""
 
     def __init__(self, context: Context, wiring: Any, engine: Engine, network: Any):
         """`network` are the parameters that the shortcut runs on: the base's own, or those of a policy tuned on it."""
@@ -141,9 +139,10 @@ class ShortcutSystems:
 
     def evenly(self, budget: float) -> Refresh:
         """The official set of full steps."""
-        return self._scheduled(refresh.even_steps(self.curve.num_steps, int(budget)))
+        return self.scheduled(refresh.even_steps(self.curve.num_steps, int(budget)))
 
-    def _scheduled(self, steps):
+    def scheduled(self, steps: Sequence[int]) -> Refresh:
+        """Full at these steps alone."""
         return refresh.scheduled(steps, len(self.plan.masked_after))
 
     def refreshes(self, kind: str, params: Any, error_AK: np.ndarray) -> Callable[[float], Refresh]:
@@ -152,7 +151,7 @@ class ShortcutSystems:
             # As revealed: modes with a threshold reveal more than the plan's counts.
             steps = np.arange(self.curve.num_steps)[:, None, None]
             counts = (self.calibration.commit_step == steps).sum(-1).mean(-1)
-            return lambda budget: self._scheduled(refresh.calibrated_steps(error_AK, counts, int(budget)))
+            return lambda budget: self.scheduled(refresh.calibrated_steps(error_AK, counts, int(budget)))
         if kind == "adaptive":
             return functools.cache(lambda budget: self._adaptive(params, budget))
         return self.evenly
@@ -164,7 +163,7 @@ class ShortcutSystems:
         """
         size, whole = self.bench.settings.batch_size, len(self.plan.masked_after)
         starts = range(0, max(self.curve.calibration, size), size)
-        conds = self._calibration_prompts(len(starts) * size)
+        conds = self.calibration_prompts(len(starts) * size)
 
         def full_steps(asks):
             system = self.system(params, "adaptive", lambda _: asks, Costs(1.0, 0.0))
@@ -178,7 +177,8 @@ class ShortcutSystems:
             low, high = (middle, high) if full_steps(asks) > budget else (low, middle)
         return refresh.adaptive(high, self.curve.longest, self.curve.num_steps, whole)
 
-    def _calibration_prompts(self, count):
+    def calibration_prompts(self, count: int) -> np.ndarray:
+        """Encoded training prompts, so many."""
         data = self.bench.dataset
         return data.encode(list(data.prompts(count, self.bench.settings.seed + 1, held_out=False)))
 
@@ -190,7 +190,7 @@ class ShortcutSystems:
         devices = self.engine.parallel.num_devices
         count = -(-self.curve.calibration // devices) * devices
         rows = self.engine.parallel.rows(count)
-        cond = self._calibration_prompts(count)
+        cond = self.calibration_prompts(count)
 
         def program(base, frozen, batch, axis):
             keys_B = sample_keys(0, EVALUATE, 0, batch["index"])
@@ -216,110 +216,3 @@ class ShortcutSystems:
             return open_loop(student, params, buffer, jnp.asarray(self.plan.guidance), frozen, longest)
 
         return jax.jit(errors)
-
-    # Time
-
-    @functools.cached_property
-    def _plain_program(self):
-        return fixed_program(self.engine, pictures=False)
-
-    def _run(self, program, own, frozen):
-        """A closure that makes one batch of tokens, with other keys every time."""
-        size, rows = self.bench.settings.batch_size, self.engine.parallel.rows(self.bench.settings.batch_size)
-        cond = self._calibration_prompts(size)
-        given = np.full((size, self.engine.num_tokens), self.engine.mask_id, np.int32)
-
-        def once(repeat):
-            index = np.arange(size, dtype=np.int32) + 10_000 * (repeat + 1)
-            batch = {"cond": cond, "index": index, "seed": np.zeros(size, np.int32), "given": given}
-            return program(own, frozen, {name: x[rows] for name, x in batch.items()})
-
-        return once
-
-    def _plain_run(self, own, sampler, steps):
-        longest = max(steps, len(self.plan.masked_after))
-        chosen = dataclasses.replace(sampler, num_steps=steps, max_steps=longest)
-        return self._run(self._plain_program, own, {"plan": make_plan(chosen, self.engine.num_tokens)})
-
-    def _light_run(self, params, kind, plan, asks):
-        both = {"base": self.network, "shortcut": params}
-        return self._run(self.program(kind, pictures=False), both, {"plan": plan, "refresh": asks})
-
-    def _measured(self, runs):
-        """Times of runs, those of process 0 on all of them: what follows from them must not differ."""
-        found = latency.measure(runs, repeats=self.curve.timing_runs)
-        seconds = self.engine.parallel.of_first(np.array([dataclasses.astuple(spread) for spread in found.values()]))
-        return {name: Spread(*map(float, row)) for name, row in zip(found, seconds, strict=True)}
-
-    def costs(self, params: Any, kinds: Sequence[str]) -> tuple[float, dict[str, Costs]]:
-        """Seconds of one step of the base on a batch, and what the steps of each kind cost in such steps.
-
-        specs/shortcut.md section 10: of loops of N steps of a kind's program, all of them full or the first alone, and
-        of the plain base, in a mode that takes every step; kinds that share a program share its costs. Full steps
-        alone has `tuned`, where the network is not the base.
-        """
-        steps = self.curve.num_steps
-        own, base = (dataclasses.replace(s, mode="confidence") for s in (self.wiring.sampler, self.sampler))
-        whole = make_plan(
-            dataclasses.replace(own, num_steps=steps, max_steps=len(self.plan.masked_after)), self.engine.num_tokens
-        )
-        programs = {kind: kind if kind in OTHER_PROGRAMS else "shortcut" for kind in kinds}
-        runs = {"base": self._plain_run(self.base_params, base, steps)}
-        if self.tuned:
-            runs["tuned"] = self._plain_run(self.network, own, steps)
-        for program in set(programs.values()):
-            runs[program, "all"] = self._light_run(params, program, whole, self._scheduled(range(steps)))
-            runs[program, "first"] = self._light_run(params, program, whole, self._scheduled([0]))
-        seconds = {name: spread.median for name, spread in self._measured(runs).items()}
-        step = seconds["base"] / steps
-
-        def cost(program):
-            full = seconds[program, "all"] / steps
-            light = max(seconds[program, "first"] - full, 0.0) / max(steps - 1, 1)
-            return Costs(full / step, light / step)
-
-        found = {kind: cost(name) for kind, name in programs.items()}
-        return step, found | ({"tuned": Costs(seconds["tuned"] / steps / step, 0.0)} if self.tuned else {})
-
-    def flops(self, params: Any) -> tuple[float, float]:
-        """FLOPs of a full and of a shortcut step, an image, as compiled: network and head, both branches, no draw."""
-        rows = branches(self.plan)
-        features = jax.ShapeDtypeStruct((rows, *self.calibration.features.shape[3:]), jnp.float32)
-        cond = jax.ShapeDtypeStruct((rows, *self.calibration.cond.shape[1:]), jnp.int32)
-        ids, time = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, self.engine.num_tokens), (rows,)))
-        told = jax.ShapeDtypeStruct((rows, self.most), jnp.int32)
-        controls = Controls(told, told, jax.ShapeDtypeStruct(told.shape, bool))
-
-        def full(own, ids, time, cond):
-            parts = self.wiring.parts(None, own["base"])
-            return parts.head(parts.features(ids, time, cond))
-
-        def light(own, features, controls, share):
-            parts = self.wiring.parts(own["shortcut"], own["base"])
-            return parts.head(parts.advance(features, controls, share))
-
-        # Not placed: of the whole program, however arrays are split.
-        own = {"base": self.network, "shortcut": params}
-        own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own)
-        compiled = (
-            jax.jit(full).lower(own, ids, time, cond).compile(),
-            jax.jit(light).lower(own, features, controls, jax.ShapeDtypeStruct((rows,), jnp.float32)).compile(),
-        )
-        return tuple((one.cost_analysis() or {}).get("flops", math.nan) for one in compiled)
-
-    def times(
-        self, params: Any, kinds: Mapping[str, Callable[[float], Refresh]], steps: Sequence[int]
-    ) -> list[Latency]:
-        """Times of one batch's sampling loop, without decoding: the base by steps, every kind by budget."""
-        runs = {("base", n): self._plain_run(self.base_params, self.sampler, n) for n in steps}
-        if self.tuned:
-            for n in self.bench.settings.steps:
-                runs["tuned", n] = self._plain_run(self.network, self.wiring.sampler, n)
-        for kind, asks in kinds.items():
-            for budget in self.curve.budgets:
-                runs[kind, budget] = self._light_run(params, kind, self.plan, asks(budget))
-        size, labels = self.bench.settings.batch_size, {"base": "base", **LABELS}
-        return [
-            Latency(system, labels[system], setting, size, spread)
-            for (system, setting), spread in self._measured(runs).items()
-        ]

@@ -13,7 +13,7 @@ from maskrl_jax.convert import maskgit_port as convert_port
 from maskrl_jax.convert import shortcut as convert_shortcut
 from maskrl_jax.models.maskgit_port import MaskGITPort
 from maskrl_jax.models.shortcut import Shortcut, ShortcutConfig
-from maskrl_jax.sampling import draws, maskgit, refresh, schedules, shortcut
+from maskrl_jax.sampling import draws, maskgit, refresh, schedules, shortcut, shortcut_teacher
 from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
 
 N, K, D, STEPS = 16, 6, 5, 8
@@ -165,7 +165,7 @@ def test_training_reads_what_sampling_read(mode):
     features = shortcut.empty_features(parts, COND, NULL, plan, N, MASK)
     twice = jax.tree.map(lambda x: jnp.tile(x, (2, *[1] * (x.ndim - 1))), rollout)
     for step in range(steps - 1):
-        masked, controls, share = shortcut.step_pairs(twice, jnp.full(12, step), most)
+        masked, controls, share = shortcut_teacher.step_pairs(twice, jnp.full(12, step), most)
         np.testing.assert_allclose(share, masked.mean(-1))
         features = parts.advance(features, controls, share)
     np.testing.assert_allclose(features, memory.features, atol=2e-5)
@@ -175,21 +175,21 @@ def test_training_reads_what_sampling_read(mode):
 def test_a_step_redrawn_from_the_teachers_features_is_the_teachers_step(guidance):
     """Rows at steps of their own, with their rollouts' keys; what comes out is what the teacher saw next."""
     plan, parts, steps = make_plan(_config(guidance=guidance), N), _parts(), np.array([0, 3, 6, 1, 5, 2])
-    predict, kept = shortcut.predict_fully(parts, COND, NULL, plan, EMPTY)
+    predict, kept = shortcut_teacher.predict_fully(parts, COND, NULL, plan, EMPTY)
     rollout, features_SbTD = maskgit.fill(predict, kept, _keys(np.arange(6)), plan, EMPTY, MASK)
     rows = np.arange(features_SbTD.shape[1])
     at = jnp.asarray(np.tile(steps, len(rows) // 6))
 
     @jax.jit
     def redrawn(features):
-        return shortcut.redraw(
+        return shortcut_teacher.redraw(
             parts, _keys(np.arange(6)), COND, NULL, plan, rollout, jnp.asarray(steps), features, MASK
         )
 
     found, wanted = redrawn(features_SbTD[at, rows])
     commit = np.asarray(rollout.commit_step)
     drawn = commit <= steps[:, None]
-    np.testing.assert_array_equal(found.commit_step, np.where(drawn, commit, shortcut.LATER))
+    np.testing.assert_array_equal(found.commit_step, np.where(drawn, commit, shortcut_teacher.LATER))
     np.testing.assert_array_equal(found.ids, np.where(drawn, rollout.ids, MASK))
     np.testing.assert_allclose(wanted, features_SbTD[at + 1, rows], atol=1e-6)
     other, _ = redrawn(features_SbTD[at, rows][::-1])

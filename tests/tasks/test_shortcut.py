@@ -31,6 +31,7 @@ from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import shortcut
 from maskrl_jax.tasks.shortcut import Teacher
 from maskrl_jax.tasks.shortcut_systems import Curve
+from maskrl_jax.tasks.shortcut_times import ShortcutTimes
 from maskrl_jax.tasks.task import Context, Parent
 from maskrl_jax.writers import read_metrics
 
@@ -144,7 +145,7 @@ def test_a_step_costs_its_share_of_one_of_the_base(build, monkeypatch):
     seconds = {"base": 4.0, ("shortcut", "all"): 4.4, ("shortcut", "first"): 2.0}
     seconds |= {("frozen", "all"): 4.0, ("frozen", "first"): 1.3}
     monkeypatch.setattr(latency, "measure", lambda runs, repeats: {name: Spread(*3 * [seconds[name]]) for name in runs})
-    step, costs = systems.costs(state.ema, ("shortcut", "calibrated", "frozen"))
+    step, costs = ShortcutTimes(systems).costs(state.ema, ("shortcut", "calibrated", "frozen"))
     assert step == 1.0 and costs["shortcut"] == costs["calibrated"]
     assert (costs["shortcut"].full, costs["shortcut"].light) == (pytest.approx(1.1), pytest.approx(0.3))
     assert costs["frozen"] == Costs(1.0, pytest.approx(0.1))
