@@ -33,6 +33,8 @@ def updated(build, stage, strategy, devices, steps=3):
     config.optimizer = OPTIMIZER
     if stage == "speed_rl":  # the shipped action; the tiny base is never surer than this
         config.policy.update({"action": "threshold", "order": "uncertain", "kappa": 0.2})
+    if stage == "shortcut":  # the loss that draws tokens of its own
+        config.loss.update({"chain": 2, "student_tokens": True})
     task = build(config, strategy, devices)
     state = task.init(jax.random.key(0))
     for step in range(steps):
