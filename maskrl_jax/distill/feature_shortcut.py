@@ -198,9 +198,9 @@ def open_loop(
       frozen: leave the feature as it was instead of moving it.
       longest: most steps since a full one, static; 0 for all.
     Returns:
-      name -> [S, longest + 1] or [S, S] at (a, k), from a full step at a and after k steps, at the positions masked at step a + k, mean
-      over the samples that come so far (0 where none does): `mse` and `cosine`, mean over branches, and `kl` of the
-      guided logits (nats, teacher || student).
+      name -> [S, longest + 1] or [S, S] at (a, k), from a full step at a and after k steps, at the positions masked at
+      step a + k, mean over the samples that come so far (NaN where none does): `mse` and `cosine`, mean over branches,
+      and `kl` of the guided logits (nats, teacher || student).
     """
     batch, branches, steps = buffer.features.shape[:3]
     longest = longest or steps - 1
@@ -229,10 +229,11 @@ def open_loop(
                 "cosine": _mean((own * true).sum(-1) / jnp.maximum(length, 1e-9), masked_bN),
                 "kl": jnp.tile(_mean(_kl(logp(wanted, step), logp(features, step)), masked_bN[:batch]), branches),
             }
-            count = jnp.maximum(exists_b.sum(), 1)
+            count = exists_b.sum()
             return features, {name: (value_b * exists_b).sum() / count for name, value_b in found.items()}
 
         _, errors = jax.lax.scan(move, teacher_SbTD[start], jnp.arange(1, longest + 1))
-        return {name: jnp.concatenate([jnp.zeros(1), value]) for name, value in errors.items()}
+        none = {"mse": 0.0, "cosine": 1.0, "kl": 0.0}
+        return {name: jnp.concatenate([jnp.full(1, none[name]), value]) for name, value in errors.items()}
 
     return jax.lax.map(after, jnp.arange(steps))

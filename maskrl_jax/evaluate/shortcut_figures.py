@@ -66,7 +66,7 @@ def drift(path: str | pathlib.Path, errors: Mapping[str, Mapping[str, np.ndarray
     for column, (name, title) in enumerate(DRIFT.items()):
         by_step, by_age = panels[0][column], panels[1][column]
         for place, (label, measures) in enumerate(errors.items()):
-            error_AK = np.asarray(measures[name])
+            error_AK = np.ma.masked_invalid(measures[name])  # what no sample reached
             steps = len(error_AK)
             look = {"color": canvas.COLOURS[1 + place], "marker": canvas.MARKERS[1 + place], "markersize": 3}
             by_step.plot(np.arange(1, steps), error_AK[:-1, 1], label=label, **look)

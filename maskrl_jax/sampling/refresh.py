@@ -64,7 +64,7 @@ def calibrated_steps(error_AK: np.ndarray, counts_S: np.ndarray, budget: int) ->
 
     Args:
       error_AK: float [S, S]; entry (a, k): error after k open-loop steps from a full step at a, k >= 1, as the mean
-        guided-logit KL on masked positions; entries that no step reaches are not read.
+        guided-logit KL on masked positions; what no step or no sample reaches is not read or counts as 0.
       counts_S: int [S], tokens committed at each step, which weigh its error.
       budget: |F|.
     A segment from a to the next full step b costs sum_k counts[a + k] * error[a, k] for k < b - a; the least total
@@ -72,7 +72,7 @@ def calibrated_steps(error_AK: np.ndarray, counts_S: np.ndarray, budget: int) ->
     """
     num_steps = len(counts_S)
     _check(num_steps, budget)
-    cost = np.zeros((num_steps, num_steps + 1))
+    error_AK, cost = np.nan_to_num(error_AK), np.zeros((num_steps, num_steps + 1))
     for start in range(num_steps):
         open_loop = [counts_S[start + k] * error_AK[start, k] for k in range(1, num_steps - start)]
         cost[start, start + 1 :] = np.concatenate([[0.0], np.cumsum(open_loop)])

@@ -41,7 +41,8 @@ class ShortcutGallery:
         for name, frozen in {"drift": False, "drift_frozen": True}.items():
             for measure, error_AK in self.systems.drift(state.ema, frozen, longest=1).items():
                 after = range(1, self.systems.curve.num_steps)
-                values |= {f"{name}/{measure}@{step:02d}": float(error_AK[step - 1, 1]) for step in after}
+                found = {f"{name}/{measure}@{step:02d}": float(error_AK[step - 1, 1]) for step in after}
+                values |= {tag: value for tag, value in found.items() if np.isfinite(value)}  # what a sample reached
         return values, {"samples/grid": picture}
 
     def report(self, params: Any) -> None:

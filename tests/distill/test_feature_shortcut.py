@@ -168,11 +168,16 @@ def test_open_loop_errors_grow_as_the_steps_do(buffer):
     frozen = feature_shortcut.open_loop(student(), jnp.float32(0.75), buffer, guidance, frozen=True)
     for start in range(S):
         for k in range(1, S):
-            inside = start + k < S
-            assert float(found["mse"][start, k]) == pytest.approx((k * 0.25) ** 2 * inside, abs=1e-5)
-            assert float(frozen["mse"][start, k]) == pytest.approx(k**2 * inside, abs=1e-4)
+            if start + k < S:
+                assert float(found["mse"][start, k]) == pytest.approx((k * 0.25) ** 2, abs=1e-5)
+                assert float(frozen["mse"][start, k]) == pytest.approx(k**2, abs=1e-4)
+            else:
+                assert all(np.isnan(value[start, k]) for value in (found["mse"], found["cosine"], frozen["kl"]))
+    np.testing.assert_array_equal(found["cosine"][:, 0], 1.0)
+    one = feature_shortcut.open_loop(student(), jnp.float32(0.75), buffer, guidance, longest=1)
+    np.testing.assert_array_equal(one["mse"], found["mse"][:, :2])
     perfect = feature_shortcut.open_loop(student(), jnp.float32(1.0), buffer, guidance)
-    np.testing.assert_allclose(perfect["kl"], 0, atol=1e-5)
+    np.testing.assert_allclose(np.nan_to_num(perfect["kl"]), 0, atol=1e-5)
     assert (np.asarray(frozen["kl"])[0, 1:] > 0).all()
 
 
