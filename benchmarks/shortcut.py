@@ -5,8 +5,8 @@ python benchmarks/shortcut.py --seeds=0 --seeds=1 --seeds=2  # every arm, three 
 
 A run trains a shortcut on the one base of the store and measures it with a seed of sampling of its own, beside the base
 with the same prompts and keys. What is finished is in <out>.json with a number a prompt, and is not done again.
-A shortcut step counts as the share c of a full one that it takes on the clock; the base that a budget is compared with
-has the next larger whole number of steps. Standard errors are over seeds.
+A shortcut step counts as the share c of a full one that it takes on the clock; a budget is compared with the base at
+the fewest measured steps that take no less, by count and by clock. Standard errors are over seeds.
 """
 
 import json

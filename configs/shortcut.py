@@ -6,8 +6,8 @@ python -m maskrl_jax.main --config=configs/shortcut.py:smoke     # a few updates
 python -m maskrl_jax.main --config=configs/shortcut.py:maskgit512 --dry_run=v5e:4x4   # published scale, compile only
 python -m maskrl_jax.main --config=configs/shortcut.py:maskgit512-official --dry_run=v5e:2x2   # with its optimiser
 
-The default trains for three to four minutes on two cores (its parents ten more, its report six) and should come to a
-quarter of the frozen feature's error. specs/shortcut.md says which numbers are published; those of the embedded task are our choice.
+The default trains for three to four minutes on two cores and should come to a quarter of the frozen feature's error
+(benchmarks/shortcut.md). specs/shortcut.md says which numbers are published; those of the embedded task are our choice.
 """
 
 from configs import maskgit, sizes, speed_rl
@@ -134,10 +134,11 @@ def published_scale():
 
 
 def official(config):
-    """The published optimiser on minibatches of four pairs, for one to four devices; its length is not published, 50,000 images are.
+    """The published optimiser on minibatches of four pairs, for one to four devices.
 
-    AdamW at 1e-4, a tenth of that after 1,000 updates (36 buffers of 28), average 0.9999. Not as published: the average
-    warms up, biases and norms do not decay, bfloat16 in place of float16, and Flax's initialisation.
+    Its length is not published, 50,000 images are. AdamW at 1e-4, a tenth of that after 1,000 updates (36 buffers of
+    28), average 0.9999. Not as published: the average warms up, biases and norms do not decay, bfloat16 in place of
+    float16, and Flax's initialisation.
     """
     config.name, config.batch_size = "configs/shortcut.py:maskgit512-official", 4
     config.num_steps, config.log_every, config.save_every = STEPS["maskgit512-official"], 10, 500

@@ -146,10 +146,11 @@ def loss(
     features = start = known(0)
     errors, divergences, frozen = [], [], None
     for k in range(settings.chain):
-        wanted = known(k + 1)
         if settings.student_tokens and k:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys_b, k)
             rollout, wanted = student.redraw(keys, cond_b, rollout, step_b + k, jax.lax.stop_gradient(features))
+        else:
+            wanted = known(k + 1)
         masked_bN, controls, share_b = jax.tree.map(spread, step_pairs(rollout, step_b + k, student.most))
         features = features if settings.through or k == 0 else jax.lax.stop_gradient(features)
         features = student.advance(params, features, controls, share_b)

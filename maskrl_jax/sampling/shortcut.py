@@ -212,9 +212,7 @@ def branches(plan: Plan) -> int:
 
 def conditions(plan: Plan, cond: Any, null_cond: Any) -> Any:
     """Conditions of both branches, [branches * B, ...]."""
-    if not plan.guide:
-        return cond
-    return draws.with_null(cond, null_cond)
+    return draws.with_null(cond, null_cond) if plan.guide else cond
 
 
 def inputs(plan: Plan, step: Array, ids_BN: Array, rows: int) -> tuple[Array, Array]:

@@ -94,7 +94,7 @@ class ShortcutSystems:
 
     def __init__(self, context: Context, wiring: Any, engine: Engine, network: Any):
         """`network` are the parameters that the shortcut runs on: the base's own, or those of a policy tuned on it."""
-        self.context, self.config, self.wiring, self.engine = context, context.config, wiring, engine
+        self.context, self.wiring, self.engine = context, wiring, engine
         self.curve, self.network = Curve(**context.config.curve), network
         self.plan = wiring.plan(self.curve.num_steps)
         self.most = most_controls(self.plan, engine.num_tokens)

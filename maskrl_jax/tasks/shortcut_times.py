@@ -32,12 +32,9 @@ class ShortcutTimes:
 
     def _run(self, program, own, frozen):
         """A closure that makes one batch of tokens, with other keys every time."""
-        size, rows = (
-            self.systems.bench.settings.batch_size,
-            self.systems.engine.parallel.rows(self.systems.bench.settings.batch_size),
-        )
-        cond = self.systems.calibration_prompts(size)
-        given = np.full((size, self.systems.engine.num_tokens), self.systems.engine.mask_id, np.int32)
+        engine, size = self.systems.engine, self.systems.bench.settings.batch_size
+        rows, cond = engine.parallel.rows(size), self.systems.calibration_prompts(size)
+        given = np.full((size, engine.num_tokens), engine.mask_id, np.int32)
 
         def once(repeat):
             index = np.arange(size, dtype=np.int32) + 10_000 * (repeat + 1)
@@ -67,8 +64,8 @@ class ShortcutTimes:
         """Seconds of one step of the base on a batch, and what the steps of each kind cost in such steps.
 
         specs/shortcut.md section 10: of loops of N steps of a kind's program, all of them full or the first alone, and
-        of the plain base, in a mode that takes every step; kinds that share a program share its costs. Full steps
-        alone has `tuned`, where the network is not the base.
+        of the plain base, in a mode that takes every step; kinds that share a program share its costs. `tuned`, the
+        network alone where it is not the base, has full steps only.
         """
         steps = self.systems.curve.num_steps
         own, base = (
