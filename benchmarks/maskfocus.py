@@ -14,13 +14,10 @@ on; every run is compared with its own base, for the same training ends elsewher
 paired bootstrap over prompts and seeds.
 """
 
-import contextlib
+import functools
 import json
 import pathlib
-import signal
-import subprocess
 import sys
-from concurrent import futures
 
 import numpy as np
 from absl import app, flags
@@ -28,6 +25,7 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import side_by_side  # noqa: E402
 from configs import maskfocus as maskfocus_config  # noqa: E402
 from maskrl_jax import stored  # noqa: E402
 from maskrl_jax.evaluate import bootstrap, canvas, measure  # noqa: E402
@@ -65,7 +63,6 @@ MORE = {  # trained only when named with --only
     "guidance 5": {"rollout.guidance": 5.0},
 }
 ONLY = flags.DEFINE_multi_enum("only", None, [*ARMS, *MORE], "train this arm; the table holds what is finished")
-RUNNING = []  # runs of this command
 METRICS = ("graded", "strict", "judge", "diversity")
 
 
@@ -94,7 +91,6 @@ def main(_: list[str]) -> None:
     """Train what is missing, write after every run."""
     if CLAIM.value and ONLY.value:
         sys.exit("error: --only names arms of the ablation, and --claim trains the default config; leave one out")
-    signal.signal(signal.SIGTERM, _stop)
     out = (ROOT / OUT.value).with_suffix(".json")
     done = json.loads(out.read_text()) if out.exists() else {"runs": {}}
     arms = ["claim"] if CLAIM.value else list(ONLY.value or ARMS)
@@ -109,26 +105,21 @@ def main(_: list[str]) -> None:
                 )
             if not known:
                 missing.append((name, arm, seed))
-    failed = []
-    with futures.ThreadPoolExecutor(JOBS.value) as pool:
-        runs = {pool.submit(_train, arm, seed): name for name, arm, seed in missing}
-        try:
-            for run in futures.as_completed(runs):
-                if isinstance(run.exception(), subprocess.CalledProcessError):
-                    failed.append(runs[run])
-                    continue
-                done["runs"][runs[run]] = _numbers(run.result())
-                stored.write(str(out), json.dumps(done) + "\n")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    runs = side_by_side.Runs(JOBS.value)
+
+    def keep(name: str, workdir: pathlib.Path) -> None:
+        done["runs"][name] = _numbers(workdir)
+        stored.write(str(out), json.dumps(done) + "\n")
+
+    trainings = {name: functools.partial(_train, runs, arm, seed) for name, arm, seed in missing}
+    failed = runs.all(trainings, keep)
     if done["runs"]:
         _write(done, out.with_suffix(".md"))
     if failed:
-        sys.exit(f"error: failed: {'; '.join(failed)}; the same command tries them again")
+        sys.exit(failed)
 
 
-def _train(arm: str, seed: int) -> pathlib.Path:
+def _train(runs: side_by_side.Runs, arm: str, seed: int) -> pathlib.Path:
     workdir = ROOT / RUNS.value / f"{arm.replace(' ', '_').replace(',', '')}-{iterations(arm)}-seed{seed}"
     stage = "mask_grpo" if arm.startswith("mask-grpo") else "maskfocus"
     changes = {"seed": seed}
@@ -137,24 +128,7 @@ def _train(arm: str, seed: int) -> pathlib.Path:
         changes |= {"num_steps": iterations(arm), "optimizer.ema_decay": averaged, "optimizer.warmup_steps": warmup}
     if arm in ARMS | MORE and stage == "maskfocus":
         changes |= ABLATION | (ARMS | MORE)[arm]
-    command = [sys.executable, "-m", "maskrl_jax.main", f"--config=configs/{stage}.py", f"--workdir={workdir}"]
-    command += [f"--store={STORE.value}", *(f"--config.{key}={value}" for key, value in changes.items())]
-    print(" ".join(command), flush=True)
-    workdir.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as files:
-        log = files.enter_context(open(f"{workdir}.log", "w")) if JOBS.value > 1 else None
-        run = files.enter_context(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log and subprocess.STDOUT))
-        RUNNING.append(run)
-        if run.wait():
-            raise subprocess.CalledProcessError(run.returncode, command)
-    return workdir
-
-
-def _stop(number: int, _) -> None:
-    """Stop the runs with this command: they save, and the same command goes on."""
-    for run in RUNNING:
-        run.terminate()
-    sys.exit(128 + number)
+    return runs.train(f"configs/{stage}.py", workdir, STORE.value, changes)
 
 
 def _points(workdir: pathlib.Path, system: str) -> dict[str, list[float]]:

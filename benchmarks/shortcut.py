@@ -1,18 +1,20 @@
 """The feature shortcut against fewer steps of its base at equal measured time (specs/shortcut.md section 10).
 
 python benchmarks/shortcut.py --only=default --only=no_ca    # the claim, five seeds
-python benchmarks/shortcut.py --seeds=0 --seeds=1 --seeds=2  # every arm, three seeds
+python benchmarks/shortcut.py --only=policy --seeds=0 --seeds=1 --seeds=2   # on policies of Speed-RL
+XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/shortcut.py --jobs=16 --out=benchmarks/shortcut_arms  # every arm
 
 A run trains a shortcut on the one base of the store and measures it with a seed of sampling of its own, beside the base
 with the same prompts and keys. What is finished is in <out>.json with a number a prompt, and is not done again.
 A shortcut step counts as the share c of a full one that it takes on the clock; a budget is compared with the base at
-the fewest measured steps that take no less, by count and by clock. Standard errors are over seeds.
+the fewest measured steps that take no less, by count and by clock. Runs beside each other (--jobs) are not timed: their
+table compares equal numbers of full steps alone. Standard errors are over seeds.
 """
 
+import functools
 import json
 import math
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
@@ -21,26 +23,36 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import side_by_side  # noqa: E402
 from maskrl_jax import stored  # noqa: E402
 from maskrl_jax.evaluate import canvas, measure  # noqa: E402
 
 # Every number of steps that a budget may be compared with, so that all seeds have the same points of the base.
 STEPS = {"evaluation.steps": "(6,8,9,10,11,12,13,14,15,16,24)"}
 ALONE = STEPS | {"curve.beside": "()"}  # what stands beside the shortcut is measured with the default
+SHORT = {"curve.num_steps": 16, "curve.budgets": "(4,6,8)"}
 ARMS = {
     "default": STEPS | {"curve.beside": "('frozen','linear','calibrated','adaptive')"},
     "no_ca": ALONE | {"model.controls": False},
+    "policy": ALONE,
     "chain of 3": ALONE | {"loss.chain": 3},  # extension 1
     "mixed N": ALONE | {"teacher.num_steps": "(24,16,12)"},  # extension 2
-    "no local mixing": ALONE | {"model.local_mixing": False},
-    "keys and values as they are": ALONE | {"model.kv_prenorm": False},
+    "default, N of 16": ALONE | SHORT,
+    "mixed N, N of 16": ALONE | SHORT | {"teacher.num_steps": "(24,16,12)"},
     "KL": ALONE | {"loss.kl": 0.1},
     "all positions": ALONE | {"loss.positions": "all"},
+    "no local mixing": ALONE | {"model.local_mixing": False},
+    "keys and values as they are": ALONE | {"model.kv_prenorm": False},
     "two blocks": ALONE | {"model.n_block": 2},
 }
+# Of runs beside each other; large batches would change what an adaptive refresh does.
+UNTIMED = {"evaluation.steps": "(24,)", "evaluation.batch_size": 192, "curve.timing_runs": 1}
+UNTIMED_BESIDE = {"default": {"curve.beside": "('frozen','linear','calibrated')"}}
+AGAINST = {"mixed N, N of 16": "default, N of 16"}  # others: the default
+CONFIGS = {"policy": "configs/shortcut.py:speed_rl"}
 SEEDS = flags.DEFINE_multi_integer("seeds", [0, 1, 2, 3, 4], "seed of a run, once for each; the base is shared")
 ONLY = flags.DEFINE_multi_enum("only", None, list(ARMS), "train this arm; the table holds what is finished")
-CONFIG = flags.DEFINE_string("config", "configs/shortcut.py", "config of the runs")
+JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time, none of them timed; each prints to <run>.log", lower_bound=1)
 RUNS = flags.DEFINE_string("runs", "runs/shortcut-arms", "where the runs go")
 STORE = flags.DEFINE_string("store", "runs/stages", "where trained parents are")
 OUT = flags.DEFINE_string("out", "benchmarks/shortcut", "result files without their ending")
@@ -53,23 +65,29 @@ def main(_: list[str]) -> None:
     """Train what is missing, write after every run."""
     out = (ROOT / OUT.value).with_suffix(".json")
     done = json.loads(out.read_text()) if out.exists() else {"runs": {}}
-    for seed in SEEDS.value:
-        for arm in ONLY.value or ARMS:
-            name = f"{arm}, seed {seed}"
-            if name not in done["runs"]:
-                done["runs"][name] = _numbers(_train(arm, seed))
-                stored.write(str(out), json.dumps(done) + "\n")
-    _write(done["runs"], out.with_suffix(".md"))
+    runs = side_by_side.Runs(JOBS.value)
+
+    def keep(name: str, workdir: pathlib.Path) -> None:
+        done["runs"][name] = _numbers(workdir)
+        stored.write(str(out), json.dumps(done) + "\n")
+
+    wanted = {f"{arm}, seed {seed}": (arm, seed) for seed in SEEDS.value for arm in ONLY.value or ARMS}
+    missing = {name: functools.partial(_train, runs, *of) for name, of in wanted.items() if name not in done["runs"]}
+    failed = runs.all(missing, keep)
+    if done["runs"]:
+        _write(done["runs"], out.with_suffix(".md"))
+    if failed:
+        sys.exit(failed)
 
 
-def _train(arm: str, seed: int) -> pathlib.Path:
-    workdir = ROOT / RUNS.value / f"{arm.replace(' ', '_')}-seed{seed}"
+def _train(runs: side_by_side.Runs, arm: str, seed: int) -> pathlib.Path:
+    workdir = ROOT / RUNS.value / f"{arm.replace(' ', '_').replace(',', '')}-seed{seed}"
     changes = ARMS[arm] | {"seed": seed, "evaluation.seed": EVALUATION_SEED + seed, "evaluation.timing_repeats": 0}
-    command = [sys.executable, "-m", "maskrl_jax.main", f"--config={CONFIG.value}", f"--workdir={workdir}"]
-    command += [f"--store={STORE.value}", *(f"--config.{key}={value}" for key, value in changes.items())]
-    print(" ".join(command), flush=True)
-    subprocess.run(command, cwd=ROOT, check=True)
-    return workdir
+    if JOBS.value > 1:
+        changes |= UNTIMED | UNTIMED_BESIDE.get(arm, {})
+    if arm == "policy":
+        changes["parents.speed_rl.seed"] = seed
+    return runs.train(CONFIGS.get(arm, "configs/shortcut.py"), workdir, STORE.value, changes)
 
 
 def _numbers(workdir: pathlib.Path) -> dict:
@@ -84,10 +102,12 @@ def _numbers(workdir: pathlib.Path) -> dict:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     updates = [line for line in lines if "train/mse" in line]
     steps = np.diff([0, *(line["step"] for line in updates)])
+    train_seconds = float(sum(line["perf/step_time"] * n for line, n in zip(updates, steps, strict=True)))
+    timed = JOBS.value == 1
     return {
         "points": points,
-        "latencies": results["latencies"],
-        "train_seconds": float(sum(line["perf/step_time"] * n for line, n in zip(updates, steps, strict=True))),
+        "latencies": results["latencies"] if timed else [],
+        "train_seconds": train_seconds if timed else None,
         "mse": updates[-1]["train/mse"] / updates[-1]["train/mse_frozen"],
         "commit": results["facts"]["commit"],
         "machine": results["facts"]["machine"],
@@ -138,37 +158,34 @@ def _equal(run: dict, point: dict) -> dict:
     return min(slower, key=lambda p: p["setting"]) if slower else _of(run, "base", _reference(run))
 
 
-def _rows(arm: str, runs: list[dict], default: dict[str, dict]) -> list[str]:
-    """Table rows of an arm; `default`: seed -> run of the default arm."""
+def _rows(arm: str, runs: list[dict], others: dict[str, dict], timed: bool) -> list[str]:
+    """Table rows of an arm; `others`: seed -> run of the arm that it is compared with."""
     rows = []
     for system, label, setting in _settings(list(runs.values())):
-        if system in ("base", "tuned"):
+        if system == "base":
             continue
         own = {seed: _of(run, system, setting) for seed, run in runs.items()}
-        equal = {seed: _equal(runs[seed], point) for seed, point in own.items()}
         pairs = {
-            "equal": [(own[seed], equal[seed]) for seed in own],
             "longest": [(own[seed], _of(runs[seed], "base", _reference(runs[seed]))) for seed in own],
-            "default": [
+            "other": [
                 (own[seed], point)
                 for seed in own
-                if seed in default and (point := _of(default[seed], "shortcut", setting)) not in (None, own[seed])
+                if seed in others and (point := _of(others[seed], "shortcut", setting)) not in (None, own[seed])
             ],
         }
-        shares = [_share_of_time(run, system, setting) for run in runs.values()]
-        their = [_share_of_time(runs[seed], "base", point["setting"]) for seed, point in equal.items()]
-        cells = [
-            label if arm == "default" else f"{arm}: {label}",
-            f"{setting:g}",
-            str(len(runs)),
-            f"{np.mean([p['calls'] for p in own.values()]):.1f}",
-            f"{100 * np.mean(shares):.0f} %",
-            *(f"{np.mean([np.mean(p[name]) for p in own.values()]):.3f}" for name in ("graded", "strict")),
-            f"{np.mean([p['frechet'] for p in own.values()]):.1f}",
-            "/".join(f"{n:g}" for n in sorted({p["setting"] for p in equal.values()})),
-            f"{100 * np.mean(their):.0f} %",
-            *(_difference(pairs[kind], name) for kind in pairs for name in ("graded", "strict")),
-        ]
+        equal = {seed: _equal(runs[seed], point) for seed, point in own.items()} if timed else {}
+        cells = [label if arm == "default" else f"{arm}: {label}", f"{setting:g}", str(len(runs))]
+        if timed:
+            pairs = {"equal": [(own[seed], equal[seed]) for seed in own]} | pairs
+            shares = [_share_of_time(run, system, setting) for run in runs.values()]
+            cells += [f"{np.mean([p['calls'] for p in own.values()]):.1f}", f"{100 * np.mean(shares):.0f} %"]
+        cells += [f"{np.mean([np.mean(p[name]) for p in own.values()]):.3f}" for name in ("graded", "strict")]
+        cells.append(f"{np.mean([p['frechet'] for p in own.values()]):.1f}")
+        if timed:
+            their = [_share_of_time(runs[seed], "base", point["setting"]) for seed, point in equal.items()]
+            cells.append("/".join(f"{n:g}" for n in sorted({p["setting"] for p in equal.values()})))
+            cells.append(f"{100 * np.mean(their):.0f} %")
+        cells += [_difference(pairs[kind], name) for kind in pairs for name in ("graded", "strict")]
         rows.append("| " + " | ".join(cells) + " |")
     return rows
 
@@ -211,43 +228,82 @@ def _write(runs: dict, path: pathlib.Path) -> None:
     named = [(*name.split(", seed "), run) for name, run in sorted(runs.items())]
     arms = {arm: {seed: run for of, seed, run in named if of == arm} for arm in ARMS}
     arms = {arm: found for arm, found in arms.items() if found}
-    _draw(arms, path.with_suffix(".png"))
-    # Every arm of a seed has the same base points.
+    timed = all(run["latencies"] for run in runs.values())
+    if timed:
+        _draw(arms, path.with_suffix(".png"))
+    lines = [
+        "# Feature shortcut on the embedded task",
+        "",
+        _facts(named),
+        "",
+        *([_about_time(), ""] if timed else []),
+        "Differences are mean ± standard error over seeds, in bold beyond two of them from five seeds on, not corrected "
+        "for their number. `no_ca` leaves out cross-attention with its MLP and the stem"
+        + (
+            "; `policy` is the shortcut on policies of Speed-RL, trained with seeds of their own"
+            if "policy" in arms
+            else ""
+        )
+        + (
+            ". An arm with an N of its own is compared with the shortcut of that N"
+            if AGAINST.keys() & arms.keys()
+            else ""
+        )
+        + ". "
+        + _training(arms),
+        "",
+        *_table_head(timed),
+    ]
+    for arm, found in arms.items():
+        own_n = "curve.num_steps" in ARMS[arm]
+        lines += _rows(arm, found, arms.get(AGAINST.get(arm, arm if own_n else "default"), {}), timed)
+    path.write_text("\n".join(lines) + "\n")
+    print(f"wrote {path}", flush=True)
+
+
+def _facts(named: list[tuple[str, str, dict]]) -> str:
+    """Protocol and the base's points: every arm of a seed has the same."""
     base = {(seed, p["setting"]): p for _, seed, run in named for p in run["points"] if p["system"] == "base"}
     curve = "; ".join(
         f"{n:g} steps: graded {np.mean([np.mean(p['graded']) for p in found]):.3f}, strict "
         f"{np.mean([np.mean(p['strict']) for p in found]):.3f}, Frechet distance "
-        f"{np.mean([p['frechet'] for p in found]):.1f} ({len(found)} seeds)"
+        f"{np.mean([p['frechet'] for p in found]):.1f}"
         for n in sorted({n for _, n in base})
         if (found := [p for (_, of), p in base.items() if of == n])
     )
-    prompts = len(next(iter(runs.values()))["points"][0]["graded"])
-    lines = [
-        "# Feature shortcut on the embedded task",
-        "",
-        f"{prompts} held-out prompts, noise of its own for every seed, the same for base and shortcut. Base: {curve}. "
-        f"Commits: {', '.join(sorted({run['commit'] for run in runs.values()}))}. Machine: "
-        f"{', '.join(sorted({run['machine'] for run in runs.values()}))}.",
-        "",
+    prompts, seeds = len(named[0][2]["points"][0]["graded"]), len({seed for seed, _ in base})
+    return (
+        f"{prompts} held-out prompts, noise of its own for every seed, the same for base and shortcut. Base, seeds: "
+        f"{seeds}; {curve}. Commits: {', '.join(sorted({run['commit'] for *_, run in named}))}. Machine: "
+        f"{', '.join(sorted({run['machine'] for *_, run in named}))}."
+    )
+
+
+def _about_time() -> str:
+    return (
         "Calls and time are those of the sampling loop, time in % of the base's longest. The base at equal time is the "
-        "next measured one that takes no less, by count of steps and by the clock. Differences are mean ± standard error "
-        "over seeds, in bold beyond two of them from five seeds on, not corrected for their number; `no_ca` leaves out "
-        "cross-attention with its MLP and the stem. Training: "
-        + ", ".join(
-            f"{arm} {np.mean([run['train_seconds'] for run in found.values()]):.0f} s (error "
-            f"{np.mean([run['mse'] for run in found.values()]):.2f} of the frozen feature's)"
-            for arm, found in arms.items()
-        )
-        + ".",
-        "",
-        "| system | full steps | seeds | calls | time | graded | strict | FD | base at equal time | its time | graded "
-        "against it | strict | graded against the longest | strict | graded against the default shortcut | strict |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---|---|---|---|---|",
-    ]
+        "next measured one that takes no less, by count of steps and by the clock."
+    )
+
+
+def _training(arms: dict[str, dict[str, dict]]) -> str:
+    """Seconds, where timed, and the final error of every arm."""
+    told = []
     for arm, found in arms.items():
-        lines += _rows(arm, found, arms.get("default", {}))
-    path.write_text("\n".join(lines) + "\n")
-    print(f"wrote {path}", flush=True)
+        seconds = [run["train_seconds"] for run in found.values()]
+        took = "" if None in seconds else f" {np.mean(seconds):.0f} s,"
+        told.append(f"{arm}{took} {np.mean([run['mse'] for run in found.values()]):.2f}")
+    return f"Training, its error as a share of the frozen feature's: {'; '.join(told)}."
+
+
+def _table_head(timed: bool) -> list[str]:
+    columns = ["system", "full steps", "seeds", *(["calls", "time"] if timed else []), "graded", "strict", "FD"]
+    numbers = len(columns) - 1
+    if timed:
+        columns += ["base at equal time", "its time", "graded against it", "strict"]
+    columns += ["graded against the longest", "strict", "graded against the default shortcut", "strict"]
+    ruler = ["---", *["---:"] * (numbers + 2 * timed), *["---"] * (len(columns) - 1 - numbers - 2 * timed)]
+    return ["| " + " | ".join(columns) + " |", "|" + "|".join(ruler) + "|"]
 
 
 if __name__ == "__main__":

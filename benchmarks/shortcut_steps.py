@@ -1,10 +1,10 @@
 """What the steps of a feature shortcut cost, by the depth of the base, and what its sampling modes save.
 
-python benchmarks/shortcut_steps.py                 # the embedded base's width at several depths, random weights
+python benchmarks/shortcut_steps.py --depths=4 --depths=6 --depths=8   # the embedded base's width, random weights
+python benchmarks/shortcut_steps.py --config=maskgit512 --batch=128 --out=benchmarks/shortcut_steps_512   # published scale
 
-Per depth: a full step, c (a shortcut step over a full one: loops of N steps, all full or the first alone), and loops
-of B full steps in `scan` and `unrolled` form and with step 0 kept; all in turn, median of 20 after 3. Writes
-benchmarks/shortcut_steps.json.
+Per depth of the base: a full step, c (a shortcut step over a full one: loops of N steps, all full or the first alone), and loops
+of B full steps in `scan` and `unrolled` form and with step 0 kept; all in turn, median of 20 after 3. Writes <out>.json.
 """
 
 import json
@@ -13,7 +13,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -28,19 +27,20 @@ from maskrl_jax.sampling.maskgit import SamplerConfig  # noqa: E402
 from maskrl_jax.tasks import maskgit as maskgit_task  # noqa: E402
 from maskrl_jax.tasks import shortcut  # noqa: E402
 
-DEPTHS = flags.DEFINE_multi_integer("depths", [4, 6, 8], "blocks of the base")
+CONFIG = flags.DEFINE_enum("config", "", tuple(shortcut_config.STEPS), "argument of configs/shortcut.py")
+DEPTHS = flags.DEFINE_multi_integer("depths", [], "blocks of the base; without it as many as the config says")
 BATCH = flags.DEFINE_integer("batch", 64, "images of a batch")
-STEPS = flags.DEFINE_integer("steps", 24, "N")
 BUDGET = flags.DEFINE_integer("budget", 8, "B")
+OUT = flags.DEFINE_string("out", "benchmarks/shortcut_steps", "result file without its ending")
 REPEATS = flags.DEFINE_integer("repeats", latency.REPEATS, "timed runs of each")
 
 
 def loops(depth: int) -> dict:
     """Closures of one depth: name -> run(repeat)."""
-    config, batch, steps = shortcut_config.get_config(), BATCH.value, STEPS.value
-    config.parents.maskgit.model.depth = depth
+    config, batch = shortcut_config.get_config(CONFIG.value), BATCH.value
+    config.parents.maskgit.model.depth, steps = depth, config.curve.num_steps
     conditioning = conditioning_of(config.data.name, config.data.text_length)
-    sampler = SamplerConfig(num_steps=steps, max_steps=steps, gumbel=1.0, guidance=1.7, temperature=0.7)
+    sampler = SamplerConfig(**{**config.parents.maskgit.sampler, "num_steps": steps, "max_steps": steps})
     wiring = shortcut.Wiring(config, conditioning, sampler)
     base = maskgit_task.Wiring(config.parents.maskgit, conditioning).init(jax.random.key(0)).params
     params, plan, sizes = wiring.init(jax.random.key(1)).params, wiring.plan(steps), wiring.sizes
@@ -87,18 +87,20 @@ def loops(depth: int) -> dict:
 
 def main(_: list[str]) -> None:
     """Measure and write."""
-    result = {"batch": BATCH.value, "steps": STEPS.value, "budget": BUDGET.value, "depths": {}}
-    for depth in DEPTHS.value:
+    config = shortcut_config.get_config(CONFIG.value)
+    steps = config.curve.num_steps
+    result = {"config": config.name, "batch": BATCH.value, "steps": steps, "budget": BUDGET.value, "depths": {}}
+    for depth in DEPTHS.value or [config.parents.maskgit.model.depth]:
         seconds = {name: spread.median for name, spread in latency.measure(loops(depth), repeats=REPEATS.value).items()}
-        full = seconds["all full"] / STEPS.value
+        full = seconds["all full"] / steps
         result["depths"][depth] = {
             "full_step_ms": 1000 * full,
-            "c": (seconds["first full"] - full) / (STEPS.value - 1) / full,
+            "c": (seconds["first full"] - full) / (steps - 1) / full,
             "loop_ms": {name: 1000 * value for name, value in seconds.items()},
         }
-        print(depth, json.dumps(result["depths"][depth], default=np.ndarray.tolist), flush=True)
+        print(depth, json.dumps(result["depths"][depth]), flush=True)
     result |= {"commit": report.commit_hash(ROOT), "machine": report.machine()}
-    (ROOT / "benchmarks" / "shortcut_steps.json").write_text(json.dumps(result, indent=1) + "\n")
+    (ROOT / OUT.value).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
