@@ -29,27 +29,32 @@ from maskrl_jax.evaluate import canvas, measure  # noqa: E402
 
 # Every number of steps that a budget may be compared with, so that all seeds have the same points of the base.
 STEPS = {"evaluation.steps": "(6,8,9,10,11,12,13,14,15,16,24)"}
-ALONE = STEPS | {"curve.beside": "()"}  # what stands beside the shortcut is measured with the default
+ALONE = STEPS | {"curve.beside": "()"}  # what stands beside the shortcut is measured once
+PLAIN = ALONE | {"loss.kl": 0.0}  # the published loss, on which every other change is measured alone
 SHORT = {"curve.num_steps": 16, "curve.budgets": "(4,6,8)"}
 ARMS = {
     "default": STEPS | {"curve.beside": "('frozen','linear','calibrated','adaptive')"},
-    "no_ca": ALONE | {"model.controls": False},
     "policy": ALONE,
-    "chain of 3": ALONE | {"loss.chain": 3},  # extension 1
-    "mixed N": ALONE | {"teacher.num_steps": "(24,16,12)"},  # extension 2
-    "default, N of 16": ALONE | SHORT,
-    "mixed N, N of 16": ALONE | SHORT | {"teacher.num_steps": "(24,16,12)"},
-    "KL": ALONE | {"loss.kl": 0.1},
-    "all positions": ALONE | {"loss.positions": "all"},
-    "no local mixing": ALONE | {"model.local_mixing": False},
-    "keys and values as they are": ALONE | {"model.kv_prenorm": False},
-    "two blocks": ALONE | {"model.n_block": 2},
+    "squared error alone": PLAIN,
+    "no_ca": PLAIN | {"model.controls": False},
+    "chain of 3": PLAIN | {"loss.chain": 3},  # extension 1
+    "mixed N": PLAIN | {"teacher.num_steps": "(24,16,12)"},  # extension 2
+    "N of 16": PLAIN | SHORT,
+    "mixed N, N of 16": PLAIN | SHORT | {"teacher.num_steps": "(24,16,12)"},
+    "all positions": PLAIN | {"loss.positions": "all"},
+    "no local mixing": PLAIN | {"model.local_mixing": False},
+    "keys and values as they are": PLAIN | {"model.kv_prenorm": False},
+    "two blocks": PLAIN | {"model.n_block": 2},
+    "policy, squared error alone": PLAIN,
 }
+AGAINST = dict.fromkeys(ARMS, "squared error alone") | {"policy": "default", "mixed N, N of 16": "N of 16"}
+POLICIES = ("policy", "policy, squared error alone")
 # Of runs beside each other; large batches would change what an adaptive refresh does.
 UNTIMED = {"evaluation.steps": "(24,)", "evaluation.batch_size": 192, "curve.timing_runs": 1}
-UNTIMED_BESIDE = {"default": {"curve.beside": "('frozen','linear','calibrated')"}}
-AGAINST = {"mixed N, N of 16": "default, N of 16"}  # others: the default
-CONFIGS = {"policy": "configs/shortcut.py:speed_rl"}
+UNTIMED_BESIDE = {
+    "default": {"curve.beside": "()"},
+    "squared error alone": {"curve.beside": "('frozen','linear','calibrated')"},
+}
 SEEDS = flags.DEFINE_multi_integer("seeds", [0, 1, 2, 3, 4], "seed of a run, once for each; the base is shared")
 ONLY = flags.DEFINE_multi_enum("only", None, list(ARMS), "train this arm; the table holds what is finished")
 JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time, none of them timed; each prints to <run>.log", lower_bound=1)
@@ -85,9 +90,10 @@ def _train(runs: side_by_side.Runs, arm: str, seed: int) -> pathlib.Path:
     changes = ARMS[arm] | {"seed": seed, "evaluation.seed": EVALUATION_SEED + seed, "evaluation.timing_repeats": 0}
     if JOBS.value > 1:
         changes |= UNTIMED | UNTIMED_BESIDE.get(arm, {})
-    if arm == "policy":
-        changes["parents.speed_rl.seed"] = seed
-    return runs.train(CONFIGS.get(arm, "configs/shortcut.py"), workdir, STORE.value, changes)
+    config = "configs/shortcut.py"
+    if arm in POLICIES:
+        config, changes["parents.speed_rl.seed"] = f"{config}:speed_rl", seed
+    return runs.train(config, workdir, STORE.value, changes)
 
 
 def _numbers(workdir: pathlib.Path) -> dict:
@@ -159,18 +165,19 @@ def _equal(run: dict, point: dict) -> dict:
 
 
 def _rows(arm: str, runs: list[dict], others: dict[str, dict], timed: bool) -> list[str]:
-    """Table rows of an arm; `others`: seed -> run of the arm that it is compared with."""
+    """Table rows of an arm; `others`: seed -> run of the arm that its shortcut is compared with."""
     rows = []
     for system, label, setting in _settings(list(runs.values())):
         if system == "base":
             continue
         own = {seed: _of(run, system, setting) for seed, run in runs.items()}
+        shortcuts = others if system == "shortcut" else runs
         pairs = {
             "longest": [(own[seed], _of(runs[seed], "base", _reference(runs[seed]))) for seed in own],
             "other": [
                 (own[seed], point)
                 for seed in own
-                if seed in others and (point := _of(others[seed], "shortcut", setting)) not in (None, own[seed])
+                if seed in shortcuts and (point := _of(shortcuts[seed], "shortcut", setting))
             ],
         }
         equal = {seed: _equal(runs[seed], point) for seed, point in own.items()} if timed else {}
@@ -237,26 +244,13 @@ def _write(runs: dict, path: pathlib.Path) -> None:
         _facts(named),
         "",
         *([_about_time(), ""] if timed else []),
-        "Differences are mean ± standard error over seeds, in bold beyond two of them from five seeds on, not corrected "
-        "for their number. `no_ca` leaves out cross-attention with its MLP and the stem"
-        + (
-            "; `policy` is the shortcut on policies of Speed-RL, trained with seeds of their own"
-            if "policy" in arms
-            else ""
-        )
-        + (
-            ". An arm with an N of its own is compared with the shortcut of that N"
-            if AGAINST.keys() & arms.keys()
-            else ""
-        )
-        + ". "
-        + _training(arms),
+        _about_differences() + " " + _training(arms),
         "",
         *_table_head(timed),
     ]
     for arm, found in arms.items():
-        own_n = "curve.num_steps" in ARMS[arm]
-        lines += _rows(arm, found, arms.get(AGAINST.get(arm, arm if own_n else "default"), {}), timed)
+        others = {} if arm in (AGAINST[arm], "N of 16") else arms.get(AGAINST[arm], {})
+        lines += _rows(arm, found, others, timed)
     path.write_text("\n".join(lines) + "\n")
     print(f"wrote {path}", flush=True)
 
@@ -286,6 +280,15 @@ def _about_time() -> str:
     )
 
 
+def _about_differences() -> str:
+    return (
+        "Differences are mean ± standard error over seeds, in bold beyond two of them from five seeds on, not corrected "
+        "for their number. The last two columns compare a shortcut with the one that it varies: the default and each "
+        "arm with `squared error alone`, the published loss; what is no shortcut, with its own arm's. `no_ca` leaves out "
+        "cross-attention with its MLP and the stem; `policy` stands on policies of Speed-RL with seeds of their own."
+    )
+
+
 def _training(arms: dict[str, dict[str, dict]]) -> str:
     """Seconds, where timed, and the final error of every arm."""
     told = []
@@ -301,7 +304,7 @@ def _table_head(timed: bool) -> list[str]:
     numbers = len(columns) - 1
     if timed:
         columns += ["base at equal time", "its time", "graded against it", "strict"]
-    columns += ["graded against the longest", "strict", "graded against the default shortcut", "strict"]
+    columns += ["graded against the longest", "strict", "graded against the shortcut", "strict"]
     ruler = ["---", *["---:"] * (numbers + 2 * timed), *["---"] * (len(columns) - 1 - numbers - 2 * timed)]
     return ["| " + " | ".join(columns) + " |", "|" + "|".join(ruler) + "|"]
 

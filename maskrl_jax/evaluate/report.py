@@ -156,7 +156,8 @@ def _beside(findings: Findings, own: curve.Equality, system: str) -> str:
     row = curve.compare(tuned, other, own.criteria)
     calls = f"{curve.mean_calls(tuned):.1f} for {curve.mean_calls(other):.1f} calls"
     return (
-        f" At the same setting ({calls}) the tuned one differs from it by {curve.evidence(row, own.criteria.margins)}."
+        f" At the same setting ({calls}) {tuned[0].label} differs from it by "
+        f"{curve.evidence(row, own.criteria.margins)}."
     )
 
 

@@ -94,7 +94,7 @@ def test_the_headline_says_what_training_changed(make_point, tmp_path):
     points = [*base, make_point("adaptive", 0, 5, np.full(20, 0.9), frechet=6.0)]
     points += [make_point("untrained", 0, 7, np.full(20, 0.85), frechet=12.0), make_point("other", 1, 7, np.ones(20))]
     text = report.write(tmp_path, report.Findings("t", "c", points, base, CRITERIA, tuned="adaptive")).read_text()
-    sentence = "At the same setting (5.0 for 7.0 calls) the tuned one differs from it by graded +0.050 [+0.050, +0.050]"
+    sentence = "At the same setting (5.0 for 7.0 calls) adaptive differs from it by graded +0.050 [+0.050, +0.050]"
     assert sentence + ", Fréchet distance ×0.50" in text.split("\n\n")[1]
     assert text.split("\n\n")[1].count("At the same setting") == 1
 
