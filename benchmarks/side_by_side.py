@@ -16,16 +16,19 @@ class Runs:
     """Runs of maskrl_jax.main, `jobs` at a time; SIGTERM ends them with this command, and they save."""
 
     def __init__(self, jobs: int):
-        self.jobs, self.running = jobs, []
+        self.jobs, self.running, self.stopped = jobs, [], False
         signal.signal(signal.SIGTERM, self._stop)
 
     def _stop(self, number: int, _) -> None:
+        self.stopped = True  # a worker whose run ends now takes no other
         for run in self.running:
             run.terminate()
         sys.exit(128 + number)
 
     def train(self, config: str, workdir: pathlib.Path, store: str, changes: dict[str, Any]) -> pathlib.Path:
         """One run; what it prints goes to <workdir>.log where several run. CalledProcessError if it fails."""
+        if self.stopped:
+            raise futures.CancelledError
         command = [sys.executable, "-m", "maskrl_jax.main", f"--config={config}", f"--workdir={workdir}"]
         command += [f"--store={store}", *(f"--config.{key}={value}" for key, value in changes.items())]
         print(" ".join(command), flush=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from maskrl_jax.sampling.draws import mixed
 from maskrl_jax.sampling.maskgit import Rollout
-from maskrl_jax.sampling.shortcut import Controls
+from maskrl_jax.sampling.shortcut import Controls, tiled
 from maskrl_jax.sampling.shortcut_teacher import step_pairs
 
 Array = jax.Array
@@ -132,7 +132,7 @@ def loss(
     length_b = repeated(lengths)
     keys_b = jax.vmap(jax.random.fold_in)(repeated(keys_B), jnp.tile(jnp.arange(pairs), len(keys_B)))
     branches = buffer.features.shape[1] if settings.student_tokens else 1
-    spread = lambda x: jnp.tile(x, (branches, *[1] * (x.ndim - 1)))  # noqa: E731 - to the rows that are moved
+    spread = lambda x: tiled(x, branches * len(x))  # noqa: E731 - to the rows that are moved
 
     def known(ahead):
         # Sample by sample: they lie on their devices.
@@ -143,6 +143,8 @@ def loss(
             found = jax.vmap(lambda features, branch, at: features[branch, at])(buffer.features, branch, at)
         return found.reshape(-1, *buffer.features.shape[3:])
 
+    # Of a chain, every step is computed again on the way back.
+    advance = jax.checkpoint(student.advance) if settings.chain > 1 else student.advance
     features = start = known(0)
     errors, divergences, frozen = [], [], None
     for k in range(settings.chain):
@@ -153,7 +155,7 @@ def loss(
             wanted = known(k + 1)
         masked_bN, controls, share_b = jax.tree.map(spread, step_pairs(rollout, step_b + k, student.most))
         features = features if settings.through or k == 0 else jax.lax.stop_gradient(features)
-        features = student.advance(params, features, controls, share_b)
+        features = advance(params, features, controls, share_b)
         exists_b = spread(step_b + k + 1 < length_b).astype(jnp.float32)
         weight_bT = _positions(settings, masked_bN, features.shape[1]) * exists_b[:, None]
         errors.append(_mean(jnp.square(features - wanted).mean(-1), weight_bT).sum())
@@ -205,9 +207,8 @@ def open_loop(
     """
     batch, branches, steps = buffer.features.shape[:3]
     longest = longest or steps - 1
-    rollout, length_b = jax.tree.map(
-        lambda x: jnp.tile(x, (branches, *[1] * (x.ndim - 1))), (buffer.rollout(), buffer.lengths())
-    )
+    whole = (buffer.rollout(), buffer.lengths())
+    rollout, length_b = jax.tree.map(lambda x: tiled(x, branches * batch), whole)
     # Branch by branch, as `advance` sees them.
     teacher_SbTD = jnp.transpose(buffer.features, (2, 1, 0, 3, 4)).reshape(steps, -1, *buffer.features.shape[3:])
 

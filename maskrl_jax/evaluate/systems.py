@@ -166,8 +166,13 @@ def priced(system: System, cost: float) -> System:
     return dataclasses.replace(system, generate=generate)
 
 
-def clocked_program(engine: Engine, config: adaptive.AdaptiveConfig, decide: Callable) -> Callable:
-    """Compile the clocked decode; `decide(params, setting float32 [B])` gives its decision function."""
+def clocked_program(
+    engine: Engine, config: adaptive.AdaptiveConfig, decide: Callable, pictures: bool = True
+) -> Callable:
+    """Compile the clocked decode; `decide(params, setting float32 [B])` gives its decision function.
+
+    Without `pictures` it ends with the tokens, for timing.
+    """
 
     def program(p, frozen, batch, axis):
         keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
@@ -181,7 +186,7 @@ def clocked_program(engine: Engine, config: adaptive.AdaptiveConfig, decide: Cal
             engine.num_tokens,
             engine.mask_id,
         )
-        return _outputs(engine, frozen, record)
+        return _outputs(engine, frozen, record) if pictures else {"ids": record.ids}
 
     return engine.parallel.map(program)
 

@@ -13,7 +13,7 @@ from maskrl_jax.evaluate.illustrate import Illustration
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Costs, priced
 from maskrl_jax.sampling.maskgit import SamplerConfig
-from maskrl_jax.tasks.shortcut_systems import LABELS, ShortcutSystems
+from maskrl_jax.tasks.shortcut_systems import ShortcutSystems
 from maskrl_jax.tasks.shortcut_times import ShortcutTimes
 
 CAPTIONS = {
@@ -64,7 +64,9 @@ class ShortcutGallery:
         reference = [point for point in base_points if point.setting == bench.settings.reference]
         points = [*base_points]
         if systems.tuned:
-            points += bench.measure(priced(systems.plain, costs["tuned"].full), bench.settings.steps)
+            full = costs["tuned"].full
+            points += bench.measure(priced(systems.plain, full), bench.settings.steps)
+            points += bench.measure(priced(systems.policy_system(), full), systems.policy.settings)
         points += light
         latencies = times.loops(params, kinds, steps)
         found = curve.first_equal(own, reference, bench.criteria())
@@ -89,7 +91,7 @@ class ShortcutGallery:
             + tuning_notes(systems.context.parents["maskgit"].workdir, bench.settings.reference),
             timings=timings,
             latencies=latencies,
-            unlike=("tuned",),
+            unlike=("tuned", "policy"),
         )
         step_ms = 1000 * step_seconds / bench.settings.batch_size
         prices = (step_ms * costs["shortcut"].full, step_ms * costs["shortcut"].light)
@@ -115,7 +117,7 @@ class ShortcutGallery:
             "sampler with the shortcut": f"{_words(wiring.sampler)}; {systems.curve.num_steps} steps",
             "how it was chosen": CHOICE,
             "a step's cost": ", ".join(
-                f"{cost.light:.3f} ({LABELS[kind]})" for kind, cost in costs.items() if kind != "tuned"
+                f"{cost.light:.3f} ({systems.labels[kind]})" for kind, cost in costs.items() if kind != "tuned"
             )
             + f" of a step of the base, which takes {step_ms:.3f} ms an image in batches of {size}; a full step "
             f"in the shortcut's loop {costs['shortcut'].full:.3f}{plain} (sampling loop alone, median of {systems.curve.timing_runs} runs after "
@@ -131,7 +133,7 @@ class ShortcutGallery:
         place = pathlib.Path(out, "figures")
         metrics = tables.headline_metrics(points)[:6]
         rows = {
-            f"{LABELS[kind]}, {budget} full": asks(budget).full[: self.systems.curve.num_steps].tolist()
+            f"{self.systems.labels[kind]}, {budget} full": asks(budget).full[: self.systems.curve.num_steps].tolist()
             for kind, asks in kinds.items()
             if kind in ("shortcut", "calibrated")  # an adaptive refresh decides as it goes
             for budget in self.systems.curve.budgets

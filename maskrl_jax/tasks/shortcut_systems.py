@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.distill.feature_shortcut import Buffer, open_loop
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import latency
@@ -18,6 +19,8 @@ from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.systems import (
     Costs,
     Engine,
+    clocked_program,
+    clocked_system,
     fixed_program,
     fixed_system,
     shortcut_program,
@@ -28,7 +31,7 @@ from maskrl_jax.sampling import refresh
 from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.sampling.refresh import Refresh
 from maskrl_jax.sampling.shortcut import Parts, most_controls
-from maskrl_jax.tasks import generators
+from maskrl_jax.tasks import generators, speed_rl
 from maskrl_jax.tasks.task import Context
 
 LABELS = {
@@ -38,7 +41,9 @@ LABELS = {
     "calibrated": "shortcut, calibrated steps",
     "adaptive": "shortcut, adaptive refresh",
     "tuned": "tuned network without shortcut",
+    "policy": "tuned policy with its head",
 }
+ON_POLICY = {"shortcut": "tuned network with its shortcut"}
 BESIDE = ("frozen", "linear", "calibrated", "adaptive")
 OTHER_PROGRAMS = ("frozen", "linear")  # kinds whose step is another; the others differ in their full steps alone
 BISECTIONS = 10  # of the drift at which an adaptive refresh runs the full model
@@ -50,8 +55,8 @@ class Curve:
 
     num_steps: N. budgets: numbers of full steps B. beside: what is measured next to the shortcut, of `BESIDE`.
     calibration: samples, of training prompts, that calibrated sets of steps and thresholds are found on.
-    longest: most shortcut steps in a row of an adaptive refresh. It decides for all rows of a device's batch at once:
-      its samples depend on those beside them, and on the number of devices.
+    longest: most shortcut steps in a row of an adaptive refresh. Such a refresh decides for all rows of a device's
+      batch at once: its samples depend on those beside them, and on the number of devices.
     timing_runs: runs of each sampling loop that its time is the median of.
 
     Budgets are of the plan's N steps: where a mode with a threshold ends early, fewer of them are run.
@@ -89,6 +94,20 @@ class Curve:
         return self.budgets[len(self.budgets) // 2]
 
 
+def program_of(kind: str) -> str:
+    """The kind whose program it runs: kinds that differ in their full steps alone share one."""
+    return kind if kind in OTHER_PROGRAMS else "shortcut"
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedPolicy:
+    """A Speed-RL policy: its clocked program with or without pictures, its parameters, the settings to measure."""
+
+    program: Callable[[bool], Callable]
+    params: Any
+    settings: tuple[float, ...]
+
+
 class ShortcutSystems:
     """Systems of a base and its shortcut, and how a feature drifts in them."""
 
@@ -106,6 +125,7 @@ class ShortcutSystems:
         self.base_params = engine.parallel.replicate(base.params) if self.tuned else network
         system = fixed_system(engine, program, self.base_params, self.sampler, "base", "base")
         self.base = generators.kept(system, context.parents, str(self.sampler))
+        self.labels = LABELS | ON_POLICY if self.tuned else LABELS
         # The network without its shortcut.
         self.plain = fixed_system(engine, program, network, wiring.sampler, "tuned", LABELS["tuned"])
 
@@ -124,8 +144,8 @@ class ShortcutSystems:
         return parts
 
     def program(self, kind: str, pictures: bool = True) -> Callable:
-        """Compiled sampling of a kind; those that differ in their full steps alone share it."""
-        return self._program(kind if kind in OTHER_PROGRAMS else "shortcut", pictures)
+        """Compiled sampling of a kind."""
+        return self._program(program_of(kind), pictures)
 
     @functools.cache  # noqa: B019 - as many entries as kinds, for the life of the systems
     def _program(self, kind, pictures):
@@ -135,7 +155,25 @@ class ShortcutSystems:
     def system(self, params: Any, kind: str, refresh_of: Callable[[float], Refresh], costs: Costs) -> System:
         """A kind as a system; its setting is the number of full steps."""
         both = {"base": self.network, "shortcut": params}
-        return shortcut_system(self.engine, self.program(kind), both, self.plan, refresh_of, costs, kind, LABELS[kind])
+        label = self.labels[kind]
+        return shortcut_system(self.engine, self.program(kind), both, self.plan, refresh_of, costs, kind, label)
+
+    @functools.cached_property
+    def policy(self) -> TunedPolicy:
+        """The policy that the shortcut stands on, where there is one."""
+        trained, data = self.context.parents["speed_rl"], self.context.config.data
+        wiring = speed_rl.Wiring(trained.config, conditioning_of(data.name, data.text_length))
+        headed = wiring.policy.kind == "adaptive"
+        return TunedPolicy(
+            program=lambda pictures: clocked_program(self.engine, wiring.sampler, wiring.decide, pictures),
+            params=self.engine.parallel.replicate(trained.params),
+            settings=tuple(trained.config.evaluation.dials) if headed else (wiring.policy.usual_setting,),
+        )
+
+    def policy_system(self) -> System:
+        """The policy with its head as a system; its setting is the speed dial."""
+        policy = self.policy
+        return clocked_system(self.engine, policy.program(True), policy.params, "policy", LABELS["policy"])
 
     def evenly(self, budget: float) -> Refresh:
         """The official set of full steps."""

@@ -17,7 +17,7 @@ from maskrl_jax.evaluate.timing import Spread
 from maskrl_jax.sampling.maskgit import make_plan
 from maskrl_jax.sampling.refresh import Refresh
 from maskrl_jax.sampling.shortcut import Controls, branches
-from maskrl_jax.tasks.shortcut_systems import LABELS, OTHER_PROGRAMS, ShortcutSystems
+from maskrl_jax.tasks.shortcut_systems import ShortcutSystems, program_of
 
 
 class ShortcutTimes:
@@ -30,15 +30,18 @@ class ShortcutTimes:
     def _plain_program(self):
         return fixed_program(self.systems.engine, pictures=False)
 
-    def _run(self, program, own, frozen):
+    def _run(self, program, own, frozen, setting=None):
         """A closure that makes one batch of tokens, with other keys every time."""
         engine, size = self.systems.engine, self.systems.bench.settings.batch_size
         rows, cond = engine.parallel.rows(size), self.systems.calibration_prompts(size)
-        given = np.full((size, engine.num_tokens), engine.mask_id, np.int32)
+        fixed = {"cond": cond, "seed": np.zeros(size, np.int32)}
+        if setting is None:
+            fixed["given"] = np.full((size, engine.num_tokens), engine.mask_id, np.int32)
+        else:
+            fixed["setting"] = np.full(size, setting, np.float32)
 
         def once(repeat):
-            index = np.arange(size, dtype=np.int32) + 10_000 * (repeat + 1)
-            batch = {"cond": cond, "index": index, "seed": np.zeros(size, np.int32), "given": given}
+            batch = fixed | {"index": np.arange(size, dtype=np.int32) + 10_000 * (repeat + 1)}
             return program(own, frozen, {name: x[rows] for name, x in batch.items()})
 
         return once
@@ -75,7 +78,7 @@ class ShortcutTimes:
             dataclasses.replace(own, num_steps=steps, max_steps=len(self.systems.plan.masked_after)),
             self.systems.engine.num_tokens,
         )
-        programs = {kind: kind if kind in OTHER_PROGRAMS else "shortcut" for kind in kinds}
+        programs = {kind: program_of(kind) for kind in kinds}
         runs = {"base": self._plain_run(self.systems.base_params, base, steps)}
         if self.systems.tuned:
             runs["tuned"] = self._plain_run(self.systems.network, own, steps)
@@ -129,10 +132,14 @@ class ShortcutTimes:
         if self.systems.tuned:
             for n in self.systems.bench.settings.steps:
                 runs["tuned", n] = self._plain_run(self.systems.network, self.systems.wiring.sampler, n)
+            policy = self.systems.policy
+            program = policy.program(False)
+            for setting in policy.settings:
+                runs["policy", setting] = self._run(program, policy.params, {}, setting)
         for kind, asks in kinds.items():
             for budget in self.systems.curve.budgets:
                 runs[kind, budget] = self._light_run(params, kind, self.systems.plan, asks(budget))
-        size, labels = self.systems.bench.settings.batch_size, {"base": "base", **LABELS}
+        size, labels = self.systems.bench.settings.batch_size, {"base": "base", **self.systems.labels}
         return [
             Latency(system, labels[system], setting, size, spread)
             for (system, setting), spread in self._measured(runs).items()

@@ -10,6 +10,7 @@ import pytest
 from fixtures import every_configuration, load
 
 from maskrl_jax.convert.shortcut import dimoo_params_of, params_of
+from maskrl_jax.distill.feature_shortcut import Buffer, ShortcutLoss, Student, loss
 from maskrl_jax.models.dimoo_shortcut import DimooShortcut, DimooShortcutConfig
 from maskrl_jax.models.shortcut import Shortcut, ShortcutConfig, time_embedding
 
@@ -109,23 +110,41 @@ def test_feature_equals_the_reference(folder):
 
 @every_configuration("maskgit_pt_shortcut_train")
 def test_loss_and_gradients_equal_the_reference(folder):
-    """The loss is the mean over masked positions and channels; gradients pass the same map as the weights."""
+    """Our loss of a rollout that holds the pair as its last; gradients pass the same map as the weights.
+
+    The reference was told a masked share that its tokens do not have, so the network is told it as well.
+    """
     described, state, inputs, outputs = load(folder)
-    config = maskgit_config(described["ctor"])
-    controls, valid = maskgit_controls(inputs, inputs["tok_emb_weight_rows"][None])
-    masked = outputs["mask_map"].astype(bool)
+    config, masked = maskgit_config(described["ctor"]), outputs["mask_map"].astype(bool)
+    count, fresh = masked.shape[1] - 1, inputs["new_token_map"].astype(bool)  # the class is the last position
+    table = np.zeros((1 + inputs["cur_token_ids"].max(), config.width), np.float32)
+    table[inputs["new_token_ids"][0]] = inputs["tok_emb_weight_rows"]
+    features = np.stack([np.zeros_like(inputs["prev_feat"]), inputs["prev_feat"], inputs["tgt_feat"]], axis=1)
+    buffer = Buffer(
+        features=features[:, None],
+        cond=np.zeros(1, np.int32),
+        ids=np.where(masked, 0, inputs["cur_token_ids"]).astype(np.int32)[:, :count],
+        commit_step=np.where(masked, 2, fresh).astype(np.uint8)[:, :count],
+    )
+    seen = {}
+
+    def advance(params, features, controls, _):
+        embedded = jnp.asarray(table)[controls.ids] + jnp.asarray(inputs["pos_emb"][0])[controls.positions]
+        places, share = controls.positions, jnp.asarray(inputs["mask_ratio"])
+        seen["features"] = Shortcut(config).apply(params, features, embedded, places, controls.valid, share)
+        return seen["features"]
 
     def loss_of(params):
-        places, share = positions_of(inputs), inputs["mask_ratio"]
-        features = Shortcut(config).apply(params, inputs["prev_feat"], controls, places, valid, share)
-        error = (features - inputs["tgt_feat"]) ** 2
-        return error.mean(where=masked[..., None]), features
+        student = Student(advance, head=None, num_tokens=count, most=int(fresh.sum()))
+        keys, last = jax.random.split(jax.random.key(0), 1), jnp.ones((1, 1), jnp.int32)
+        total, _ = loss(ShortcutLoss(), student, params, jax.tree.map(jnp.asarray, buffer), 0 * last, last, keys)
+        return total, seen["features"]
 
     with jax.default_matmul_precision("highest"):
-        (loss, features), found = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params_of(state, config))
+        (total, features), found = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params_of(state, config))
     expected = params_of({k.removeprefix("grad."): v for k, v in outputs.items() if k.startswith("grad.")}, config)
     assert len(jax.tree.leaves(found)) > 0
-    np.testing.assert_allclose(loss, outputs["loss"], rtol=1e-4)
+    np.testing.assert_allclose(total, outputs["loss"], rtol=1e-4)
     np.testing.assert_allclose(features[masked], outputs["est_feat_masked"].reshape(-1, config.width), atol=1e-4)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * np.abs(y).max()), found, expected)
 

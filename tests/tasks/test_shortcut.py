@@ -49,7 +49,13 @@ VARIANTS = {
     "a chain of two on its own tokens": {"loss.chain": 2, "loss.student_tokens": True, "teacher.num_steps": (4, 3)},
     "several numbers of steps, a buffer used twice": {"teacher.num_steps": (4, 3), "teacher.epochs": 2},
     "no controls, no time": {"model.controls": False, "model.embed_t": False},
-    "as published": {"model.local_mixing": False, "model.kv_prenorm": False, "optimizer.name": "adamw"},
+    "as published": {
+        "model.local_mixing": False,
+        "model.kv_prenorm": False,
+        "model.zero_init_out": False,
+        "loss.kl": 0.0,
+        "optimizer.name": "adamw",
+    },
     "two blocks, full width, no zero": {"model.n_block": 2, "model.ratio": 1.0, "model.zero_init_out": False},
 }
 
@@ -120,7 +126,7 @@ def test_a_run_reads_every_key_of_its_config(run):
 
 
 def test_every_field_of_the_settings_is_used(run):
-    assert {cls.__name__: fields for cls, fields in run[2].items() if fields - {"kl_temperature"}} == {}
+    assert {cls.__name__: fields for cls, fields in run[2].items() if fields} == {}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -299,7 +305,7 @@ def test_a_shortcut_on_a_tuned_policy(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "measure", lambda runs, repeats: measure(runs, warm_up=1, repeats=repeats))
     task.report(jax.device_get(state.ema))
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {point["system"] for point in results["points"]} == {"base", "tuned", "shortcut", "frozen"}
+    assert {point["system"] for point in results["points"]} == {"base", "tuned", "policy", "shortcut", "frozen"}
     full = float(re.search(r"one of the tuned network alone ([\d.]+)", results["facts"]["a step's cost"])[1])
     plain = next(p for p in results["points"] if (p["system"], p["setting"]) == ("tuned", 4))
     assert plain["calls_mean"] == pytest.approx(4 * full, rel=0.01)  # in steps of the base
