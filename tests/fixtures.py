@@ -7,9 +7,12 @@ import json
 import os
 import pathlib
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from maskrl_jax.convert.mar import params_of
+from maskrl_jax.models.mar import Mar, MarConfig
 from maskrl_jax.models.maskgit_port import PortConfig
 
 BESIDE = pathlib.Path(__file__).resolve().parents[2] / "shared" / "fixtures"
@@ -48,3 +51,28 @@ def port_sizes(ctor: dict) -> PortConfig:
         heads=ctor["heads"],
         mlp_width=ctor["mlp_dim"],
     )
+
+
+def mar_sizes(config: dict) -> MarConfig:
+    """Return the sizes of a reference MAR from its constructor's arguments."""
+    made = config["ctor"]
+    return MarConfig(
+        num_tokens=config["seq_len"],
+        channels=config["token_dim"],
+        cond_vocab=made["class_num"] + 1,
+        buffer=made["buffer_size"],
+        width=made["encoder_embed_dim"],
+        depth=made["encoder_depth"],
+        heads=made["encoder_num_heads"],
+        mlp_ratio=made["mlp_ratio"],
+        head_width=made["diffloss_w"],
+        head_depth=made["diffloss_d"],
+    )
+
+
+def mar_head(config: dict, state: dict, condition: np.ndarray):
+    """A reference head at fixed conditions: (state [R,C], timestep [R] or []) -> output [R,2C]."""
+    sizes = mar_sizes(config)
+    model, params = Mar(sizes), params_of(state, sizes)
+    known = model.apply(params, condition, method="head_condition")
+    return lambda x, timestep: model.apply(params, x, timestep, known, method="denoise")

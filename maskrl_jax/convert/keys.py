@@ -27,6 +27,11 @@ class Keys:
         kernel = self.take(f"{name}{separator}weight", outputs, inputs).T
         return {"kernel": kernel, "bias": self.take(f"{name}{separator}bias", kernel.shape[1])}
 
+    def conv(self, name: str, inputs: int, outputs: int, size: int = 3) -> dict:
+        """Return a convolution, whose weight is [out, in, height, width]."""
+        kernel = self.take(f"{name}.weight", outputs, inputs, size, size)
+        return {"kernel": kernel.transpose(2, 3, 1, 0), "bias": self.take(f"{name}.bias", outputs)}
+
     def norm(self, name: str, width: int) -> dict:
         """Return a layer norm."""
         return {"scale": self.take(f"{name}.weight", width), "bias": self.take(f"{name}.bias", width)}

@@ -1,0 +1,92 @@
+"""Weights of the reference's KL-VAE as parameters of ours (specs/mar.md sections 2 and 9).
+
+Strict as in `maskgit_port`: a ValueError of one line names the key that is missing, left over or misshapen.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from maskrl_jax.convert.keys import Keys
+from maskrl_jax.models.conv_autoencoder import ConvSizes
+from maskrl_jax.models.kl_vae import KLVAEConfig
+
+ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "proj_out"}
+
+
+def params_of(state: Mapping[str, np.ndarray], config: KLVAEConfig) -> dict:
+    """Map a state dict to the variables of `KLVAE(config)` of form `conv`, float32; kernels arrive as [out,in,h,w]."""
+    keys, channels = Keys(state), config.channels
+    params = {
+        "encoder": _encoder(keys, config.conv, 2 * channels),
+        "decoder": _decoder(keys, config.conv, channels),
+        "quant": keys.conv("quant_conv", 2 * channels, 2 * channels, 1),
+        "post_quant": keys.conv("post_quant_conv", channels, channels, 1),
+    }
+    keys.finish()
+    return {"params": params}
+
+
+def _encoder(keys: Keys, sizes: ConvSizes, out: int) -> dict:
+    channels = sizes.width
+    params = {"conv_in": keys.conv("encoder.conv_in", 3, channels)}
+    for level, multiplier in enumerate(sizes.multipliers):
+        for index in range(sizes.blocks):
+            stem = f"encoder.down.{level}"
+            params[f"level_{level}_block_{index}"] = _block(
+                keys, f"{stem}.block.{index}", channels, sizes.width * multiplier
+            )
+            channels = sizes.width * multiplier
+            if level in sizes.encoder_attention:
+                params[f"level_{level}_attention_{index}"] = _attention(keys, f"{stem}.attn.{index}", channels)
+        if level < len(sizes.multipliers) - 1:
+            params[f"level_{level}_down"] = keys.conv(f"encoder.down.{level}.downsample.conv", channels, channels)
+    params["middle"] = _middle(keys, "encoder.mid", channels)
+    params["norm_out"] = keys.norm("encoder.norm_out", channels)
+    params["conv_out"] = keys.conv("encoder.conv_out", channels, out)
+    return params
+
+
+def _decoder(keys: Keys, sizes: ConvSizes, inputs: int) -> dict:
+    channels = sizes.width * sizes.multipliers[-1]
+    params = {"conv_in": keys.conv("decoder.conv_in", inputs, channels)}
+    params["middle"] = _middle(keys, "decoder.mid", channels)
+    for level, multiplier in reversed(list(enumerate(sizes.multipliers))):
+        for index in range(sizes.blocks + 1):
+            stem = f"decoder.up.{level}"
+            params[f"level_{level}_block_{index}"] = _block(
+                keys, f"{stem}.block.{index}", channels, sizes.width * multiplier
+            )
+            channels = sizes.width * multiplier
+            if level in sizes.decoder_attention:
+                params[f"level_{level}_attention_{index}"] = _attention(keys, f"{stem}.attn.{index}", channels)
+        if level:
+            params[f"level_{level}_up"] = keys.conv(f"decoder.up.{level}.upsample.conv", channels, channels)
+    params["norm_out"] = keys.norm("decoder.norm_out", channels)
+    params["conv_out"] = keys.conv("decoder.conv_out", channels, 3)
+    return params
+
+
+def _middle(keys: Keys, name: str, channels: int) -> dict:
+    return {
+        "block_1": _block(keys, f"{name}.block_1", channels, channels),
+        "attention": _attention(keys, f"{name}.attn_1", channels),
+        "block_2": _block(keys, f"{name}.block_2", channels, channels),
+    }
+
+
+def _block(keys: Keys, name: str, inputs: int, outputs: int) -> dict:
+    block = {
+        "norm1": keys.norm(f"{name}.norm1", inputs),
+        "conv1": keys.conv(f"{name}.conv1", inputs, outputs),
+        "norm2": keys.norm(f"{name}.norm2", outputs),
+        "conv2": keys.conv(f"{name}.conv2", outputs, outputs),
+    }
+    if inputs != outputs:
+        block["shortcut"] = keys.conv(f"{name}.nin_shortcut", inputs, outputs, 1)
+    return block
+
+
+def _attention(keys: Keys, name: str, channels: int) -> dict:
+    parts = {ours: keys.conv(f"{name}.{theirs}", channels, channels, 1) for ours, theirs in ATTENTION.items()}
+    return {"norm": keys.norm(f"{name}.norm", channels), **parts}

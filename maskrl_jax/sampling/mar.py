@@ -1,0 +1,195 @@
+"""Masked autoregression over continuous tokens (arXiv 2406.11838): the loop over iterations; specs/mar.md 7 and 8.
+
+Tokens lie in generation order, last first: before iteration k the first m_k of L are still masked, and iteration k
+draws those from m_{k+1} on. All counts are known beforehand, so every shape is static. Axes: B batch, L tokens,
+V rows given to the encoder, R rows that an iteration draws, C channels, D width.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+GUIDANCE_SCHEDULES = ("linear", "constant")
+# (tokens [b,V,C], order [b,L], cond [b,...], masked) -> condition of the head [b,L,D]
+Backbone = Callable[[Array, Array, Array, int | Array], Array]
+# (condition [B,R,D], the null condition's or None, guidance scale [], keys [B,R]) -> tokens [B,R,C]
+Draw = Callable[[Array, Array | None, Array, Array], Array]
+
+
+class Segment(NamedTuple):
+    """Iterations of one shape: the encoder sees the last `rows` tokens, and `width` of them are drawn at once."""
+
+    rows: int
+    width: int
+    masked: tuple[int, ...]  # m_k before each iteration
+    after: tuple[int, ...]  # m_{k+1}
+    guidance: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class MarPlan:
+    """Counts of every iteration.
+
+    num_tokens: L. num_steps: N iterations, at most L.
+    guidance: scale w of eps_null + w (eps - eps_null); 1 asks for no pass of the null condition.
+    guidance_schedule: `linear` grows from 1 with the share of tokens that are drawn; `constant`.
+    bucket: iterations whose visible tokens round up to the same multiple of it share a loop and pad to its longest;
+      1 gives every iteration a shape of its own and pads nothing.
+    """
+
+    num_tokens: int
+    num_steps: int
+    guidance: float = 1.0
+    guidance_schedule: str = "linear"
+    bucket: int = 1
+
+    def __post_init__(self):
+        if not 1 <= self.num_steps <= self.num_tokens:
+            raise ValueError(f"num_steps {self.num_steps} must be in [1, {self.num_tokens}], the number of tokens")
+        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
+            known = ", ".join(GUIDANCE_SCHEDULES)
+            raise ValueError(f"guidance_schedule {self.guidance_schedule!r} is not one of {known}")
+        if self.bucket < 1:
+            raise ValueError(f"bucket {self.bucket} must be at least 1")
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance != 1.0
+
+    @property
+    def masked_after(self) -> tuple[int, ...]:
+        """Tokens still masked after each iteration; 0 at the end."""
+        return (*self._scheduled()[:-1], 0)
+
+    def _scheduled(self) -> list[int]:
+        """What the schedule says, 1 at the end: guidance follows it."""
+        left, counts = self.num_tokens, []
+        for k in range(self.num_steps):
+            planned = math.floor(self.num_tokens * math.cos(math.pi / 2 * (k + 1) / self.num_steps))
+            left = max(1, min(left - 1, planned))
+            counts.append(left)
+        return counts
+
+    def scales(self) -> list[float]:
+        """Guidance of each iteration."""
+        if self.guidance_schedule == "constant":
+            return [self.guidance] * self.num_steps
+        shares = [(self.num_tokens - count) / self.num_tokens for count in self._scheduled()]
+        return [1 + (self.guidance - 1) * share for share in shares]
+
+    def segments(self) -> list[Segment]:
+        """Iterations in order, neighbours of one shape together."""
+        after = self.masked_after
+        before = (self.num_tokens, *after[:-1])
+        groups: dict[int, list[int]] = {}
+        for k, masked in enumerate(before):
+            rows = -(-(self.num_tokens - masked) // self.bucket) * self.bucket
+            groups.setdefault(min(rows, self.num_tokens), []).append(k)
+        scales = self.scales()
+        return [
+            Segment(
+                rows,
+                max(before[k] - after[k] for k in ks),
+                *(tuple(values[k] for k in ks) for values in (before, after, scales)),
+            )
+            for rows, ks in groups.items()
+        ]
+
+
+class MarRollout(flax.struct.PyTreeNode):
+    """What was drawn, in raster order."""
+
+    tokens: Array  # float32 [B,L,C]
+    commit_step: Array  # uint8 [B,L], iteration of each token
+
+
+def orders(keys_B: Array, num_tokens: int) -> Array:
+    """A uniform permutation of the grid places for every sample, int32 [B,L]."""
+    return jax.vmap(lambda key: jax.random.permutation(key, num_tokens))(keys_B).astype(jnp.int32)
+
+
+def to_order(x_BL: Array, order_BL: Array) -> Array:
+    """Raster order -> generation order, [B,L,...]."""
+    return jnp.take_along_axis(x_BL, order_BL.reshape(*order_BL.shape, *[1] * (x_BL.ndim - 2)), axis=1)
+
+
+def to_raster(x_BL: Array, order_BL: Array) -> Array:
+    """Generation order -> raster order, [B,L,...]."""
+    return to_order(x_BL, jnp.argsort(order_BL, axis=1))
+
+
+def iterate(
+    backbone: Backbone,
+    draw: Draw,
+    tokens_BLC: Array,
+    order_BL: Array,
+    conds: Sequence[Array],
+    keys_BL: Array,
+    shape: tuple[int, int],
+    masked: int | Array,
+    after: int | Array,
+    guidance: float | Array,
+) -> Array:
+    """One iteration: tokens [B,L,C] with those in [after, masked) drawn.
+
+    Args:
+      conds: the condition, and with guidance the null condition, each [B,...].
+      keys_BL: a key for every token: it is drawn once, whatever the iteration.
+      shape: (V, R).
+    """
+    (rows, width), num_tokens = shape, order_BL.shape[1]
+    seen_BVC = tokens_BLC[:, num_tokens - rows :]
+    spread = lambda x: jnp.concatenate([x] * len(conds))  # noqa: E731 - to all branches
+    z_bLD = backbone(spread(seen_BVC), spread(order_BL), jnp.concatenate(conds), masked)
+    start = jnp.minimum(after, num_tokens - width)
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)  # noqa: E731
+    z_BRD, *null = jnp.split(cut(z_bLD), len(conds))
+    drawn_BRC = draw(z_BRD, null[0] if null else None, jnp.float32(guidance), cut(keys_BL))
+    place_R = start + jnp.arange(width)
+    fresh_R1 = ((place_R >= after) & (place_R < masked))[:, None]
+    kept_BRC = jnp.where(fresh_R1[None], drawn_BRC, cut(tokens_BLC))
+    return jax.lax.dynamic_update_slice_in_dim(tokens_BLC, kept_BRC, start, axis=1)
+
+
+def generate(
+    backbone: Backbone, draw: Draw, keys_B: Array, cond: Array, null: Array, plan: MarPlan, channels: int
+) -> MarRollout:
+    """Sample from nothing.
+
+    Args:
+      keys_B: a typed key a sample; order and noise come from it, and nothing else does.
+      cond, null: condition [B,...] int32 and the null condition [...] of one sample.
+    """
+    order_keys_B, noise_keys_B = (jax.vmap(jax.random.fold_in, (0, None))(keys_B, i) for i in range(2))
+    order_BL = orders(order_keys_B, plan.num_tokens)
+    places_L = jnp.arange(plan.num_tokens)
+    keys_BL = jax.vmap(lambda key: jax.vmap(lambda j: jax.random.fold_in(key, j))(places_L))(noise_keys_B)
+    conds = [cond, jnp.broadcast_to(null, cond.shape)] if plan.guided else [cond]
+    tokens_BLC = jnp.zeros((*order_BL.shape, channels))
+    step_L = np.zeros(plan.num_tokens, np.uint8)
+    for k, (first, end) in enumerate(zip(plan.masked_after, (plan.num_tokens, *plan.masked_after), strict=False)):
+        step_L[first:end] = k
+    for segment in plan.segments():
+        tokens_BLC = _run(segment, backbone, draw, tokens_BLC, order_BL, conds, keys_BL)
+    step_BL = jnp.broadcast_to(jnp.asarray(step_L)[None], order_BL.shape)
+    return MarRollout(to_raster(tokens_BLC, order_BL), to_raster(step_BL, order_BL))
+
+
+def _run(segment: Segment, backbone, draw, tokens_BLC, order_BL, conds, keys_BL) -> Array:
+    fixed = backbone, draw
+    shape, counts = (segment.rows, segment.width), (segment.masked, segment.after, segment.guidance)
+    if len(segment.masked) == 1:
+        return iterate(*fixed, tokens_BLC, order_BL, conds, keys_BL, shape, *(values[0] for values in counts))
+    dtypes = (jnp.int32, jnp.int32, jnp.float32)
+
+    def one(tokens, now):
+        return iterate(*fixed, tokens, order_BL, conds, keys_BL, shape, *now), None
+
+    return jax.lax.scan(one, tokens_BLC, tuple(map(jnp.array, counts, dtypes)))[0]
