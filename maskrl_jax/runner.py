@@ -25,6 +25,7 @@ from maskrl_jax.tasks.task import Context, Parent
 
 TASKS = {
     "tokenizer": "maskrl_jax.tasks.tokenizer",
+    "kl_vae": "maskrl_jax.tasks.kl_vae",
     "judge": "maskrl_jax.tasks.judge",
     "maskgit": "maskrl_jax.tasks.maskgit",
     "speed_rl": "maskrl_jax.tasks.speed_rl",

@@ -56,6 +56,7 @@ class OptimizerConfig:
     decay_steps: int = 0
     muon_learning_rate: float = 0.02
     muon_steps: int = 5  # Newton-Schulz iterations
+    muon_stacks: str = "_blocks/"  # arrays of three axes that are a stack of matrices
     muon_skip: str = "embedding|position|head|table|maps|pool_out"  # matrices that are tables or outputs, not maps
     ema_decay: float = 0.999
     rates: tuple[tuple[str, float], ...] = ()
@@ -104,7 +105,7 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
     """Build the optimizer; parameters are grouped by rule and rate factor when it first sees them."""
     patterns = [(re.compile(pattern), float(factor)) for pattern, factor in cfg.rates]
 
-    tables = re.compile(cfg.muon_skip)
+    tables, stacks = re.compile(cfg.muon_skip), re.compile(cfg.muon_stacks)
 
     def name_of(path):
         return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
@@ -122,7 +123,8 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
             factor = factor_of(path)
             if factor == 0.0:
                 return "frozen"
-            maps = cfg.name == "muon" and leaf.ndim == 2 and not tables.search(name_of(path))
+            matrices = leaf.ndim == 2 or (leaf.ndim == 3 and stacks.search(name_of(path)))
+            maps = cfg.name == "muon" and matrices and not tables.search(name_of(path))
             return f"{'muon' if maps else 'rest'}*{factor}"
 
         return jax.tree_util.tree_map_with_path(label, params)
@@ -157,17 +159,16 @@ def _rule(cfg):
 
 
 def _muon(cfg):
-    """Return Muon's orthogonalised momentum for matrices [in, out], scaled by sqrt(max(1, out / in))."""
+    """Return Muon's orthogonalised momentum for matrices [..., in, out], scaled by sqrt(max(1, out / in))."""
     rate = learning_rate(cfg, cfg.muon_learning_rate)
-    matrix = optax.contrib.MuonDimensionNumbers()
 
     def dimensions(params):
         # As a function: the tree that arrives has holes where other rules apply.
-        return jax.tree.map(lambda _: matrix, params)
+        return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
 
     return optax.chain(
         optax.contrib.scale_by_muon(ns_steps=cfg.muon_steps, weight_dimension_numbers=dimensions),
-        optax.stateless_with_tree_map(lambda u, _: u * max(1.0, u.shape[1] / u.shape[0]) ** 0.5),
+        optax.stateless_with_tree_map(lambda u, _: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5),
         _decay(cfg),
         optax.scale_by_learning_rate(rate),
     )

@@ -28,9 +28,9 @@ class Segment(NamedTuple):
 
     rows: int
     width: int
+    first: int  # k of its first iteration
     masked: tuple[int, ...]  # m_k before each iteration
     after: tuple[int, ...]  # m_{k+1}
-    guidance: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,30 +38,19 @@ class MarPlan:
     """Counts of every iteration.
 
     num_tokens: L. num_steps: N iterations, at most L.
-    guidance: scale w of eps_null + w (eps - eps_null); 1 asks for no pass of the null condition.
-    guidance_schedule: `linear` grows from 1 with the share of tokens that are drawn; `constant`.
     bucket: iterations whose visible tokens round up to the same multiple of it share a loop and pad to its longest;
       1 gives every iteration a shape of its own and pads nothing.
     """
 
     num_tokens: int
     num_steps: int
-    guidance: float = 1.0
-    guidance_schedule: str = "linear"
     bucket: int = 1
 
     def __post_init__(self):
         if not 1 <= self.num_steps <= self.num_tokens:
             raise ValueError(f"num_steps {self.num_steps} must be in [1, {self.num_tokens}], the number of tokens")
-        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
-            known = ", ".join(GUIDANCE_SCHEDULES)
-            raise ValueError(f"guidance_schedule {self.guidance_schedule!r} is not one of {known}")
         if self.bucket < 1:
             raise ValueError(f"bucket {self.bucket} must be at least 1")
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance != 1.0
 
     @property
     def masked_after(self) -> tuple[int, ...]:
@@ -77,12 +66,18 @@ class MarPlan:
             counts.append(left)
         return counts
 
-    def scales(self) -> list[float]:
-        """Guidance of each iteration."""
-        if self.guidance_schedule == "constant":
-            return [self.guidance] * self.num_steps
-        shares = [(self.num_tokens - count) / self.num_tokens for count in self._scheduled()]
-        return [1 + (self.guidance - 1) * share for share in shares]
+    def scales(self, guidance: float, schedule: str = "linear") -> np.ndarray:
+        """Guidance scale of each iteration, float32 [N], of eps_null + w (eps - eps_null).
+
+        `linear` grows from 1 with the share of tokens that are drawn; `constant`.
+        """
+        if schedule not in GUIDANCE_SCHEDULES:
+            known = ", ".join(GUIDANCE_SCHEDULES)
+            raise ValueError(f"guidance_schedule {schedule!r} is not one of {known}")
+        if schedule == "constant":
+            return np.full(self.num_steps, guidance, np.float32)
+        shares = np.array([(self.num_tokens - count) / self.num_tokens for count in self._scheduled()])
+        return (1 + (guidance - 1) * shares).astype(np.float32)
 
     def segments(self) -> list[Segment]:
         """Iterations in order, neighbours of one shape together."""
@@ -92,12 +87,12 @@ class MarPlan:
         for k, masked in enumerate(before):
             rows = -(-(self.num_tokens - masked) // self.bucket) * self.bucket
             groups.setdefault(min(rows, self.num_tokens), []).append(k)
-        scales = self.scales()
         return [
             Segment(
                 rows,
                 max(before[k] - after[k] for k in ks),
-                *(tuple(values[k] for k in ks) for values in (before, after, scales)),
+                ks[0],
+                *(tuple(values[k] for k in ks) for values in (before, after)),
             )
             for rows, ks in groups.items()
         ]
@@ -135,7 +130,7 @@ def iterate(
     shape: tuple[int, int],
     masked: int | Array,
     after: int | Array,
-    guidance: float | Array,
+    scale: float | Array,
 ) -> Array:
     """One iteration: tokens [B,L,C] with those in [after, masked) drawn.
 
@@ -143,6 +138,7 @@ def iterate(
       conds: the condition, and with guidance the null condition, each [B,...].
       keys_BL: a key for every token: it is drawn once, whatever the iteration.
       shape: (V, R).
+      scale: of guidance, for `draw`.
     """
     (rows, width), num_tokens = shape, order_BL.shape[1]
     seen_BVC = tokens_BLC[:, num_tokens - rows :]
@@ -151,7 +147,7 @@ def iterate(
     start = jnp.minimum(after, num_tokens - width)
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)  # noqa: E731
     z_BRD, *null = jnp.split(cut(z_bLD), len(conds))
-    drawn_BRC = draw(z_BRD, null[0] if null else None, jnp.float32(guidance), cut(keys_BL))
+    drawn_BRC = draw(z_BRD, null[0] if null else None, jnp.float32(scale), cut(keys_BL))
     place_R = start + jnp.arange(width)
     fresh_R1 = ((place_R >= after) & (place_R < masked))[:, None]
     kept_BRC = jnp.where(fresh_R1[None], drawn_BRC, cut(tokens_BLC))
@@ -159,37 +155,43 @@ def iterate(
 
 
 def generate(
-    backbone: Backbone, draw: Draw, keys_B: Array, cond: Array, null: Array, plan: MarPlan, channels: int
+    backbone: Backbone,
+    draw: Draw,
+    keys_B: Array,
+    conds: Sequence[Array],
+    scales_N: Array,
+    plan: MarPlan,
+    channels: int,
 ) -> MarRollout:
     """Sample from nothing.
 
     Args:
       keys_B: a typed key a sample; order and noise come from it, and nothing else does.
-      cond, null: condition [B,...] int32 and the null condition [...] of one sample.
+      conds: the condition [B,...] int32; two of them, the null condition last, are guided by `scales_N`.
     """
     order_keys_B, noise_keys_B = (jax.vmap(jax.random.fold_in, (0, None))(keys_B, i) for i in range(2))
     order_BL = orders(order_keys_B, plan.num_tokens)
     places_L = jnp.arange(plan.num_tokens)
     keys_BL = jax.vmap(lambda key: jax.vmap(lambda j: jax.random.fold_in(key, j))(places_L))(noise_keys_B)
-    conds = [cond, jnp.broadcast_to(null, cond.shape)] if plan.guided else [cond]
+    scales_N = jnp.asarray(scales_N)
     tokens_BLC = jnp.zeros((*order_BL.shape, channels))
     step_L = np.zeros(plan.num_tokens, np.uint8)
     for k, (first, end) in enumerate(zip(plan.masked_after, (plan.num_tokens, *plan.masked_after), strict=False)):
         step_L[first:end] = k
     for segment in plan.segments():
-        tokens_BLC = _run(segment, backbone, draw, tokens_BLC, order_BL, conds, keys_BL)
+        tokens_BLC = _run(segment, backbone, draw, tokens_BLC, order_BL, conds, keys_BL, scales_N)
     step_BL = jnp.broadcast_to(jnp.asarray(step_L)[None], order_BL.shape)
     return MarRollout(to_raster(tokens_BLC, order_BL), to_raster(step_BL, order_BL))
 
 
-def _run(segment: Segment, backbone, draw, tokens_BLC, order_BL, conds, keys_BL) -> Array:
-    fixed = backbone, draw
-    shape, counts = (segment.rows, segment.width), (segment.masked, segment.after, segment.guidance)
-    if len(segment.masked) == 1:
-        return iterate(*fixed, tokens_BLC, order_BL, conds, keys_BL, shape, *(values[0] for values in counts))
-    dtypes = (jnp.int32, jnp.int32, jnp.float32)
+def _run(segment: Segment, backbone, draw, tokens_BLC, order_BL, conds, keys_BL, scales_N) -> Array:
+    shape, count = (segment.rows, segment.width), len(segment.masked)
+    scales = scales_N[segment.first : segment.first + count]
 
     def one(tokens, now):
-        return iterate(*fixed, tokens, order_BL, conds, keys_BL, shape, *now), None
+        return iterate(backbone, draw, tokens, order_BL, conds, keys_BL, shape, *now), None
 
-    return jax.lax.scan(one, tokens_BLC, tuple(map(jnp.array, counts, dtypes)))[0]
+    if count == 1:
+        return one(tokens_BLC, (segment.masked[0], segment.after[0], scales[0]))[0]
+    counts = (jnp.array(values, jnp.int32) for values in (segment.masked, segment.after))
+    return jax.lax.scan(one, tokens_BLC, (*counts, scales))[0]
