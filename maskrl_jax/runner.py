@@ -28,6 +28,7 @@ TASKS = {
     "kl_vae": "maskrl_jax.tasks.kl_vae",
     "judge": "maskrl_jax.tasks.judge",
     "maskgit": "maskrl_jax.tasks.maskgit",
+    "mar": "maskrl_jax.tasks.mar",
     "speed_rl": "maskrl_jax.tasks.speed_rl",
     "mask_grpo": "maskrl_jax.tasks.mask_grpo",
     "maskfocus": "maskrl_jax.tasks.maskfocus",

@@ -123,8 +123,10 @@ class Bench:
         values = {tag.replace("eval/", "glance/"): value for tag, value in scalars(point).items()}
         return values, image_grid(point.kept["images"] / 255, columns=8)
 
-    def tune(self, system_of: Callable[[SamplerConfig], System], sampler: SamplerConfig) -> SamplerConfig:
+    def tune(self, system_of: Callable[[Any], System], sampler: Any) -> Any:
         """Pick the base's best Gumbel scale, guidance and temperature, one after another, at T_ref.
+
+        Those of them that its sampler, a dataclass, has.
 
         On prompts that are not held out. Acceleration is measured against the base at its best, so the deciding
         measure picks here too; among settings within half of the margin of equal quality, the smallest Frechet
@@ -134,7 +136,8 @@ class Bench:
         """
         s = self.settings
         path = pathlib.Path(self.workdir, SAMPLER)
-        grids = [getattr(s, f"tune_{name}") for name in TUNED]
+        tuned = [name for name in TUNED if hasattr(sampler, name)]
+        grids = [getattr(s, f"tune_{name}") for name in tuned]
         key = measured.identity(system_of(sampler).identity, grids, s.reference, s.tune_prompts, s.margin, s.seed)
         # A process of several tunes again, to the same end: whether a file exists need not look the same to all.
         if path.exists() and jax.process_count() == 1 and (self.out or json.loads(path.read_text()).get("key") == key):
@@ -142,10 +145,10 @@ class Bench:
         protocol = self.protocol(s.tune_prompts, group=2, seed=s.seed + 1, held_out=False)
         rows, chosen = [], dataclasses.replace(sampler, num_steps=s.reference)
         progress = writers.Progress("tuning the base's sampler", sum(map(len, grids)))
-        for name, grid in zip(TUNED, grids, strict=True):
+        for name, grid in zip(tuned, grids, strict=True):
             for value in grid:
                 tried = dataclasses.replace(chosen, **{name: value})
-                settings = {other: getattr(tried, other) for other in TUNED}
+                settings = {other: getattr(tried, other) for other in tuned}
                 if any(settings.items() <= row.items() for row in rows):
                     continue  # the best of the sweep before
                 point = measure.measure(system_of(tried), s.reference, protocol, self.scorer)
@@ -155,7 +158,7 @@ class Bench:
             least = max(row[quality] for row in rows) - s.margin / 2
             near = [row for row in rows if row[quality] >= least]
             row = min(near, key=lambda row: row[f"eval/fd_judge@{s.reference}"])
-            chosen = dataclasses.replace(chosen, **{other: row[other] for other in TUNED})
+            chosen = dataclasses.replace(chosen, **{other: row[other] for other in tuned})
         progress.close()
         if jax.process_index() == 0:
             found = {"key": key, "reference": s.reference, "sampler": dataclasses.asdict(chosen), "tried": rows}
@@ -261,12 +264,12 @@ def scalars(point: Point) -> dict[str, float]:
     return {f"eval/{name}@{point.setting:g}": float(value) for name, value in values.items()}
 
 
-def read_sampler(workdir: str, fallback: SamplerConfig) -> SamplerConfig:
+def read_sampler(workdir: str, fallback: Any) -> Any:
     """The sampler that `tune` chose for a base model, or the config's where none was tuned."""
     path = pathlib.Path(workdir, SAMPLER)
     if not path.exists():
         return fallback
-    return SamplerConfig(**json.loads(path.read_text())["sampler"])
+    return type(fallback)(**json.loads(path.read_text())["sampler"])
 
 
 def tuning_notes(workdir: str, reference: int) -> tuple[str, ...]:
@@ -283,7 +286,7 @@ def tuning_notes(workdir: str, reference: int) -> tuple[str, ...]:
         notes.append(
             f"The base's sampler was tuned at {found['reference']} calls and is the reference at {reference} here."
         )
-    for name in TUNED:
+    for name in (name for name in TUNED if name in found["sampler"]):
         chosen, grid = found["sampler"][name], {row[name] for row in found["tried"]}
         if len(grid) > 1 and chosen in (min(grid), max(grid)) and chosen != NATURAL_ENDS.get(name):
             notes.append(

@@ -22,7 +22,7 @@ from maskrl_jax.tasks import tokenizer as tokenizer_task
 from maskrl_jax.tasks.task import Context, Parent
 
 REAL_PICTURES = 2048  # about so many stand for the real ones
-DRAWN_BY = ("maskgit", "tokenizer")  # stages that pictures depend on
+DRAWN_BY = ("maskgit", "mar", "tokenizer")  # stages that pictures depend on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,8 @@ def engine_of(context: Context, sizes: MaskGITConfig, null: np.ndarray) -> Engin
 
 def kept(system: System, stages: Mapping[str, Parent], *settings: Any) -> System:
     """A system of trained stages and settings alone, whose measurements all runs with the same stages share."""
-    trained = [(stages[name].params, stages[name].extra, str(stages[name].config.model)) for name in DRAWN_BY]
+    drawn_by = [stages[name] for name in DRAWN_BY if name in stages]
+    trained = [(stage.params, stage.extra, str(stage.config.model)) for stage in drawn_by]
     return dataclasses.replace(system, identity=measured.identity(trained, *settings))
 
 

@@ -1,0 +1,167 @@
+"""What all stages of the continuous-token family share: MAR's network as functions, and its systems."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskrl_jax.data.dataset import Conditioning
+from maskrl_jax.distill import diffusion
+from maskrl_jax.distill.diffusion import Process
+from maskrl_jax.distill.gsim import guided
+from maskrl_jax.evaluate.measure import Generated, System
+from maskrl_jax.keys import EVALUATE, sample_keys
+from maskrl_jax.models.kl_vae import KLVAEConfig
+from maskrl_jax.models.mar import Mar, MarConfig
+from maskrl_jax.parallel import Parallel
+from maskrl_jax.sampling import mar
+from maskrl_jax.sampling.mar import MarPlan
+from maskrl_jax.tasks.kl_vae import LatentCodec
+
+Array = jax.Array
+DIFFUSION_STEPS = 1000  # T, published
+
+
+@dataclasses.dataclass(frozen=True)
+class MarSampler:
+    """How MAR is sampled.
+
+    num_steps: N iterations. inner_steps: of the chain in each. method: `ddpm` (published) or `ddim`.
+    guidance, guidance_schedule: w of eps_null + w (eps - eps_null), 1 is none; `linear` or `constant`.
+    temperature: of the chain's noise. bucket: see `MarPlan`.
+    """
+
+    num_steps: int = 16
+    inner_steps: int = 100
+    method: str = "ddpm"
+    guidance: float = 3.0
+    guidance_schedule: str = "linear"
+    temperature: float = 1.0
+    bucket: int = 8
+
+    def __post_init__(self):
+        if self.method not in diffusion.METHODS:
+            raise ValueError(f"sampler.method {self.method!r} is not one of {', '.join(diffusion.METHODS)}")
+        if self.temperature <= 0:
+            raise ValueError(f"sampler.temperature {self.temperature} must be above 0")
+        diffusion.respaced(DIFFUSION_STEPS, self.inner_steps)
+        MarPlan(max(self.num_steps, 1), self.num_steps, self.bucket).scales(self.guidance, self.guidance_schedule)
+
+    def plan(self, num_tokens: int) -> MarPlan:
+        return MarPlan(num_tokens, self.num_steps, self.bucket)
+
+
+def model_config(config: Any, latents: KLVAEConfig, conditioning: Conditioning) -> MarConfig:
+    """Sizes that follow from the tokenizer and the data, and those that the config names."""
+    grid = {"num_tokens": latents.num_tokens, "channels": latents.channels}
+    length = max(conditioning.length, 1)
+    return MarConfig(**grid, cond_vocab=conditioning.vocab_size, cond_length=length, **config.model)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """MAR's module as functions of its parameters."""
+
+    model: Mar
+
+    def backbone(self, params: Any) -> mar.Backbone:
+        return functools.partial(self.model.apply, params, method="backbone")
+
+    def condition(self, params: Any, z: Array) -> Array:
+        """What the head reads of z, once for all its calls."""
+        return self.model.apply(params, z, method="head_condition")
+
+    def head(self, params: Any, state: Array, timestep: Array, condition: Array) -> Array:
+        return self.model.apply(params, state, timestep, condition, method="denoise")
+
+
+def row_noise(keys_BR: Array, place: Array | int, channels: int) -> Array:
+    """Normal noise [B,R,C], a row from its own key; another at every place."""
+    one = lambda key: jax.random.normal(jax.random.fold_in(key, place), (channels,))  # noqa: E731
+    return jax.vmap(jax.vmap(one))(keys_BR)
+
+
+def chain_draw(network: Network, params: Any, process: Process, temperature: Array | float, method: str) -> mar.Draw:
+    """Draw rows by the teacher's chain; with a null condition every step is one doubled call of the head."""
+
+    def draw(z: Array, null: Array | None, scale: Array, keys_BR: Array) -> Array:
+        both = z[None] if null is None else jnp.stack([z, null])
+        known = network.condition(params, both)
+        noise = functools.partial(row_noise, keys_BR, channels=network.model.config.channels)
+
+        def head(state, timestep):
+            states = jnp.broadcast_to(state[None], (len(known), *state.shape))
+            guess, share = diffusion.split(network.head(params, states, timestep, known))
+            return (guess[0] if null is None else guided(guess[1], guess[0], scale)), share[0]
+
+        return diffusion.run_chain(process, head, noise(len(process)), noise, temperature, method)
+
+    return draw
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Engine:
+    """What generation needs beside the parameters that are compared.
+
+    tokenizer: parameters of the VAE. null: null condition of one sample.
+    """
+
+    parallel: Parallel
+    network: Network
+    codec: LatentCodec
+    tokenizer: Any
+    null: np.ndarray
+
+    @functools.cache  # noqa: B019 - as many entries as programs, for the life of the engine
+    def program(self, plan: MarPlan, is_guided: bool, draw_of: Callable[[Any, Mapping], mar.Draw], pictures: bool):
+        """Compile one plan; `draw_of(params, frozen)` draws rows. Without `pictures` it ends with the tokens."""
+
+        def program(p, frozen, batch, axis):
+            keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
+            cond = batch["cond"]
+            null = jnp.broadcast_to(jnp.asarray(self.null)[None], cond.shape)
+            conds, channels = [cond, null] if is_guided else [cond], self.network.model.config.channels
+            draw, backbone = draw_of(p, frozen), self.network.backbone(p)
+            made = mar.generate(backbone, draw, keys_B, conds, frozen["scales"], plan, channels)
+            if not pictures:
+                return {"tokens": made.tokens}
+            images = self.codec.decode(frozen["tokenizer"], made.tokens)
+            calls = jnp.full(len(cond), plan.num_steps, jnp.float32)
+            return {"images": images, "calls": calls, "commit_step": made.commit_step}
+
+        return self.parallel.map(program)
+
+    def run(self, program: Callable, params: Any, frozen: Mapping[str, Any], cond, sample_ids, seed) -> dict:
+        """Run a program over a batch that every process holds; rows of all processes as numpy."""
+        batch = {"cond": cond, "index": sample_ids, "seed": np.full(len(sample_ids), seed, np.int32)}
+        rows = self.parallel.rows(len(sample_ids))
+        return self.parallel.gather(program(params, frozen, {name: x[rows] for name, x in batch.items()}))
+
+
+def chain_system(engine: Engine, params: Any, sampler: MarSampler, name: str, label: str) -> System:
+    """MAR with its chain; the setting is the number of iterations."""
+    process = diffusion.make_process(DIFFUSION_STEPS, sampler.inner_steps)
+    draw_of = _chain_draws(engine.network, process, sampler.method)
+
+    def generate(setting, cond, sample_ids, seed):
+        chosen = dataclasses.replace(sampler, num_steps=int(setting))
+        plan = chosen.plan(engine.codec.config.num_tokens)
+        program = engine.program(plan, sampler.guidance != 1, draw_of, True)
+        frozen = {
+            "tokenizer": engine.tokenizer,
+            "scales": plan.scales(sampler.guidance, sampler.guidance_schedule),
+            "temperature": np.float32(sampler.temperature),
+        }
+        return Generated(**engine.run(program, params, frozen, cond, sample_ids, seed))
+
+    return System(name, label, generate)
+
+
+@functools.cache
+def _chain_draws(network: Network, process: Process, method: str) -> Callable:
+    """One function for all systems of a chain, so that they share their programs."""
+    return lambda params, frozen: chain_draw(network, params, process, frozen["temperature"], method)

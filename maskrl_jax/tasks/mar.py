@@ -1,0 +1,235 @@
+"""Stage `mar`: masked autoregression over continuous tokens with a diffusion head (arXiv 2406.11838).
+
+specs/mar.md says what of it is published, what is read from the official code and what is our choice.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskrl_jax import state as train_state
+from maskrl_jax.data.batches import batch_at
+from maskrl_jax.data.dataset import Conditioning, conditioning_of
+from maskrl_jax.distill import diffusion
+from maskrl_jax.evaluate.bench import CHOICE, Evaluation, tuning_notes
+from maskrl_jax.evaluate.measure import System
+from maskrl_jax.evaluate.report import Findings
+from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys, step_key
+from maskrl_jax.models.mar import Mar
+from maskrl_jax.parallel import mean_gradients
+from maskrl_jax.phase import Phase
+from maskrl_jax.sampling.mar import orders, to_order
+from maskrl_jax.tasks import continuous, generators
+from maskrl_jax.tasks import kl_vae as kl_vae_task
+from maskrl_jax.tasks.continuous import MarSampler
+from maskrl_jax.tasks.task import Context, Parent, Task
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """How many tokens are masked in training: the share is 1 - deviation |normal|, at least `least`.
+
+    Published: .25 and .7, with one draw for a whole batch; here every sample has its own.
+    """
+
+    least: float = 0.7
+    deviation: float = 0.25
+
+    def __post_init__(self):
+        if not 0 < self.least <= 1 or self.deviation <= 0:
+            raise ValueError(f"masking.least {self.least} must be in (0, 1] and deviation {self.deviation} above 0")
+
+    def fewest(self, num_tokens: int) -> int:
+        return max(int(np.ceil(num_tokens * self.least)), 1)
+
+    def counts(self, keys_B: Array, num_tokens: int) -> Array:
+        """Masked tokens of each sample, int32 [B]."""
+        lowest = (self.least - 1) / self.deviation
+        draws = jax.vmap(lambda key: jax.random.truncated_normal(key, lowest, 0.0))(keys_B)
+        counts = jnp.ceil(num_tokens * (1 + self.deviation * draws)).astype(jnp.int32)
+        return jnp.clip(counts, self.fewest(num_tokens), num_tokens)
+
+
+class Wiring:
+    """The stage's pure functions, closed over its static configuration."""
+
+    def __init__(self, config: Any, conditioning: Conditioning):
+        self.config, self.null = config, conditioning.null
+        latents = kl_vae_task.model_config(config.parents.tokenizer.model)
+        self.codec = kl_vae_task.codec(latents, None)
+        self.sizes = continuous.model_config(config, latents, conditioning)
+        self.network = continuous.Network(Mar(self.sizes))
+        self.masking = Masking(**config.masking)
+        self.process = diffusion.make_process(continuous.DIFFUSION_STEPS)
+        if config.repeats < 1:
+            raise ValueError(f"repeats {config.repeats} must be at least 1")
+        settings, sampler = Evaluation(**config.evaluation), MarSampler(**config.sampler)
+        for steps in (settings.glance_steps, *settings.steps):
+            dataclasses.replace(sampler, num_steps=steps).plan(self.sizes.num_tokens)
+        self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps)
+        self.tx = train_state.make_optimizer(self.optimizer)
+
+    def init(self, key: Array) -> train_state.TrainState:
+        c = self.sizes
+        cond = jnp.broadcast_to(jnp.asarray(self.null), (1, *self.null.shape))
+        tokens, order = jnp.zeros((1, c.num_tokens, c.channels)), jnp.arange(c.num_tokens)[None]
+        return train_state.create(self.network.model.init(key, tokens, order, cond), self.tx)
+
+    def examples(self, keys_B: Array, frozen: Any, images: Array) -> tuple[Array, Array, Array]:
+        """Tokens [B,L,C] of uint8 images in a random generation order, that order, and masked counts [B]."""
+        order_keys_B, count_keys_B, noise_keys_B = (
+            jax.vmap(jax.random.fold_in, (0, None))(keys_B, i) for i in range(3)
+        )
+        noise = kl_vae_task.token_noise(noise_keys_B, self.codec.config)
+        tokens = self.codec.encode(frozen["tokenizer"], images.astype(jnp.float32) / 255, noise)
+        order_BL = orders(order_keys_B, self.sizes.num_tokens)
+        return to_order(tokens, order_BL), order_BL, self.masking.counts(count_keys_B, self.sizes.num_tokens)
+
+    def conditions(self, params: Any, tokens, order_BL, cond, masked_B, train: bool = False, rngs: Any = None) -> Array:
+        """z [B,L,D] from the visible ones of tokens in generation order."""
+        first = self.masking.fewest(self.sizes.num_tokens)
+        return self.network.model.apply(
+            params, tokens[:, first:], order_BL, cond, masked_B, train, method="backbone", rngs=rngs
+        )
+
+    def draws(self, keys_B: Array, repeats: int) -> tuple[Array, Array]:
+        """Times int32 [M,B,L] and noise [M,B,L,C] of every repetition of every token."""
+        c = self.sizes
+        shape = (repeats, c.num_tokens)
+        step = jax.vmap(
+            lambda key: jax.random.randint(jax.random.fold_in(key, 3), shape, 0, len(self.process)), out_axes=1
+        )
+        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 4), (*shape, c.channels)), out_axes=1)
+        return step(keys_B), noise(keys_B)
+
+    def losses(self, params: Any, keys_B: Array, tokens, z, masked_B, repeats: int) -> tuple[Array, Array, Array]:
+        """(squared error, bound) sums over masked rows, and their number."""
+        step, noise = self.draws(keys_B, repeats)
+        state = diffusion.noised(self.process, tokens[None], step, noise)
+        out = self.network.head(params, state, step, self.network.condition(params, z)[None])
+        error, bound = diffusion.row_losses(self.process, tokens[None], step, noise, out)
+        counted = (jnp.arange(self.sizes.num_tokens)[None] < masked_B[:, None])[None]
+        return *(jnp.where(counted, x, 0).sum() for x in (error, bound)), (counted.sum() * repeats).astype(jnp.float32)
+
+    def held_out_loss(self, params: Any, frozen: Any, images: Array, cond: Array) -> tuple[Array, Array]:
+        """Squared error of the noise (sum, weight) of held-out images, always under the same draws."""
+        keys_B = sample_keys(self.config.seed, EVALUATE, 0, jnp.arange(len(images)))
+        tokens, order_BL, masked_B = self.examples(keys_B, frozen, images)
+        z = self.conditions(params, tokens, order_BL, cond, masked_B)
+        error, _, count = self.losses(params, keys_B, tokens, z, masked_B, 1)
+        return error, count
+
+    def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
+        """One optimizer step on images [b,H,W,3] uint8 with conditions."""
+        config = self.config
+        keys_B = sample_keys(config.seed, TRAIN, state.step, batch["index"])
+        tokens, order_BL, masked_B = self.examples(keys_B, frozen, batch["image"])
+        dropped = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 5)))(keys_B)
+        keep = (dropped >= config.cond_drop).reshape(-1, *[1] * self.null.ndim)
+        cond = jnp.where(keep, batch["cond"], jnp.asarray(self.null)[None])
+        # Of a device's samples together: dropout alone depends on how a batch is spread over devices.
+        rngs = {"dropout": jax.random.fold_in(step_key(config.seed, TRAIN, state.step), batch["index"][0])}
+
+        def loss(params):
+            z = self.conditions(params, tokens, order_BL, cond, masked_B, True, rngs)
+            error, bound, count = self.losses(params, keys_B, tokens, z, masked_B, config.repeats)
+            return error + bound, (error, bound, count)
+
+        (_, (error, bound, count)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        grads = mean_gradients(grads, count, axis)
+        state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
+        sums = {"train/mse": (error, count), "train/bound": (bound, count)}
+        metrics = {name: axis.all_reduce(pair) for name, pair in sums.items()}
+        return state, metrics | {f"train/{name}": (value, jnp.float32(1)) for name, value in info.items()}
+
+
+def phases(config: Any, parallel: Any) -> list[Phase]:
+    """What the stage compiles, with abstract arguments (for the dry run)."""
+    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    wiring = Wiring(config, conditioning)
+    parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
+    side = wiring.codec.config.image_size
+    struct = jax.ShapeDtypeStruct
+    batch = {
+        "image": struct((config.batch_size, side, side, 3), jnp.uint8),
+        "cond": struct((config.batch_size, *conditioning.null.shape), jnp.int32),
+        "index": struct((config.batch_size,), jnp.int32),
+    }
+    frozen = {"tokenizer": kl_vae_task.abstract_codec(config.parents.tokenizer)}
+    state = jax.eval_shape(wiring.init, jax.random.key(0))
+    return [Phase("update", wiring.update, (state, frozen, batch), kind="update")]
+
+
+def engine_of(context: Context, wiring: Wiring) -> continuous.Engine:
+    """What systems of this stage and of those above it generate with."""
+    codec = kl_vae_task.load(context.parents["tokenizer"])
+    tokenizer = context.parallel.replicate(codec.params)
+    return continuous.Engine(context.parallel, wiring.network, codec, tokenizer, wiring.null)
+
+
+def build(context: Context) -> Task:
+    """Wire the stage."""
+    config, parallel = context.config, context.parallel
+    train = generators.dataset_of(context, "train")
+    wiring = Wiring(config, train.conditioning)
+    engine = engine_of(context, wiring)
+    frozen = {"tokenizer": engine.tokenizer}
+    rows = parallel.rows(config.batch_size)
+    update = parallel.update(wiring.update)
+    sampler = MarSampler(**config.sampler)
+    bench = functools.cache(lambda: generators.bench_of(context))
+    held_out_loss = jax.jit(wiring.held_out_loss)
+
+    def system(params: Any, chosen: MarSampler) -> System:
+        return continuous.chain_system(engine, params, chosen, "base", "MAR")
+
+    def batch(step):
+        example = batch_at(train, step, config.batch_size, rows, config.seed)
+        return {name: example[name] for name in ("image", "cond", "index")}
+
+    def evaluate(state, step):
+        examples = bench().dataset.take(np.arange(256) % len(bench().dataset))
+        loss, weight = jax.device_get(held_out_loss(state.ema, frozen, examples["image"], examples["cond"]))
+        scores, picture = bench().glance(system(state.ema, sampler), bench().settings.glance_steps)
+        return {"eval/loss": float(loss / weight), **scores}, {"samples/grid": picture}
+
+    def report(params):
+        stages = context.parents | {"mar": Parent(config, params, {}, context.workdir)}
+        params = parallel.replicate(params)
+
+        def base(chosen):
+            return generators.kept(system(params, chosen), stages, str(chosen))
+
+        best = bench().tune(base, sampler)
+        points = bench().measure(base(best), bench().settings.steps)
+        findings = Findings(
+            title=f"MAR on {config.data.name}",
+            config=config.name,
+            points=points,
+            reference=points[-1:],
+            criteria=bench().criteria(),
+            held_out=("nothing of the prompts: the base has seen pictures of every caption",),
+            notes=tuning_notes(context.workdir, bench().settings.reference),
+        )
+        facts = {
+            "network calls": "iterations of the backbone, its second branch of guidance not counted; each also runs "
+            f"{best.inner_steps} calls of the head",
+            "sampler": f"{best.method}, {best.inner_steps} steps of the chain, guidance {best.guidance:g} "
+            f"({best.guidance_schedule}), temperature {best.temperature:g}",
+            "how it was chosen": CHOICE,
+        }
+        bench().write(findings, config.num_steps, facts)
+
+    return Task(
+        init=lambda key: parallel.init(wiring.init, key),
+        batch=batch,
+        step=lambda state, b: update(state, frozen, b),
+        evaluate=evaluate,
+        report=report,
+    )
