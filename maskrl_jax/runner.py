@@ -29,6 +29,7 @@ TASKS = {
     "judge": "maskrl_jax.tasks.judge",
     "maskgit": "maskrl_jax.tasks.maskgit",
     "mar": "maskrl_jax.tasks.mar",
+    "marval": "maskrl_jax.tasks.marval",
     "speed_rl": "maskrl_jax.tasks.speed_rl",
     "mask_grpo": "maskrl_jax.tasks.mask_grpo",
     "maskfocus": "maskrl_jax.tasks.maskfocus",

@@ -79,14 +79,14 @@ def same_tokenizer(ours: Any, theirs: Any) -> None:
     for key in ("seed", "num_steps", "batch_size", "data", "model", "optimizer"):
         if ours[key] != theirs[key]:
             raise UserError(
-                f"the tokenizer is not the one that the maskgit parent was trained with (another {key}); "
+                f"the tokenizer is not the one that the base was trained with (another {key}); "
                 "point init.tokenizer to that one"
             )
 
 
-def same_codes(workdirs: dict[str, str]) -> None:
+def same_codes(workdirs: dict[str, str], base: str = "maskgit") -> None:
     """Raise UserError where the base was trained on codes of other parameters than the tokenizer at hand has."""
-    places = stored.read_places(workdirs["maskgit"])
+    places = stored.read_places(workdirs[base])
     if places is None:
         return
     ours, theirs = (stored.trained_id(path) for path in (workdirs["tokenizer"], places[0]["tokenizer"]))

@@ -142,15 +142,14 @@ class Engine:
         return self.parallel.gather(program(params, frozen, {name: x[rows] for name, x in batch.items()}))
 
 
-def chain_system(engine: Engine, params: Any, sampler: MarSampler, name: str, label: str) -> System:
-    """MAR with its chain; the setting is the number of iterations."""
-    process = diffusion.make_process(DIFFUSION_STEPS, sampler.inner_steps)
-    draw_of = _chain_draws(engine.network, process, sampler.method)
+def system(
+    engine: Engine, params: Any, sampler: MarSampler, draw_of: Callable, is_guided: bool, name: str, label: str
+) -> System:
+    """A network whose rows are drawn by `draw_of(params, frozen)`; the setting is the number of iterations."""
 
     def generate(setting, cond, sample_ids, seed):
-        chosen = dataclasses.replace(sampler, num_steps=int(setting))
-        plan = chosen.plan(engine.codec.config.num_tokens)
-        program = engine.program(plan, sampler.guidance != 1, draw_of, True)
+        plan = dataclasses.replace(sampler, num_steps=int(setting)).plan(engine.codec.config.num_tokens)
+        program = engine.program(plan, is_guided, draw_of, True)
         frozen = {
             "tokenizer": engine.tokenizer,
             "scales": plan.scales(sampler.guidance, sampler.guidance_schedule),
@@ -161,7 +160,14 @@ def chain_system(engine: Engine, params: Any, sampler: MarSampler, name: str, la
     return System(name, label, generate)
 
 
+def chain_system(engine: Engine, params: Any, sampler: MarSampler, name: str, label: str) -> System:
+    """MAR with its chain."""
+    draw_of = _chain_draws(engine.network, sampler.inner_steps, sampler.method)
+    return system(engine, params, sampler, draw_of, sampler.guidance != 1, name, label)
+
+
 @functools.cache
-def _chain_draws(network: Network, process: Process, method: str) -> Callable:
+def _chain_draws(network: Network, inner_steps: int, method: str) -> Callable:
     """One function for all systems of a chain, so that they share their programs."""
+    process = diffusion.make_process(DIFFUSION_STEPS, inner_steps)
     return lambda params, frozen: chain_draw(network, params, process, frozen["temperature"], method)

@@ -81,7 +81,9 @@ class Wiring:
         tokens, order = jnp.zeros((1, c.num_tokens, c.channels)), jnp.arange(c.num_tokens)[None]
         return train_state.create(self.network.model.init(key, tokens, order, cond), self.tx)
 
-    def examples(self, keys_B: Array, frozen: Any, images: Array) -> tuple[Array, Array, Array]:
+    def examples(
+        self, keys_B: Array, frozen: Any, images: Array, masking: Masking | None = None
+    ) -> tuple[Array, Array, Array]:
         """Tokens [B,L,C] of uint8 images in a random generation order, that order, and masked counts [B]."""
         order_keys_B, count_keys_B, noise_keys_B = (
             jax.vmap(jax.random.fold_in, (0, None))(keys_B, i) for i in range(3)
@@ -89,14 +91,17 @@ class Wiring:
         noise = kl_vae_task.token_noise(noise_keys_B, self.codec.config)
         tokens = self.codec.encode(frozen["tokenizer"], images.astype(jnp.float32) / 255, noise)
         order_BL = orders(order_keys_B, self.sizes.num_tokens)
-        return to_order(tokens, order_BL), order_BL, self.masking.counts(count_keys_B, self.sizes.num_tokens)
+        masked_B = (masking or self.masking).counts(count_keys_B, self.sizes.num_tokens)
+        return to_order(tokens, order_BL), order_BL, masked_B
 
-    def conditions(self, params: Any, tokens, order_BL, cond, masked_B, train: bool = False, rngs: Any = None) -> Array:
-        """z [B,L,D] from the visible ones of tokens in generation order."""
-        first = self.masking.fewest(self.sizes.num_tokens)
-        return self.network.model.apply(
-            params, tokens[:, first:], order_BL, cond, masked_B, train, method="backbone", rngs=rngs
-        )
+    def conditions(
+        self, params: Any, tokens, order_BL, cond, masked_B, masking: Masking | None = None, dropout: Any = None
+    ) -> Array:
+        """z [B,L,D] from the visible ones of tokens in generation order; with a key it drops out."""
+        first = (masking or self.masking).fewest(self.sizes.num_tokens)
+        rngs = None if dropout is None else {"dropout": dropout}
+        inputs = (tokens[:, first:], order_BL, cond, masked_B, dropout is not None)
+        return self.network.model.apply(params, *inputs, method="backbone", rngs=rngs)
 
     def draws(self, keys_B: Array, repeats: int) -> tuple[Array, Array]:
         """Times int32 [M,B,L] and noise [M,B,L,C] of every repetition of every token."""
@@ -134,10 +139,10 @@ class Wiring:
         keep = (dropped >= config.cond_drop).reshape(-1, *[1] * self.null.ndim)
         cond = jnp.where(keep, batch["cond"], jnp.asarray(self.null)[None])
         # Of a device's samples together: dropout alone depends on how a batch is spread over devices.
-        rngs = {"dropout": jax.random.fold_in(step_key(config.seed, TRAIN, state.step), batch["index"][0])}
+        dropout = jax.random.fold_in(step_key(config.seed, TRAIN, state.step), batch["index"][0])
 
         def loss(params):
-            z = self.conditions(params, tokens, order_BL, cond, masked_B, True, rngs)
+            z = self.conditions(params, tokens, order_BL, cond, masked_B, dropout=dropout)
             error, bound, count = self.losses(params, keys_B, tokens, z, masked_B, config.repeats)
             return error + bound, (error, bound, count)
 

@@ -1,0 +1,57 @@
+"""MARVAL: MAR's diffusion chain distilled into one call of its head (arXiv 2511.15190, CVPR 2026).
+
+python -m maskrl_jax.main --config=configs/marval.py          # embedded task
+python -m maskrl_jax.main --config=configs/marval.py:smoke    # a few updates of everything: does it run?
+python -m maskrl_jax.main --config=configs/marval.py:base --dry_run=v5e:4x4   # published sizes, compile only
+python -m maskrl_jax.main --config=configs/marval.py:large --dry_run=v5e:4x4
+python -m maskrl_jax.main --config=configs/marval.py:huge --dry_run=v5e:8x8
+
+specs/marval.md says which numbers are published; those of the embedded task are our choice.
+"""
+
+from configs import mar, sizes
+
+STEPS = {"": 1200, "smoke": 12}
+
+
+def get_config(arg: str = ""):
+    """Sizes: default, `smoke`; `base`, `large`, `huge` as published."""
+    sizes.check(arg, (*STEPS, *mar.PUBLISHED))
+    teacher = mar.get_config(arg)
+    smoke, published = arg == "smoke", arg in mar.PUBLISHED
+    parents = {"tokenizer": teacher.parents.tokenizer, "judge": teacher.parents.judge, "mar": teacher}
+    own = {"weight_decay": 0.0, "clip_norm": 3.0, "warmup_steps": 0, "decay": "constant"}
+    rate = 1e-5 if published else 1e-4
+    adam = {"name": "adamw", "learning_rate": rate, "b1": 0.0, "b2": 0.999, **own}
+    return sizes.run(
+        "marval",
+        "configs/marval.py" + (f":{arg}" if arg else ""),
+        num_steps=150_000 if published else STEPS[arg],  # 30 epochs of ImageNet in batches of 256
+        batch_size=256 if published else 16,
+        parents=parents,
+        init=dict.fromkeys(parents, ""),
+        data=teacher.data.to_dict(),
+        masking=teacher.masking.to_dict(),
+        distillation={
+            "student": "full",
+            "auxiliary": "full",
+            "repeats": 4,
+            "auxiliary_steps": 1,
+            "warm_up": 4 if smoke else 1000 if published else 200,
+        },
+        loss={
+            "norm": "huber",
+            "kappa": 1.0,
+            "radius": 1e-5,
+            "weight": "sigma",
+            "first": 20,
+            "last": 970,
+            "guidance": 1.2,
+            "over": "token",
+        },
+        student={"form": "eps", "time": 755, "scale": "sigma"},
+        optimizer={**adam, "ema_decay": 0.9999 if published else 0.99},
+        auxiliary_optimizer={**adam, "ema_decay": 0.0},
+        sampler={**teacher.sampler.to_dict(), "guidance": 1.0, "temperature": 1.0},
+        evaluation={**teacher.evaluation.to_dict(), "goal": 1.0},
+    )

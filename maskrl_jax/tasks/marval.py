@@ -1,0 +1,316 @@
+"""Stage `marval`: MAR's chain distilled into one call of its head by guided score implicit matching.
+
+MARVAL (arXiv 2511.15190); specs/marval.md says what of it is published and what is our choice. Three networks: the
+frozen teacher, the student, and an auxiliary one that predicts the noise of the student's samples.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskrl_jax import state as train_state
+from maskrl_jax.data.batches import batch_at
+from maskrl_jax.data.dataset import Conditioning, conditioning_of
+from maskrl_jax.distill import diffusion, gsim
+from maskrl_jax.distill.gsim import Gsim, OneStep
+from maskrl_jax.errors import UserError
+from maskrl_jax.evaluate.bench import CHOICE, Evaluation, read_sampler, tuning_notes
+from maskrl_jax.evaluate.measure import System
+from maskrl_jax.evaluate.report import Findings
+from maskrl_jax.keys import TRAIN, sample_keys
+from maskrl_jax.parallel import mean_gradients
+from maskrl_jax.phase import Phase
+from maskrl_jax.tasks import checks, continuous, generators
+from maskrl_jax.tasks import kl_vae as kl_vae_task
+from maskrl_jax.tasks import mar as mar_task
+from maskrl_jax.tasks.continuous import MarSampler, row_noise
+from maskrl_jax.tasks.task import Context, Task
+
+Array = jax.Array
+MODES = ("full", "head_only")
+HEAD = (("denoiser", 1.0), ("", 0.0))  # rates of a network whose head alone is trained
+AUXILIARY, STUDENT_DRAW = 10, 20  # what a sample's key is folded with
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """How the two networks are trained; published: alternating updates, nothing else.
+
+    student, auxiliary: `full`, a backbone and a head of its own, or `head_only`, on the teacher's backbone.
+    repeats: M, noise draws of a token. auxiliary_steps: updates of the auxiliary network before each of the student.
+    warm_up: steps of the auxiliary network alone, on samples of the student as it begins.
+    """
+
+    student: str = "full"
+    auxiliary: str = "full"
+    repeats: int = 4
+    auxiliary_steps: int = 1
+    warm_up: int = 200
+
+    def __post_init__(self):
+        for name in ("student", "auxiliary"):
+            if getattr(self, name) not in MODES:
+                raise ValueError(f"distillation.{name} {getattr(self, name)!r} is not one of {', '.join(MODES)}")
+        if self.repeats < 1 or self.auxiliary_steps < 1 or self.warm_up < 0:
+            raise ValueError("distillation.repeats and auxiliary_steps must be at least 1 and warm_up at least 0")
+
+
+class Wiring:
+    """The stage's pure functions, closed over its static configuration."""
+
+    def __init__(self, config: Any, conditioning: Conditioning):
+        self.config, teacher = config, config.parents.mar
+        checks.same_tokenizer(config.parents.tokenizer, teacher.parents.tokenizer)
+        self.base = mar_task.Wiring(teacher, conditioning)
+        self.network, self.process, self.null = self.base.network, self.base.process, self.base.null
+        self.masking = mar_task.Masking(**config.masking)
+        self.settings, self.gsim = Distillation(**config.distillation), Gsim(**config.loss)
+        self.one_step = OneStep(**config.student)
+        if self.gsim.last >= len(self.process):
+            raise UserError(f"loss.last {self.gsim.last} is beyond the {len(self.process)} times of the process")
+        Evaluation(**config.evaluation)
+        self.optimizer = self._optimizer(config.optimizer, self.settings.student)
+        self.auxiliary_optimizer = self._optimizer(config.auxiliary_optimizer, self.settings.auxiliary)
+        self.tx, self.auxiliary_tx = (
+            train_state.make_optimizer(one) for one in (self.optimizer, self.auxiliary_optimizer)
+        )
+
+    def _optimizer(self, settings, mode):
+        rates = HEAD if mode == "head_only" else ()
+        return train_state.optimizer_of({**settings, "rates": rates}, self.config.num_steps)
+
+    def init(self, teacher: Any) -> train_state.TrainState:
+        """Student and auxiliary network start as copies of the teacher."""
+        auxiliary = train_state.create(jax.tree.map(jnp.copy, teacher), self.auxiliary_tx)
+        return train_state.create(jax.tree.map(jnp.copy, teacher), self.tx, extra={"auxiliary": auxiliary})
+
+    def tokens(self, params: Any, condition: Array, zeta: Array) -> Array:
+        """The student's tokens [..., C] of noise, at `head_condition` [..., W]."""
+        head = lambda state, time: diffusion.split(self.network.head(params, state, time, condition))[0]  # noqa: E731
+        return self.one_step.draw(self.process, head, zeta)
+
+    def draws(self, keys_B: Array, purpose: int) -> tuple[Array, Array, Array]:
+        """zeta and noise [M,B,L,C] and times int32 [M,B,L] of every repetition; an image's tokens may share a time."""
+        c, s = self.base.sizes, self.gsim
+        shape = (self.settings.repeats, c.num_tokens)
+
+        def one(key):
+            key = jax.random.fold_in(key, purpose)
+            zeta, noise = (jax.random.normal(jax.random.fold_in(key, i), (*shape, c.channels)) for i in range(2))
+            times = (shape[0], 1) if s.over == "image" else shape
+            step = jax.random.randint(jax.random.fold_in(key, 2), times, s.first, s.last + 1)
+            return zeta, noise, jnp.broadcast_to(step, shape)
+
+        return jax.vmap(one, out_axes=1)(keys_B)
+
+    def auxiliary_loss(self, params: Any, z: Array, tokens: Array, step: Array, noise: Array, counted: Array):
+        """Squared error of the noise of the student's samples: (sum, weight)."""
+        state = diffusion.noised(self.process, tokens, step, noise)
+        guess, _ = diffusion.split(self.network.head(params, state, step, self.network.condition(params, z)[None]))
+        each = jnp.square(guess - noise).mean(-1)
+        return jnp.where(counted, each, 0).sum()
+
+    def student_loss(self, params, auxiliary, teacher, z, z_auxiliary, z_teacher, draws, counted):
+        """Loss of the student's own rows, and what is logged; gradients reach the tokens through both heads.
+
+        z: of the student; z_auxiliary; z_teacher [2,B,L,D], the null condition's second.
+        """
+        zeta, noise, step = draws
+        condition = lambda own, z: self.network.condition(own, z)[..., None, :, :, :]  # noqa: E731 - a place for M
+        tokens = self.tokens(params, condition(params, z), zeta)
+        state = diffusion.noised(self.process, tokens, step, noise)
+        own, _ = diffusion.split(self.network.head(auxiliary, state, step, condition(auxiliary, z_auxiliary)))
+        both = jnp.broadcast_to(state[None], (2, *state.shape)), jnp.broadcast_to(step[None], (2, *step.shape))
+        guesses, _ = diffusion.split(self.network.head(teacher, *both, condition(teacher, z_teacher)))
+        wanted = gsim.guided(guesses[1], guesses[0], self.gsim.guidance)
+        own = jnp.where(counted[..., None], own, wanted)  # what is not counted adds nothing to an image's norm
+        rows = gsim.row_losses(self.gsim, self.process, step, noise, own, wanted, tokens)
+        gap = jnp.where(counted, jnp.linalg.norm(own - wanted, axis=-1), 0)
+        implicit = jnp.where(counted, ((own - wanted) * (noise - own)).sum(-1), 0)
+        return jnp.where(counted if self.gsim.over == "token" else True, rows, 0).sum(), (gap.sum(), implicit.sum())
+
+    def prepared(self, frozen: Any, batch: dict) -> dict:
+        """Tokens of a batch in generation order, what is masked, and the teacher's conditions."""
+        keys_B = sample_keys(self.config.seed, TRAIN, batch["round"][0], batch["index"])
+        tokens, order_BL, masked_B = self.base.examples(keys_B, frozen, batch["image"], self.masking)
+        conds = [batch["cond"], jnp.broadcast_to(jnp.asarray(self.null)[None], batch["cond"].shape)]
+        spread = lambda x: jnp.concatenate([x] * 2)  # noqa: E731
+        inputs = (spread(tokens), spread(order_BL), jnp.concatenate(conds), spread(masked_B))
+        z = jax.lax.stop_gradient(self.base.conditions(frozen["teacher"], *inputs, self.masking))
+        counted = (jnp.arange(self.base.sizes.num_tokens)[None] < masked_B[:, None])[None]
+        return {
+            "keys": keys_B,
+            "inputs": (tokens, order_BL, batch["cond"], masked_B),
+            "teacher": z.reshape(2, len(tokens), *z.shape[1:]),
+            "counted": counted,
+            "weight": (counted.sum() * self.settings.repeats).astype(jnp.float32),
+        }
+
+    def conditions(self, params: Any, mode: str, ready: dict) -> Array:
+        """z of a network: of its own backbone, or the teacher's."""
+        if mode == "head_only":
+            return ready["teacher"][0]
+        return self.base.conditions(params, *ready["inputs"], self.masking)
+
+    def follow(self, state: Any, ready: dict, axis: Any) -> tuple[Any, dict]:
+        """Updates of the auxiliary network on fresh samples of the student as it is."""
+        auxiliary, sums = state.extra["auxiliary"], {}
+        z = jax.lax.stop_gradient(self.conditions(state.params, self.settings.student, ready))
+        condition = self.network.condition(state.params, z)[None]
+        for number in range(self.settings.auxiliary_steps):
+            zeta, noise, step = self.draws(ready["keys"], AUXILIARY + number)
+            tokens = jax.lax.stop_gradient(self.tokens(state.params, condition, zeta))
+
+            def loss(params, tokens=tokens, step=step, noise=noise):
+                z = self.conditions(params, self.settings.auxiliary, ready)
+                return self.auxiliary_loss(params, z, tokens, step, noise, ready["counted"])
+
+            total, grads = jax.value_and_grad(loss)(auxiliary.params)
+            grads = mean_gradients(grads, ready["weight"], axis)
+            auxiliary, info = train_state.apply_gradients(auxiliary, grads, self.auxiliary_tx, ema_decay=0.0)
+            sums = {"train/auxiliary": axis.all_reduce((total, ready["weight"]))}
+            sums["train/auxiliary_grad_norm"] = (info["grad_norm"], jnp.float32(1))
+        return auxiliary, sums
+
+    def warm_up(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
+        """A step of the auxiliary network alone."""
+        auxiliary, metrics = self.follow(state, self.prepared(frozen, batch), axis)
+        extra = state.extra | {"auxiliary": auxiliary}
+        bad = {"bad_steps": auxiliary.bad_steps, "bad_total": state.bad_total + (auxiliary.bad_steps > 0)}
+        return state.replace(step=state.step + 1, extra=extra, **bad), metrics
+
+    def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
+        """The auxiliary network first, then the student against it."""
+        ready = self.prepared(frozen, batch)
+        auxiliary, metrics = self.follow(state, ready, axis)
+        z_auxiliary = jax.lax.stop_gradient(self.conditions(auxiliary.params, self.settings.auxiliary, ready))
+        draws = self.draws(ready["keys"], STUDENT_DRAW)
+
+        def loss(params):
+            z = self.conditions(params, self.settings.student, ready)
+            others = (auxiliary.params, frozen["teacher"], z, z_auxiliary, ready["teacher"])
+            return self.student_loss(params, *others, draws, ready["counted"])
+
+        (total, (gap, implicit)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        grads = mean_gradients(grads, ready["weight"], axis)
+        extra = state.extra | {"auxiliary": auxiliary}
+        state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
+        sums = {"train/loss": total, "train/gap": gap, "train/implicit": implicit}
+        metrics |= {name: axis.all_reduce((value, ready["weight"])) for name, value in sums.items()}
+        metrics |= {f"train/{name}": (value, jnp.float32(1)) for name, value in info.items()}
+        return state.replace(extra=extra), metrics
+
+
+def one_step_draw(wiring: Wiring, params: Any, zeta_scale: Array | float) -> Any:
+    """Draw rows by one call of the student's head."""
+    network, channels = wiring.network, wiring.base.sizes.channels
+
+    def draw(z: Array, null: Array | None, scale: Array, keys_BR: Array) -> Array:
+        zeta = zeta_scale * row_noise(keys_BR, 0, channels)
+        return wiring.tokens(params, network.condition(params, z), zeta)
+
+    return draw
+
+
+def one_step_system(engine: continuous.Engine, wiring: Wiring, params: Any, sampler: Any, name: str, label: str):
+    """A network whose tokens take one call of its head; the setting is the number of iterations."""
+    return continuous.system(engine, params, sampler, _one_step_draws(wiring), False, name, label)
+
+
+@functools.cache
+def _one_step_draws(wiring: Wiring):
+    """One function for all systems of a wiring, so that they share their programs."""
+    return lambda params, frozen: one_step_draw(wiring, params, frozen["temperature"])
+
+
+def phases(config: Any, parallel: Any) -> list[Phase]:
+    """What the stage compiles, with abstract arguments (for the dry run)."""
+    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    wiring = Wiring(config, conditioning)
+    parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
+    side = wiring.base.codec.config.image_size
+    struct = jax.ShapeDtypeStruct
+    whole = struct((config.batch_size,), jnp.int32)
+    batch = {
+        "image": struct((config.batch_size, side, side, 3), jnp.uint8),
+        "cond": struct((config.batch_size, *conditioning.null.shape), jnp.int32),
+        "index": whole,
+        "round": whole,
+    }
+    teacher = jax.eval_shape(wiring.base.init, jax.random.key(0)).params
+    frozen = {"tokenizer": kl_vae_task.abstract_codec(config.parents.tokenizer), "teacher": teacher}
+    state = jax.eval_shape(wiring.init, teacher)
+    warm_up = Phase("warm-up", wiring.warm_up, (state, frozen, batch), kind="update")
+    update = Phase("update", wiring.update, (state, frozen, batch), kind="update")
+    return [warm_up, update] if wiring.settings.warm_up else [update]
+
+
+def build(context: Context) -> Task:
+    """Wire the stage."""
+    config, parallel = context.config, context.parallel
+    train = generators.dataset_of(context, "train")
+    wiring = Wiring(config, train.conditioning)
+    checks.same_codes({name: parent.workdir for name, parent in context.parents.items()}, "mar")
+    engine = mar_task.engine_of(context, wiring.base)
+    teacher = parallel.replicate(context.parents["mar"].params)
+    frozen = {"tokenizer": engine.tokenizer, "teacher": teacher}
+    rows = parallel.rows(config.batch_size)
+    warm_up, update = parallel.update(wiring.warm_up), parallel.update(wiring.update)
+    sampler = MarSampler(**config.sampler)
+    bench = functools.cache(lambda: generators.bench_of(context))
+
+    def student(params: Any, name: str = "tuned", label: str = "student, one call") -> System:
+        return one_step_system(engine, wiring, params, sampler, name, label)
+
+    def batch(step):
+        example = batch_at(train, step, config.batch_size, rows, config.seed)
+        example |= {"round": np.full(len(example["index"]), step, np.int32)}
+        return {name: example[name] for name in ("image", "cond", "index", "round")}
+
+    def step(state, batch):
+        phase = warm_up if int(batch["round"][0]) < wiring.settings.warm_up else update
+        return phase(state, frozen, batch)
+
+    def evaluate(state, step):
+        scores, picture = bench().glance(student(state.ema), bench().settings.glance_steps)
+        return scores, {"samples/grid": picture}
+
+    def report(params):
+        best = read_sampler(context.parents["mar"].workdir, MarSampler(**config.parents.mar.sampler))
+        base = continuous.chain_system(engine, teacher, best, "base", "teacher")
+        points = bench().measure(generators.kept(base, context.parents, str(best)), bench().settings.steps)
+        reference = points[-1:]
+        points += bench().measure(student(parallel.replicate(params)), bench().settings.steps)
+        points += bench().measure(student(teacher, "untrained", "teacher, one step"), bench().settings.steps)
+        findings = Findings(
+            title=f"MARVAL on {config.data.name}",
+            config=config.name,
+            points=points,
+            reference=reference,
+            criteria=bench().criteria(),
+            tuned="tuned",
+            goal=bench().settings.goal,
+            trained_on=("scores of the teacher at the student's samples",),
+            held_out=("every score", "the prompts (the teacher has seen pictures of every caption)"),
+            notes=tuning_notes(context.parents["mar"].workdir, bench().settings.reference),
+        )
+        facts = {
+            "network calls": "iterations of the backbone, the teacher's second branch of guidance not counted; each also "
+            f"runs {best.inner_steps} calls of the teacher's head or one of the student's",
+            "sampler of the teacher": f"{best.method}, {best.inner_steps} steps of the chain, guidance "
+            f"{best.guidance:g} ({best.guidance_schedule}), temperature {best.temperature:g}",
+            "how it was chosen": CHOICE,
+        }
+        bench().write(findings, config.num_steps, facts)
+
+    return Task(
+        init=lambda key: parallel.init(wiring.init, context.parents["mar"].params),
+        batch=batch,
+        step=step,
+        evaluate=evaluate,
+        report=report,
+    )
