@@ -11,18 +11,18 @@ specs/mar.md says which numbers are published; those of the embedded task are ou
 
 from configs import judge, kl_vae, sizes
 
-STEPS = {"": 2400, "smoke": 20}
 PUBLISHED = {
     "base": {"width": 768, "depth": 12, "heads": 12, "head_width": 1024, "head_depth": 6},
     "large": {"width": 1024, "depth": 16, "heads": 16, "head_width": 1280, "head_depth": 8},
     "huge": {"width": 1280, "depth": 20, "heads": 16, "head_width": 1536, "head_depth": 12},
 }
+STEPS = {"": 2400, "smoke": 20, **dict.fromkeys(PUBLISHED, 500_400)}
 GUIDANCE = {"base": 2.9, "large": 3.0, "huge": 3.2}
 
 
 def get_config(arg: str = ""):
     """Sizes: default, `smoke`; `base`, `large`, `huge` as published."""
-    sizes.check(arg, (*STEPS, *PUBLISHED))
+    sizes.check(arg, tuple(STEPS))
     return published_scale(arg) if arg in PUBLISHED else embedded(arg)
 
 
@@ -109,7 +109,7 @@ def published_scale(arg: str):
     """
     config = embedded("")
     config.name = f"configs/mar.py:{arg}"
-    config.num_steps, config.batch_size, config.save_every, config.repeats = 500_400, 2048, 2000, 4
+    config.num_steps, config.batch_size, config.save_every, config.repeats = STEPS[arg], 2048, 2000, 4
     config.parents.tokenizer = kl_vae.get_config("kl16")
     config.data.name = "imagenet2012"
     config.parents.judge.data.name, config.parents.judge.data.image_size = "imagenet2012", 256

@@ -14,7 +14,11 @@ WORKDIR = flags.DEFINE_string("workdir", None, "run of a stage that makes images
 PROMPT = flags.DEFINE_multi_string("prompt", None, "caption, or class name or number; may be repeated")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "images of each prompt", lower_bound=1)
 NUM_STEPS = flags.DEFINE_integer("num_steps", None, "steps of the fixed sampler; a tuned policy decides by itself")
-FULL_STEPS = flags.DEFINE_integer("full_steps", None, "run of a shortcut: steps that run the full network")
+FULL_STEPS = flags.DEFINE_integer(
+    "full_steps",
+    None,
+    "run of a shortcut: steps that run the full network, evenly spread; default: the share of --num_steps in its report",
+)
 DIAL = flags.DEFINE_float("dial", None, "asks a tuned policy for fewer (positive) or more calls")
 MODE = flags.DEFINE_string("mode", None, f"fixed sampler: {', '.join(MODES)}")
 SCHEDULE = flags.DEFINE_string("schedule", None, f"fixed sampler: {', '.join(SCHEDULES)}")
@@ -62,8 +66,9 @@ def main() -> None:
     made = system.generate(setting, cond, np.arange(len(cond), dtype=np.int32), SEED.value).first(wanted)
     Image.fromarray(image_grid(made.images, columns=NUM_IMAGES.value)).save(OUT.value)
     for row, prompt in enumerate(prompts):
-        calls = made.calls[row * NUM_IMAGES.value :][: NUM_IMAGES.value]
-        print(f"{prompt}: {calls.mean():.1f} network calls an image")
+        calls, steps = (x[row * NUM_IMAGES.value :][: NUM_IMAGES.value].mean() for x in (made.calls, made.taken))
+        light = "" if made.steps is None else f", {steps - calls:.1f} shortcut steps"
+        print(f"{prompt}: {calls:.1f} network calls an image{light}")
     print(f"wrote {OUT.value}")
     if ORDER.value:
         from maskrl_jax.evaluate.pictures import commit_order
@@ -105,7 +110,7 @@ def _system(studio):
         full = max(round(studio.full_steps * steps / studio.sampler.num_steps), 1)
     if not 1 <= full <= steps:
         raise UserError(f"--full_steps={full} must lie in 1..{steps}, the number of steps")
-    return studio.shortcut(sampler, given), full, f"shortcut, {full} full steps: {words}"
+    return studio.shortcut(sampler, given), full, f"shortcut, full steps: {full}, evenly spread: {words}"
 
 
 def _given(studio):

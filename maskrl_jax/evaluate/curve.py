@@ -267,7 +267,7 @@ def verdict(equality: Equality, goal: float) -> str:
     best, speedup = equality.best, equality.speedup
     lower = [name for name in HEADLINE if name in best.differences and best.differences[name].high < 0]
     return (
-        f"{'Reached' if speedup >= goal else 'Not reached'}: {target}. With {fewest_calls(equality)} "
+        f"{'Reached' if speedup >= goal else 'Not reached'}: {target}, the goal. With {fewest_calls(equality)} "
         f"{best.label} equals {reference} within the margins, a factor of {speedup:.2f} "
         f"(differences with 95 % bounds: {evidence(best, equality.criteria.margins)})."
         + (f" Measurably lower nevertheless: {', '.join(lower)}." if lower else "")

@@ -129,7 +129,7 @@ def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
         if system not in (findings.reference[0].system, findings.tuned)
     ]
     clock = [f"{timing.speedup.median:.2f}× at batch {timing.batch_size}" for timing in findings.timings]
-    measured = "The clock was not measured."
+    measured = _loop_time(findings, own) or "The clock was not measured."
     if clock:
         measured = f"Measured on the clock, the same setting: {', '.join(clock)}."
         measured = _sentences(measured, findings.clock_note)
@@ -140,6 +140,16 @@ def headline(findings: Findings, found: Mapping[str, curve.Equality]) -> str:
         return _sentences(_warning(findings), f"**{gain.verdict(gained(findings))}**", fewer, *others, runs)
     verdict = f"**{curve.verdict(own, findings.goal)}**"
     return _sentences(_warning(findings), verdict, untuned, *others, measured, runs)
+
+
+def _loop_time(findings: Findings, own: curve.Equality) -> str:
+    """Say what the sampling loop takes at the setting of the verdict, or "" where its time was not measured."""
+    times = {(one.system, one.setting): one.seconds.median for one in findings.latencies}
+    reference = findings.reference[0]
+    tuned, base = (findings.tuned, curve.of_the_verdict(own).setting), (reference.system, reference.setting)
+    if tuned not in times or base not in times:
+        return ""
+    return f"Its sampling loop takes {100 * times[tuned] / times[base]:.0f} % of the time of {reference.label}'s there."
 
 
 def _sentences(*parts: str) -> str:

@@ -110,6 +110,14 @@ def orders(keys_B: Array, num_tokens: int) -> Array:
     return jax.vmap(lambda key: jax.random.permutation(key, num_tokens))(keys_B).astype(jnp.int32)
 
 
+def randomness(keys_B: Array, num_tokens: int) -> tuple[Array, Array]:
+    """(order int32 [B,L], a key for every token in generation order [B,L]) of samples."""
+    order_keys_B, noise_keys_B = (jax.vmap(jax.random.fold_in, (0, None))(keys_B, i) for i in range(2))
+    places_L = jnp.arange(num_tokens)
+    keys_BL = jax.vmap(lambda key: jax.vmap(lambda j: jax.random.fold_in(key, j))(places_L))(noise_keys_B)
+    return orders(order_keys_B, num_tokens), keys_BL
+
+
 def to_order(x_BL: Array, order_BL: Array) -> Array:
     """Raster order -> generation order, [B,L,...]."""
     return jnp.take_along_axis(x_BL, order_BL.reshape(*order_BL.shape, *[1] * (x_BL.ndim - 2)), axis=1)
@@ -169,10 +177,7 @@ def generate(
       keys_B: a typed key a sample; order and noise come from it, and nothing else does.
       conds: the condition [B,...] int32; two of them, the null condition last, are guided by `scales_N`.
     """
-    order_keys_B, noise_keys_B = (jax.vmap(jax.random.fold_in, (0, None))(keys_B, i) for i in range(2))
-    order_BL = orders(order_keys_B, plan.num_tokens)
-    places_L = jnp.arange(plan.num_tokens)
-    keys_BL = jax.vmap(lambda key: jax.vmap(lambda j: jax.random.fold_in(key, j))(places_L))(noise_keys_B)
+    order_BL, keys_BL = randomness(keys_B, plan.num_tokens)
     scales_N = jnp.asarray(scales_N)
     tokens_BLC = jnp.zeros((*order_BL.shape, channels))
     step_L = np.zeros(plan.num_tokens, np.uint8)

@@ -94,7 +94,10 @@ class ShortcutGallery:
             unlike=("tuned", "policy"),
         )
         step_ms = 1000 * step_seconds / bench.settings.batch_size
-        prices = (step_ms * costs["shortcut"].full, step_ms * costs["shortcut"].light)
+        # In the figure as long as the loops of the table took, which were timed later.
+        loop = next(x for x in latencies if (x.system, x.setting) == ("base", bench.settings.reference))
+        drawn_ms = loop.milliseconds.median / bench.settings.reference
+        prices = (drawn_ms * costs["shortcut"].full, drawn_ms * costs["shortcut"].light)
         bench.write(
             findings,
             config.num_steps,

@@ -239,11 +239,13 @@ def sample(run, one_device, tmp_path, capsys):
 def test_sample_runs_the_full_network_as_often_as_asked(sample, tmp_path):
     prompt = ["--prompt=a green cross", "--num_images=2"]
     out = sample(*prompt)
-    assert "shortcut, 3 full steps: confidence, 4 steps at most" in out and "3.0 network calls an image" in out
+    assert "full steps: 3, evenly spread: confidence, 4 steps at most" in out
+    assert "3.0 network calls an image, 1.0 shortcut steps" in out
     out = sample(*prompt, "--num_steps=8", "--full_steps=2")
-    assert "shortcut, 2 full steps: confidence, 8 steps at most" in out and "2.0 network calls an image" in out
+    assert "full steps: 2, evenly spread: confidence, 8 steps at most" in out
+    assert "2.0 network calls an image, 6.0 shortcut steps" in out
     out = sample(*prompt, "--num_steps=8")
-    assert "shortcut, 6 full steps" in out  # the usual share
+    assert "full steps: 6" in out  # the usual share
     Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(tmp_path / "photo.png")
     out = sample(*prompt, f"--image={tmp_path / 'photo.png'}", "--box=0,16,32,32", "--full_steps=1")
     assert "1.0 network calls an image" in out

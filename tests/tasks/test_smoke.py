@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import judge, mask_grpo, maskfocus, maskgit, shortcut, speed_rl, tokenizer
+from configs import judge, kl_vae, mar, marval, mask_grpo, maskfocus, maskgit, shortcut, speed_rl, tokenizer
 from maskrl_jax import runner
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.tasks.task import Context, Parent
@@ -13,6 +13,8 @@ CHAINS = {
     "shapes": [("tokenizer", tokenizer, "smoke"), ("judge", judge, "smoke"), ("maskgit", maskgit, "smoke")]
     + [("speed_rl", speed_rl, "smoke"), ("mask_grpo", mask_grpo, "smoke"), ("maskfocus", maskfocus, "smoke")]
     + [("shortcut", shortcut, "smoke")],
+    "continuous": [("tokenizer", kl_vae, "smoke"), ("judge", judge, "smoke"), ("mar", mar, "smoke")]
+    + [("marval", marval, "smoke")],
     "digits": [("tokenizer", tokenizer, "digits-smoke"), ("judge", judge, "digits-smoke")]
     + [("maskgit", maskgit, "digits-smoke")],
 }
