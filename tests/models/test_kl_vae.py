@@ -59,7 +59,7 @@ def test_published_size():
 def test_the_embedded_form_s_encoder_sees_its_own_patch():
     model = KLVAE(PATCH)
     images = jax.random.uniform(jax.random.key(0), (1, 8, 8, 3))
-    params = model.init(jax.random.key(1), images, jnp.zeros((1, 4, 3)))
+    params = jax.jit(model.init)(jax.random.key(1), images, jnp.zeros((1, 4, 3)))
     encode = lambda x: model.apply(params, x, method="encode").mean  # noqa: E731
     changed = encode(images.at[:, :4, :4].set(0.0)) - encode(images)
     assert np.abs(changed[0, 0]).max() > 1e-3
@@ -70,7 +70,7 @@ def test_the_embedded_form_s_encoder_sees_its_own_patch():
 def test_the_posterior_is_sampled():
     model = KLVAE(PATCH)
     images = jax.random.uniform(jax.random.key(0), (1, 8, 8, 3))
-    params = model.init(jax.random.key(1), images, jnp.zeros((1, 4, 3)))
+    params = jax.jit(model.init)(jax.random.key(1), images, jnp.zeros((1, 4, 3)))
     moments = model.apply(params, images, method="encode")
     noise = jax.random.normal(jax.random.key(2), (4000, 4, 3))
     draws = moments.sample(noise)

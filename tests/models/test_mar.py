@@ -30,16 +30,27 @@ PUBLISHED = {
 @functools.cache
 def small():
     model = Mar(SMALL)
-    params = model.init(jax.random.key(0), jnp.zeros((2, 9, 2)), ORDER, COND)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((2, 9, 2)), ORDER, COND)
     leaves, tree = jax.tree.flatten(params)
     moved = [x + 0.1 * jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)]
     return model, jax.tree.unflatten(tree, moved)
 
 
+@functools.cache
+def compiled(masked=None):
+    """The backbone with a static count, or with one that it is told."""
+    model, _ = small()
+
+    def run(params, tokens, order, cond, count):
+        return model.apply(params, tokens, order, cond, count if masked is None else masked, method="backbone")
+
+    return jax.jit(run)
+
+
 def backbone(tokens, masked, order=ORDER, cond=COND):
-    model, params = small()
+    static = masked if isinstance(masked, int) else None
     with jax.default_matmul_precision("highest"):
-        return model.apply(params, tokens, order, cond, masked, method="backbone")
+        return compiled(static)(small()[1], tokens, order, cond, masked)
 
 
 @fixtures.every_configuration("mar")
@@ -118,9 +129,9 @@ def test_raster_and_generation_order_are_inverse():
 def test_a_caption_fills_the_buffer_evenly():
     config = dataclasses.replace(SMALL, cond_length=2)
     model, cond = Mar(config), jnp.array([[1, 2], [3, 3]])
-    params = model.init(jax.random.key(0), jnp.zeros((2, 9, 2)), ORDER, cond)
-    z = model.apply(params, jnp.zeros((2, 9, 2)), ORDER, cond, 0, method="backbone")
-    swapped = model.apply(params, jnp.zeros((2, 9, 2)), ORDER, cond[:, ::-1], 0, method="backbone")
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((2, 9, 2)), ORDER, cond)
+    run = jax.jit(lambda cond: model.apply(params, jnp.zeros((2, 9, 2)), ORDER, cond, 0, method="backbone"))
+    z, swapped = run(cond), run(cond[:, ::-1])
     assert np.abs(z - swapped)[0].max() > 1e-4  # places tell the words apart
     np.testing.assert_array_equal(z[1], swapped[1])
 
@@ -150,7 +161,8 @@ def test_how_blocks_are_looped_changes_nothing(change):
     def total(params, model):
         return model.apply(params, tokens, ORDER, COND, jnp.int32(5), method="backbone").sum()
 
-    for one, two in zip(*(jax.tree.leaves(jax.grad(total)(params, m)) for m in (model, other)), strict=True):
+    grads = (jax.jit(jax.grad(functools.partial(total, model=m)))(params) for m in (model, other))
+    for one, two in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-4)
 
 
