@@ -178,13 +178,14 @@ def _facts(named: list[tuple[str, str, dict]], timed: bool) -> str:
         for n in sorted({n for _, n in base})
         if len(found := [base[seed, n] for seed in seeds if (seed, n) in base]) == len(seeds)
     )
-    prompts, first = len(named[0][2]["points"][0]["graded"]), named[0]
-    told = ". ".join(f"{name[0].upper()}{name[1:]}: {text}" for name, text in first[2].get("told", {}).items())
+    prompts = len(named[0][2]["points"][0]["graded"])
+    arm, seed, first = next((one for one in named if one[2].get("told")), named[0])
+    told = ". ".join(f"{name[0].upper()}{name[1:]}: {text}" for name, text in first.get("told", {}).items())
     return (
         f"{prompts} held-out prompts, noise of its own for every seed, the same for base and shortcut. Base, seeds: "
         f"{len(seeds)}; {curve}. Commits: {', '.join(sorted({run['commit'] for *_, run in named}))}. Machine: "
         f"{', '.join(sorted({run['machine'] for *_, run in named}))}."
-        + (f" Of {first[0]}, seed {first[1]}: {told}." if told and timed else "")
+        + (f" Of {arm}, seed {seed}: {told}." if told and timed else "")
     )
 
 
