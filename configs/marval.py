@@ -49,7 +49,7 @@ def get_config(arg: str = ""):
             "guidance": 1.2,
             "over": "token",
         },
-        student={"form": "eps", "time": 755, "scale": "sigma"},
+        model={"form": "eps", "time": 755, "scale": "sigma"},
         optimizer={**adam, "ema_decay": 0.9999 if published else 0.99},
         auxiliary_optimizer={**adam, "ema_decay": 0.0},
         sampler={**teacher.sampler.to_dict(), "guidance": 1.0, "temperature": 1.0},

@@ -114,10 +114,10 @@ class OneStep:
     def __post_init__(self):
         for name, known in (("form", FORMS), ("scale", SCALES)):
             if getattr(self, name) not in known:
-                raise ValueError(f"student.{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+                raise ValueError(f"model.{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.time < 0 or (self.form == "eps" and self.time > 998):
             raise ValueError(
-                f"student.time {self.time} must be in [0, 998]; at 999 noise cannot be turned into a token"
+                f"model.time {self.time} must be in [0, 998]; at 999 noise cannot be turned into a token"
             )
 
     def draw(self, process: Process, head: Callable[[Array, Array], Array], zeta: Array) -> Array:

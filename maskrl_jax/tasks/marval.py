@@ -69,7 +69,7 @@ class Wiring:
         self.network, self.process, self.null = self.base.network, self.base.process, self.base.null
         self.masking = mar_task.Masking(**config.masking)
         self.settings, self.gsim = Distillation(**config.distillation), Gsim(**config.loss)
-        self.one_step = OneStep(**config.student)
+        self.one_step = OneStep(**config.model)
         if self.gsim.last >= len(self.process):
             raise UserError(f"loss.last {self.gsim.last} is beyond the {len(self.process)} times of the process")
         Evaluation(**config.evaluation)
