@@ -34,7 +34,7 @@ def test_a_base_of_another_tokenizer_is_refused(trained, built, one_device, tmp_
     config = tiny.get_config("speed_rl")
     config.parents.tokenizer = tiny.get_config("tokenizer")
     config.parents.tokenizer.num_steps = 2
-    with one_device(), pytest.raises(UserError, match="not the one that the maskgit parent was trained with"):
+    with one_device(), pytest.raises(UserError, match="not the one that the base was trained with"):
         runner.run(config, str(tmp_path / "run"), trained.store)
     for name in ("maskgit", "tokenizer"):
         config.parents.tokenizer.num_steps = 4

@@ -226,7 +226,7 @@ def test_the_entropy_weight_moves_linearly_over_the_run():
         ({"policy.kind": "budget", "policy.step_set": (2, 3, 4)}, "not divisible by the 3 step counts"),
         ({"credit.history": 3}, "does not hold the 4 groups"),
         ({"rewards": {"judge": 1.0, "juge": 2.0}}, "unknown reward 'juge'"),
-        ({"parents.tokenizer.seed": 1}, "not the one that the maskgit parent was trained with"),
+        ({"parents.tokenizer.seed": 1}, "not the one that the base was trained with"),
     ],
 )
 def test_settings_that_cannot_be_are_named(changes, message):
