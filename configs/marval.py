@@ -23,6 +23,8 @@ def get_config(arg: str = ""):
     own = {"weight_decay": 0.0, "clip_norm": 3.0, "warmup_steps": 0, "decay": "constant"}
     rate = 1e-5 if published else 1e-4
     adam = {"name": "adamw", "learning_rate": rate, "b1": 0.0, "b2": 0.999, **own}
+    # The teacher's sampler is the one that its own report chose.
+    measured = {name: value for name, value in teacher.evaluation.items() if not name.startswith("tune")}
     return sizes.run(
         "marval",
         "configs/marval.py" + (f":{arg}" if arg else ""),
@@ -51,7 +53,10 @@ def get_config(arg: str = ""):
         },
         model={"form": "eps", "time": 755, "scale": "sigma"},
         optimizer={**adam, "ema_decay": 0.9999 if published else 0.99},
-        auxiliary_optimizer={**adam, "ema_decay": 0.0},
-        sampler={**teacher.sampler.to_dict(), "guidance": 1.0, "temperature": 1.0},
-        evaluation={**teacher.evaluation.to_dict(), "goal": 1.0},
+        auxiliary_optimizer=adam,
+        sampler={
+            "temperature": 1.0,
+            "bucket": teacher.sampler.bucket,
+        },  # the temperature scales the noise that is turned
+        evaluation={**measured, "goal": 1.0},
     )

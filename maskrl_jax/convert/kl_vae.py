@@ -30,15 +30,10 @@ def params_of(state: Mapping[str, np.ndarray], config: KLVAEConfig) -> dict:
 def _encoder(keys: Keys, sizes: ConvSizes, out: int) -> dict:
     channels = sizes.width
     params = {"conv_in": keys.conv("encoder.conv_in", 3, channels)}
-    for level, multiplier in enumerate(sizes.multipliers):
-        for index in range(sizes.blocks):
-            stem = f"encoder.down.{level}"
-            params[f"level_{level}_block_{index}"] = _block(
-                keys, f"{stem}.block.{index}", channels, sizes.width * multiplier
-            )
-            channels = sizes.width * multiplier
-            if level in sizes.encoder_attention:
-                params[f"level_{level}_attention_{index}"] = _attention(keys, f"{stem}.attn.{index}", channels)
+    for level in range(len(sizes.multipliers)):
+        attended = level in sizes.encoder_attention
+        blocks, channels = _level(keys, "encoder.down", sizes, level, sizes.blocks, channels, attended)
+        params |= blocks
         if level < len(sizes.multipliers) - 1:
             params[f"level_{level}_down"] = keys.conv(f"encoder.down.{level}.downsample.conv", channels, channels)
     params["middle"] = _middle(keys, "encoder.mid", channels)
@@ -51,20 +46,28 @@ def _decoder(keys: Keys, sizes: ConvSizes, inputs: int) -> dict:
     channels = sizes.width * sizes.multipliers[-1]
     params = {"conv_in": keys.conv("decoder.conv_in", inputs, channels)}
     params["middle"] = _middle(keys, "decoder.mid", channels)
-    for level, multiplier in reversed(list(enumerate(sizes.multipliers))):
-        for index in range(sizes.blocks + 1):
-            stem = f"decoder.up.{level}"
-            params[f"level_{level}_block_{index}"] = _block(
-                keys, f"{stem}.block.{index}", channels, sizes.width * multiplier
-            )
-            channels = sizes.width * multiplier
-            if level in sizes.decoder_attention:
-                params[f"level_{level}_attention_{index}"] = _attention(keys, f"{stem}.attn.{index}", channels)
+    for level in reversed(range(len(sizes.multipliers))):
+        attended = level in sizes.decoder_attention
+        blocks, channels = _level(keys, "decoder.up", sizes, level, sizes.blocks + 1, channels, attended)
+        params |= blocks
         if level:
             params[f"level_{level}_up"] = keys.conv(f"decoder.up.{level}.upsample.conv", channels, channels)
     params["norm_out"] = keys.norm("decoder.norm_out", channels)
     params["conv_out"] = keys.conv("decoder.conv_out", channels, 3)
     return params
+
+
+def _level(
+    keys: Keys, name: str, sizes: ConvSizes, level: int, count: int, channels: int, attended: bool
+) -> tuple[dict, int]:
+    """Take the blocks of a level, and its attentions: (parameters, channels after it)."""
+    params, wide = {}, sizes.width * sizes.multipliers[level]
+    for index in range(count):
+        params[f"level_{level}_block_{index}"] = _block(keys, f"{name}.{level}.block.{index}", channels, wide)
+        channels = wide
+        if attended:
+            params[f"level_{level}_attention_{index}"] = _attention(keys, f"{name}.{level}.attn.{index}", wide)
+    return params, wide
 
 
 def _middle(keys: Keys, name: str, channels: int) -> dict:

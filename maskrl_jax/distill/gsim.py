@@ -116,9 +116,7 @@ class OneStep:
             if getattr(self, name) not in known:
                 raise ValueError(f"model.{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.time < 0 or (self.form == "eps" and self.time > 998):
-            raise ValueError(
-                f"model.time {self.time} must be in [0, 998]; at 999 noise cannot be turned into a token"
-            )
+            raise ValueError(f"model.time {self.time} must be in [0, 998]; at 999 noise cannot be turned into a token")
 
     def draw(self, process: Process, head: Callable[[Array, Array], Array], zeta: Array) -> Array:
         """Tokens [..., C] of normal noise; head: (state [..., C], timestep []) -> first C outputs."""

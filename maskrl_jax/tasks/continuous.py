@@ -51,6 +51,12 @@ class MarSampler:
         diffusion.respaced(DIFFUSION_STEPS, self.inner_steps)
         MarPlan(max(self.num_steps, 1), self.num_steps, self.bucket).scales(self.guidance, self.guidance_schedule)
 
+    def in_words(self) -> str:
+        return (
+            f"{self.method}, {self.inner_steps} steps of the chain, guidance {self.guidance:g} "
+            f"({self.guidance_schedule}), temperature {self.temperature:g}"
+        )
+
     def plan(self, num_tokens: int) -> MarPlan:
         return MarPlan(num_tokens, self.num_steps, self.bucket)
 

@@ -6,20 +6,23 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 
+from maskrl_jax.data.batches import batch_at
 from maskrl_jax.data.dataset import Conditioning, Dataset, open_dataset
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.evaluate import measured
-from maskrl_jax.evaluate.bench import Bench, Evaluation
+from maskrl_jax.evaluate.bench import CHOICE, Bench, Evaluation, tuning_notes
 from maskrl_jax.evaluate.measure import System
+from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Engine, features_of, judge_scorer
 from maskrl_jax.models.maskgit import MaskGIT, MaskGITConfig
 from maskrl_jax.models.maskgit_port import MaskGITPort, PortConfig
 from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
 from maskrl_jax.tasks import judge as judge_task
 from maskrl_jax.tasks import tokenizer as tokenizer_task
-from maskrl_jax.tasks.task import Context, Parent
+from maskrl_jax.tasks.task import Context, Parent, Task
 
 REAL_PICTURES = 2048  # about so many stand for the real ones
 DRAWN_BY = ("maskgit", "mar", "tokenizer")  # stages that pictures depend on
@@ -137,4 +140,61 @@ def bench_of(context: Context) -> Bench:
         workdir=context.workdir,
         measured_dir=context.measured_dir,
         out=context.out,
+    )
+
+
+def base_task(
+    context: Context,
+    wiring: Any,
+    frozen: Any,
+    train: Dataset,
+    system: Callable[[Any, Any], System],
+    sampler: Any,
+    facts: Callable[[Any], dict[str, str]],
+) -> Task:
+    """A base model's stage around its `wiring` (init, update, held_out_loss): batches, glances, search and curve.
+
+    `system(params, sampler)` generates; `facts(sampler)` are the report's lines about the sampler that was chosen.
+    """
+    config, parallel = context.config, context.parallel
+    rows, update = parallel.rows(config.batch_size), parallel.update(wiring.update)
+    bench = functools.cache(lambda: bench_of(context))
+    held_out_loss = jax.jit(wiring.held_out_loss)
+
+    def batch(step):
+        example = batch_at(train, step, config.batch_size, rows, config.seed)
+        return {name: example[name] for name in ("image", "cond", "index")}
+
+    def evaluate(state, step):
+        examples = bench().dataset.take(np.arange(256) % len(bench().dataset))
+        loss, weight = jax.device_get(held_out_loss(state.ema, frozen, examples["image"], examples["cond"]))
+        scores, picture = bench().glance(system(state.ema, sampler), bench().settings.glance_steps)
+        return {"eval/loss": float(loss / weight), **scores}, {"samples/grid": picture}
+
+    def report(params):
+        stages = context.parents | {config.task: Parent(config, params, {}, context.workdir)}
+        params = parallel.replicate(params)
+
+        def base(chosen):
+            return kept(system(params, chosen), stages, str(chosen))
+
+        best = bench().tune(base, sampler)
+        points = bench().measure(base(best), bench().settings.steps)
+        findings = Findings(
+            title=f"{config.task} on {config.data.name}",
+            config=config.name,
+            points=points,
+            reference=points[-1:],
+            criteria=bench().criteria(),
+            held_out=("nothing of the prompts: the base has seen pictures of every caption",),
+            notes=tuning_notes(context.workdir, bench().settings.reference),
+        )
+        bench().write(findings, config.num_steps, {**facts(best), "how it was chosen": CHOICE})
+
+    return Task(
+        init=lambda key: parallel.init(wiring.init, key),
+        batch=batch,
+        step=lambda state, b: update(state, frozen, b),
+        evaluate=evaluate,
+        report=report,
     )

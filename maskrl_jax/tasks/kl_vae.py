@@ -9,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax import state as train_state
-from maskrl_jax.data.batches import batch_at
-from maskrl_jax.data.dataset import open_dataset
-from maskrl_jax.evaluate.grid import image_grid
 from maskrl_jax.keys import TRAIN, sample_keys
 from maskrl_jax.models.conv_autoencoder import ConvSizes
 from maskrl_jax.models.kl_vae import KLVAE, KLVAEConfig
 from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
+from maskrl_jax.tasks import reconstruction
 from maskrl_jax.tasks.task import Context, Parent, Task
 
 Array = jax.Array
@@ -125,50 +123,20 @@ class Wiring:
 
 def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
-    wiring = Wiring(config)
-    image = jax.ShapeDtypeStruct((config.batch_size, *wiring.image_shape), jnp.uint8)
-    index = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
-    state = jax.eval_shape(wiring.init, jax.random.key(0))
-    return [Phase("update", wiring.update, (state, {}, {"image": image, "index": index}), kind="update")]
+    return reconstruction.phases(config, Wiring(config))
 
 
 def build(context: Context) -> Task:
     """Wire the stage."""
-    config, parallel = context.config, context.parallel
-    wiring = Wiring(config)
-    sizes = wiring.sizes
-    train = open_dataset(config.data.name, "train", context.data_dir, sizes.image_size)
-    held_out = open_dataset(config.data.name, "validation", context.data_dir, sizes.image_size)
-    rows = parallel.rows(config.batch_size)
-    update = parallel.update(wiring.update)
-    latent = codec(sizes, None)
-    quiet = jnp.zeros((1, sizes.num_tokens, sizes.channels))
+    wiring = Wiring(context.config)
+    latent = codec(wiring.sizes, None)
+    quiet = jnp.zeros((1, wiring.sizes.num_tokens, wiring.sizes.channels))
     roundtrip = jax.jit(lambda p, x: latent.decode(p, latent.encode(p, x, quiet)))
 
-    def batch(step):
-        example = batch_at(train, step, config.batch_size, rows, config.seed)
-        return {"image": example["image"], "index": example["index"]}
+    def rebuild(state, images):
+        latents = state.extra["latents"]
+        rebuilt = jax.device_get(roundtrip({"model": state.ema, "latents": latents}, images))
+        mean, square = jax.device_get((latents["mean"], latents["square"]))
+        return rebuilt, {"eval/deviation": float(np.sqrt(square - mean**2).mean())}
 
-    def evaluate(state, step):
-        params = {"model": state.ema, "latents": state.extra["latents"]}
-        examples = [held_out.get(i) for i in range(min(config.eval_samples, len(held_out)))]
-        images = np.stack([e["image"] for e in examples]).astype(np.float32) / 255
-        rebuilt = jax.device_get(roundtrip(params, images))
-        mean, square = jax.device_get((params["latents"]["mean"], params["latents"]["square"]))
-        scalars = {
-            "eval/psnr": float(-10 * np.log10(((rebuilt - images) ** 2).mean())),
-            "eval/deviation": float(np.sqrt(square - mean**2).mean()),
-        }
-        if held_out.verify is not None:
-            captions = held_out.describe(np.stack([e["cond"] for e in examples]))
-            verdict = held_out.verify(rebuilt, captions)
-            scalars |= {f"eval/verifier_{name}": float(verdict[name].mean()) for name in ("graded", "strict")}
-        pairs = np.concatenate([images[:16], rebuilt[:16]])
-        return scalars, {"samples/reconstructions": image_grid(pairs, columns=16)}
-
-    return Task(
-        init=lambda key: parallel.init(wiring.init, key),
-        batch=batch,
-        step=lambda state, b: update(state, {}, b),
-        evaluate=evaluate,
-    )
+    return reconstruction.build(context, wiring, rebuild)

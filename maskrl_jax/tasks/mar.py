@@ -4,7 +4,6 @@ specs/mar.md says what of it is published, what is read from the official code a
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -12,12 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax import state as train_state
-from maskrl_jax.data.batches import batch_at
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.distill import diffusion
-from maskrl_jax.evaluate.bench import CHOICE, Evaluation, tuning_notes
+from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.evaluate.measure import System
-from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys, step_key
 from maskrl_jax.models.mar import Mar
 from maskrl_jax.parallel import mean_gradients
@@ -26,7 +23,7 @@ from maskrl_jax.sampling.mar import orders, to_order
 from maskrl_jax.tasks import continuous, generators
 from maskrl_jax.tasks import kl_vae as kl_vae_task
 from maskrl_jax.tasks.continuous import MarSampler
-from maskrl_jax.tasks.task import Context, Parent, Task
+from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
 
@@ -180,61 +177,19 @@ def engine_of(context: Context, wiring: Wiring) -> continuous.Engine:
 
 def build(context: Context) -> Task:
     """Wire the stage."""
-    config, parallel = context.config, context.parallel
     train = generators.dataset_of(context, "train")
-    wiring = Wiring(config, train.conditioning)
+    wiring = Wiring(context.config, train.conditioning)
     engine = engine_of(context, wiring)
-    frozen = {"tokenizer": engine.tokenizer}
-    rows = parallel.rows(config.batch_size)
-    update = parallel.update(wiring.update)
-    sampler = MarSampler(**config.sampler)
-    bench = functools.cache(lambda: generators.bench_of(context))
-    held_out_loss = jax.jit(wiring.held_out_loss)
 
     def system(params: Any, chosen: MarSampler) -> System:
         return continuous.chain_system(engine, params, chosen, "base", "MAR")
 
-    def batch(step):
-        example = batch_at(train, step, config.batch_size, rows, config.seed)
-        return {name: example[name] for name in ("image", "cond", "index")}
-
-    def evaluate(state, step):
-        examples = bench().dataset.take(np.arange(256) % len(bench().dataset))
-        loss, weight = jax.device_get(held_out_loss(state.ema, frozen, examples["image"], examples["cond"]))
-        scores, picture = bench().glance(system(state.ema, sampler), bench().settings.glance_steps)
-        return {"eval/loss": float(loss / weight), **scores}, {"samples/grid": picture}
-
-    def report(params):
-        stages = context.parents | {"mar": Parent(config, params, {}, context.workdir)}
-        params = parallel.replicate(params)
-
-        def base(chosen):
-            return generators.kept(system(params, chosen), stages, str(chosen))
-
-        best = bench().tune(base, sampler)
-        points = bench().measure(base(best), bench().settings.steps)
-        findings = Findings(
-            title=f"MAR on {config.data.name}",
-            config=config.name,
-            points=points,
-            reference=points[-1:],
-            criteria=bench().criteria(),
-            held_out=("nothing of the prompts: the base has seen pictures of every caption",),
-            notes=tuning_notes(context.workdir, bench().settings.reference),
-        )
-        facts = {
+    def facts(best):
+        return {
             "network calls": "iterations of the backbone, its second branch of guidance not counted; each also runs "
             f"{best.inner_steps} calls of the head",
-            "sampler": f"{best.method}, {best.inner_steps} steps of the chain, guidance {best.guidance:g} "
-            f"({best.guidance_schedule}), temperature {best.temperature:g}",
-            "how it was chosen": CHOICE,
+            "sampler": best.in_words(),
         }
-        bench().write(findings, config.num_steps, facts)
 
-    return Task(
-        init=lambda key: parallel.init(wiring.init, key),
-        batch=batch,
-        step=lambda state, b: update(state, frozen, b),
-        evaluate=evaluate,
-        report=report,
-    )
+    frozen, sampler = {"tokenizer": engine.tokenizer}, MarSampler(**context.config.sampler)
+    return generators.base_task(context, wiring, frozen, train, system, sampler, facts)

@@ -5,7 +5,6 @@ frozen teacher, the student, and an auxiliary one that predicts the noise of the
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -18,16 +17,14 @@ from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.distill import diffusion, gsim
 from maskrl_jax.distill.gsim import Gsim, OneStep
 from maskrl_jax.errors import UserError
-from maskrl_jax.evaluate.bench import CHOICE, Evaluation, read_sampler, tuning_notes
-from maskrl_jax.evaluate.measure import System
-from maskrl_jax.evaluate.report import Findings
+from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.keys import TRAIN, sample_keys
 from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
-from maskrl_jax.tasks import checks, continuous, generators
+from maskrl_jax.tasks import checks, generators
 from maskrl_jax.tasks import kl_vae as kl_vae_task
 from maskrl_jax.tasks import mar as mar_task
-from maskrl_jax.tasks.continuous import MarSampler, row_noise
+from maskrl_jax.tasks.marval_gallery import MarvalGallery
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
@@ -205,28 +202,6 @@ class Wiring:
         return state.replace(extra=extra), metrics
 
 
-def one_step_draw(wiring: Wiring, params: Any, zeta_scale: Array | float) -> Any:
-    """Draw rows by one call of the student's head."""
-    network, channels = wiring.network, wiring.base.sizes.channels
-
-    def draw(z: Array, null: Array | None, scale: Array, keys_BR: Array) -> Array:
-        zeta = zeta_scale * row_noise(keys_BR, 0, channels)
-        return wiring.tokens(params, network.condition(params, z), zeta)
-
-    return draw
-
-
-def one_step_system(engine: continuous.Engine, wiring: Wiring, params: Any, sampler: Any, name: str, label: str):
-    """A network whose tokens take one call of its head; the setting is the number of iterations."""
-    return continuous.system(engine, params, sampler, _one_step_draws(wiring), False, name, label)
-
-
-@functools.cache
-def _one_step_draws(wiring: Wiring):
-    """One function for all systems of a wiring, so that they share their programs."""
-    return lambda params, frozen: one_step_draw(wiring, params, frozen["temperature"])
-
-
 def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
     conditioning = conditioning_of(config.data.name, config.data.text_length)
@@ -260,11 +235,7 @@ def build(context: Context) -> Task:
     frozen = {"tokenizer": engine.tokenizer, "teacher": teacher}
     rows = parallel.rows(config.batch_size)
     warm_up, update = parallel.update(wiring.warm_up), parallel.update(wiring.update)
-    sampler = MarSampler(**config.sampler)
-    bench = functools.cache(lambda: generators.bench_of(context))
-
-    def student(params: Any, name: str = "tuned", label: str = "student, one call") -> System:
-        return one_step_system(engine, wiring, params, sampler, name, label)
+    gallery = MarvalGallery(context, wiring, engine, teacher)
 
     def batch(step):
         example = batch_at(train, step, config.batch_size, rows, config.seed)
@@ -275,42 +246,10 @@ def build(context: Context) -> Task:
         phase = warm_up if int(batch["round"][0]) < wiring.settings.warm_up else update
         return phase(state, frozen, batch)
 
-    def evaluate(state, step):
-        scores, picture = bench().glance(student(state.ema), bench().settings.glance_steps)
-        return scores, {"samples/grid": picture}
-
-    def report(params):
-        best = read_sampler(context.parents["mar"].workdir, MarSampler(**config.parents.mar.sampler))
-        base = continuous.chain_system(engine, teacher, best, "base", "teacher")
-        points = bench().measure(generators.kept(base, context.parents, str(best)), bench().settings.steps)
-        reference = points[-1:]
-        points += bench().measure(student(parallel.replicate(params)), bench().settings.steps)
-        points += bench().measure(student(teacher, "untrained", "teacher, one step"), bench().settings.steps)
-        findings = Findings(
-            title=f"MARVAL on {config.data.name}",
-            config=config.name,
-            points=points,
-            reference=reference,
-            criteria=bench().criteria(),
-            tuned="tuned",
-            goal=bench().settings.goal,
-            trained_on=("scores of the teacher at the student's samples",),
-            held_out=("every score", "the prompts (the teacher has seen pictures of every caption)"),
-            notes=tuning_notes(context.parents["mar"].workdir, bench().settings.reference),
-        )
-        facts = {
-            "network calls": "iterations of the backbone, the teacher's second branch of guidance not counted; each also "
-            f"runs {best.inner_steps} calls of the teacher's head or one of the student's",
-            "sampler of the teacher": f"{best.method}, {best.inner_steps} steps of the chain, guidance "
-            f"{best.guidance:g} ({best.guidance_schedule}), temperature {best.temperature:g}",
-            "how it was chosen": CHOICE,
-        }
-        bench().write(findings, config.num_steps, facts)
-
     return Task(
         init=lambda key: parallel.init(wiring.init, context.parents["mar"].params),
         batch=batch,
         step=step,
-        evaluate=evaluate,
-        report=report,
+        evaluate=gallery.evaluate,
+        report=gallery.report,
     )

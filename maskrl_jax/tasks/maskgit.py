@@ -5,14 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from maskrl_jax import state as train_state
-from maskrl_jax.data.batches import batch_at
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
-from maskrl_jax.evaluate.bench import CHOICE, Evaluation, read_sampler, tuning_notes
+from maskrl_jax.evaluate.bench import Evaluation, read_sampler
 from maskrl_jax.evaluate.measure import System
-from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.studio import Studio
 from maskrl_jax.evaluate.systems import fixed_program, fixed_system
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys
@@ -22,7 +19,7 @@ from maskrl_jax.sampling.draws import commit_top
 from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import generators
 from maskrl_jax.tasks import tokenizer as tokenizer_task
-from maskrl_jax.tasks.task import Context, Parent, Task
+from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
 
@@ -141,60 +138,19 @@ def studio(context: Context, params: Any) -> Studio:
 
 def build(context: Context) -> Task:
     """Wire the base-model stage."""
-    config, parallel = context.config, context.parallel
     train = generators.dataset_of(context, "train")
-    wiring = Wiring(config, train.conditioning)
+    wiring = Wiring(context.config, train.conditioning)
     engine = generators.engine_of(context, wiring.sizes, wiring.null)
-    frozen = {"tokenizer": engine.tokenizer}
-    rows = parallel.rows(config.batch_size)
-    update = parallel.update(wiring.update)
-    sampler = SamplerConfig(**config.sampler)
-    bench = functools.cache(lambda: generators.bench_of(context))
-    held_out_loss = jax.jit(wiring.held_out_loss)
     program = fixed_program(engine)
 
     def system(params: Any, chosen: SamplerConfig) -> System:
         return fixed_system(engine, program, params, chosen, "base", "base")
 
-    def batch(step):
-        example = batch_at(train, step, config.batch_size, rows, config.seed)
-        return {name: example[name] for name in ("image", "cond", "index")}
-
-    def evaluate(state, step):
-        examples = bench().dataset.take(np.arange(256) % len(bench().dataset))
-        loss, weight = jax.device_get(held_out_loss(state.ema, frozen, examples["image"], examples["cond"]))
-        scores, picture = bench().glance(system(state.ema, sampler), bench().settings.glance_steps)
-        return {"eval/loss": float(loss / weight), **scores}, {"samples/grid": picture}
-
-    def report(params):
-        stages = context.parents | {"maskgit": Parent(config, params, {}, context.workdir)}
-        params = parallel.replicate(params)
-
-        def base(chosen):
-            return generators.kept(system(params, chosen), stages, str(chosen))
-
-        best = bench().tune(base, sampler)
-        points = bench().measure(base(best), bench().settings.steps)
-        findings = Findings(
-            title=f"{config.task} on {config.data.name}",
-            config=config.name,
-            points=points,
-            reference=points[-1:],
-            criteria=bench().criteria(),
-            held_out=("nothing of the prompts: the base has seen pictures of every caption",),
-            notes=tuning_notes(context.workdir, bench().settings.reference),
-        )
-        facts = {
+    def facts(best):
+        return {
             "sampler": f"{best.mode}, Gumbel {best.gumbel:g}, guidance {best.guidance:g} ({best.guidance_schedule}), "
-            f"temperature {best.temperature:g}",
-            "how it was chosen": CHOICE,
+            f"temperature {best.temperature:g}"
         }
-        bench().write(findings, config.num_steps, facts)
 
-    return Task(
-        init=lambda key: parallel.init(wiring.init, key),
-        batch=batch,
-        step=lambda state, b: update(state, frozen, b),
-        evaluate=evaluate,
-        report=report,
-    )
+    frozen, sampler = {"tokenizer": engine.tokenizer}, SamplerConfig(**context.config.sampler)
+    return generators.base_task(context, wiring, frozen, train, system, sampler, facts)

@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax import state as train_state
-from maskrl_jax.data.batches import batch_at
-from maskrl_jax.data.dataset import open_dataset
-from maskrl_jax.evaluate.grid import image_grid
 from maskrl_jax.keys import TRAIN, step_key
 from maskrl_jax.models.vqgan import Tokenizer, TokenizerConfig, nearest_code
 from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
+from maskrl_jax.tasks import reconstruction
 from maskrl_jax.tasks.task import Context, Parent, Task
 
 Array = jax.Array
@@ -94,11 +92,7 @@ def update_codebook(book: dict, codes: Array, ids: Array, row: Array, rows: int,
 
 def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
-    wiring = Wiring(config)
-    image = jax.ShapeDtypeStruct((config.batch_size, *wiring.image_shape), jnp.uint8)
-    index = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
-    state = jax.eval_shape(wiring.init, jax.random.key(0))
-    return [Phase("update", wiring.update, (state, {}, {"image": image, "index": index}), kind="update")]
+    return reconstruction.phases(config, Wiring(config))
 
 
 class Wiring:
@@ -145,38 +139,13 @@ class Wiring:
 
 def build(context: Context) -> Task:
     """Wire the tokenizer stage."""
-    config, parallel = context.config, context.parallel
-    wiring = Wiring(config)
-    train = open_dataset(config.data.name, "train", context.data_dir, wiring.sizes.image_size)
-    held_out = open_dataset(config.data.name, "validation", context.data_dir, wiring.sizes.image_size)
-    rows = parallel.rows(config.batch_size)
-    update = parallel.update(wiring.update)
+    wiring = Wiring(context.config)
     tokens = codec(wiring.sizes, None)
     roundtrip = jax.jit(lambda p, images: (lambda ids: (tokens.decode(p, ids), ids))(tokens.encode(p, images)))
 
-    def batch(step):
-        example = batch_at(train, step, config.batch_size, rows, config.seed)
-        return {"image": example["image"], "index": example["index"]}
-
-    def evaluate(state, step):
+    def rebuild(state, images):
         params = {"model": state.ema, "codebook": state.extra["codebook"]["codes"]}
-        examples = [held_out.get(i) for i in range(min(config.eval_samples, len(held_out)))]
-        images = np.stack([e["image"] for e in examples]).astype(np.float32) / 255
-        recon, ids = jax.device_get(roundtrip(params, images))
-        scalars = {
-            "eval/psnr": float(-10 * np.log10(((recon - images) ** 2).mean())),
-            "eval/codes_used": float(len(np.unique(ids))),
-        }
-        if held_out.verify is not None:
-            captions = held_out.describe(np.stack([e["cond"] for e in examples]))
-            verdict = held_out.verify(recon, captions)
-            scalars |= {f"eval/verifier_{name}": float(verdict[name].mean()) for name in ("graded", "strict")}
-        pairs = np.concatenate([images[:16], recon[:16]])
-        return scalars, {"samples/reconstructions": image_grid(pairs, columns=16)}
+        rebuilt, ids = jax.device_get(roundtrip(params, images))
+        return rebuilt, {"eval/codes_used": float(len(np.unique(ids)))}
 
-    return Task(
-        init=lambda key: parallel.init(wiring.init, key),
-        batch=batch,
-        step=lambda state, b: update(state, {}, b),
-        evaluate=evaluate,
-    )
+    return reconstruction.build(context, wiring, rebuild)
