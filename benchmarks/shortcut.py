@@ -28,11 +28,13 @@ from maskrl_jax.evaluate import measure  # noqa: E402
 
 # Every number of steps that a budget may be compared with, so that all seeds have the same points of the base.
 STEPS = {"evaluation.steps": "(6,8,9,10,11,12,13,14,15,16,24)"}
-ALONE = STEPS | {"curve.beside": "()"}  # what stands beside the shortcut is measured once
+LIKE_BASE = STEPS | {"curve.num_steps": 24, "curve.budgets": "(5,8,11)"}  # as many steps as the reference of the base
+ALONE = LIKE_BASE | {"curve.beside": "()"}  # what stands beside the shortcut is measured once
 PLAIN = ALONE | {"loss.kl": 0.0}  # the published loss, on which every other change is measured alone
 SHORT = {"curve.num_steps": 16, "curve.budgets": "(4,6,8)"}
 ARMS = {
-    "default": STEPS | {"curve.beside": "('frozen','linear','calibrated','adaptive')"},
+    "default": STEPS | {"curve.beside": "('frozen','linear')"},
+    "N of 24": LIKE_BASE | {"curve.beside": "('frozen','linear','calibrated','adaptive')"},
     "policy": ALONE,
     "squared error alone": PLAIN,
     "no_ca": PLAIN | {"model.controls": False},
@@ -47,13 +49,14 @@ ARMS = {
     "policy, squared error alone": PLAIN,
 }
 # The shortcut that an arm's is compared with.
-AGAINST = dict.fromkeys(ARMS, "squared error alone") | {"policy": "default", "mixed N, N of 16": "N of 16"}
-del AGAINST["squared error alone"], AGAINST["N of 16"]
+AGAINST = dict.fromkeys(ARMS, "squared error alone") | {"policy": "N of 24", "mixed N, N of 16": "N of 16"}
+del AGAINST["default"], AGAINST["squared error alone"], AGAINST["N of 16"]
 POLICIES = ("policy", "policy, squared error alone")
 # Of runs beside each other; large batches would change what an adaptive refresh does.
 UNTIMED = {"evaluation.steps": "(24,)", "evaluation.batch_size": 192, "curve.timing_runs": 1}
 UNTIMED_BESIDE = {
     "default": {"curve.beside": "()"},
+    "N of 24": {"curve.beside": "()"},
     "squared error alone": {"curve.beside": "('frozen','linear','calibrated')"},
 }
 SEEDS = flags.DEFINE_multi_integer("seeds", [0, 1, 2, 3, 4], "seed of a run, once for each; the base is shared")

@@ -200,7 +200,7 @@ def _reading(timed: bool) -> str:
         "The longest is that network at its most steps. Differences are mean ± standard error over seeds, in bold beyond "
         "two of them from five seeds on, not corrected for their number; FD and diversity are ratios. The last two "
         "columns compare the evenly refreshed shortcut of an arm with that of `squared error alone`, the published loss "
-        "(of `policy`: with the default), and all else in an arm with the arm's own. `no_ca` leaves out cross-attention, "
+        "(of `policy`: with `N of 24`), and all else in an arm with the arm's own. `no_ca` leaves out cross-attention, "
         "its MLP and the stem. `linear extrapolation` adds the last change of the feature again, as section 10 has it: "
         "after a full step that is the correction of a drift, not a speed."
     )
