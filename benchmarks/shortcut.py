@@ -55,7 +55,6 @@ POLICIES = ("policy", "policy, squared error alone")
 # Of runs beside each other; large batches would change what an adaptive refresh does.
 UNTIMED = {"evaluation.steps": "(24,)", "evaluation.batch_size": 192, "curve.timing_runs": 1}
 UNTIMED_BESIDE = {
-    "default": {"curve.beside": "()"},
     "N of 24": {"curve.beside": "()"},
     "squared error alone": {"curve.beside": "('frozen','linear','calibrated')"},
 }
