@@ -53,7 +53,7 @@ AGAINST = dict.fromkeys(ARMS, "squared error alone") | {"policy": "N of 24", "mi
 del AGAINST["default"], AGAINST["squared error alone"], AGAINST["N of 16"]
 POLICIES = ("policy", "policy, squared error alone")
 # Of runs beside each other; large batches would change what an adaptive refresh does.
-UNTIMED = {"evaluation.steps": "(24,)", "evaluation.batch_size": 192, "curve.timing_runs": 1}
+UNTIMED = {"evaluation.steps": "(24,)", "evaluation.batch_size": 192, "curve.timing_runs": 0}
 UNTIMED_BESIDE = {
     "N of 24": {"curve.beside": "()"},
     "squared error alone": {"curve.beside": "('frozen','linear','calibrated')"},
@@ -71,6 +71,7 @@ EVALUATION_SEED = 17  # of seed 0; each further seed has the next
 def main(_: list[str]) -> None:
     """Train what is missing, write after every run."""
     out = (ROOT / OUT.value).with_suffix(".json")
+    out.parent.mkdir(parents=True, exist_ok=True)
     done = json.loads(out.read_text()) if out.exists() else {"runs": {}}
     runs = side_by_side.Runs(JOBS.value)
 

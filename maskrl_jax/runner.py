@@ -30,6 +30,7 @@ TASKS = {
     "maskgit": "maskrl_jax.tasks.maskgit",
     "mar": "maskrl_jax.tasks.mar",
     "marval": "maskrl_jax.tasks.marval",
+    "marval_rl": "maskrl_jax.tasks.marval_rl",
     "speed_rl": "maskrl_jax.tasks.speed_rl",
     "mask_grpo": "maskrl_jax.tasks.mask_grpo",
     "maskfocus": "maskrl_jax.tasks.maskfocus",

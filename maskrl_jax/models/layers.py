@@ -1,5 +1,7 @@
 """Layers that several model families share."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,20 @@ def filtered(x_BSD: Array, side: int, name: str) -> Array:
     grid = x_BSD[:, :cells].reshape(-1, side, side, x_BSD.shape[-1])
     local = DepthwiseConv3(name=name)(grid).reshape(-1, cells, x_BSD.shape[-1])
     return jnp.pad(local, ((0, 0), (0, x_BSD.shape[1] - cells), (0, 0)))
+
+
+def placed_condition(
+    norm: nn.Module, hidden: Sequence[nn.Module], out: nn.Module, maps_NR: Array, text_BLD: Array
+) -> Array:
+    """What the whole condition says of every place, [B,N,D]: "left of" must reach the left cells (our choice).
+
+    An MLP over all condition tokens at once, whose output is addressed through R learned maps of the grid.
+    """
+    pooled = norm(text_BLD.reshape(len(text_BLD), -1))
+    for layer in hidden:
+        pooled = nn.gelu(layer(pooled))
+    content = out(pooled).reshape(-1, maps_NR.shape[1], text_BLD.shape[-1])
+    return jnp.einsum("nr,brd->bnd", maps_NR, content)
 
 
 class RelativeBias(nn.Module):

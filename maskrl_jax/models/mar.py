@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskrl_jax.models.layers import layer_norm
+from maskrl_jax.models.layers import filtered, layer_norm, placed_condition
 
 Array = jax.Array
 SIZES = ("num_tokens", "channels", "cond_vocab", "buffer", "width", "depth", "heads", "head_width", "head_depth")
@@ -35,6 +35,9 @@ class MarConfig:
     head_width: int = 1024
     head_depth: int = 6
     dropout: float = 0.1  # in training, in every block
+    pooled_width: int = 0  # MLP over the whole condition, added to the tokens by their places; 0 = none, as published
+    pooled_maps: int = 16  # learned spatial maps through which that MLP addresses places
+    local_mixing: bool = False  # a depthwise 3x3 filter over the grid in every block of the decoder; published: none
     remat: bool = False
     unroll: int = 1  # blocks that one turn of the loop over blocks holds
     dtype: str = "float32"  # of the blocks; norms, softmax and head are float32
@@ -49,13 +52,25 @@ class MarConfig:
             raise ValueError(f"buffer {self.buffer} is not a multiple of the {self.cond_length} condition tokens")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} must be in [0, 1)")
+        if self.pooled_width < 0 or self.pooled_maps < 1:
+            raise ValueError(
+                f"pooled_width {self.pooled_width} must be at least 0 and pooled_maps {self.pooled_maps} 1"
+            )
+        if self.local_mixing and self.side**2 != self.num_tokens:
+            raise ValueError(f"local_mixing needs a square grid; num_tokens {self.num_tokens} is none")
+
+    @property
+    def side(self) -> int:
+        """Side of the token grid."""
+        return math.isqrt(self.num_tokens)
 
 
 class Mar(nn.Module):
     """Backbone and head; parameters of a stack of blocks have a leading axis of blocks.
 
     Our choices: the null condition is a row of the condition's table; a caption's tokens share the places of the
-    buffer, each repeated equally often (published: a class fills them all).
+    buffer, each repeated equally often (published: a class fills them all); an optional MLP over the pooled condition
+    and optional 3x3 filters, as in `models.maskgit`.
     """
 
     config: MarConfig
@@ -71,7 +86,13 @@ class Mar(nn.Module):
         self.head_places = self.param("head_places", init, (c.num_tokens, c.width))
         self.tokens_in = nn.Dense(c.width, kernel_init=linear)
         self.norm_in, self.encoder_norm, self.decoder_norm = (layer_norm(None) for _ in range(3))
-        self.encoder, self.decoder = (Stack(c, name=f"{name}_blocks") for name in ("encoder", "decoder"))
+        self.encoder = Stack(c, name="encoder_blocks")
+        self.decoder = Stack(c, c.local_mixing, name="decoder_blocks")
+        if c.pooled_width:
+            self.pool_norm = layer_norm(None)
+            self.pool = [nn.Dense(c.pooled_width) for _ in range(2)]
+            self.pool_out = nn.Dense(c.pooled_maps * c.width)
+            self.pool_maps = self.param("pool_maps", nn.initializers.normal(0.5), (c.num_tokens, c.pooled_maps))
         self.decoder_in = nn.Dense(c.width, dtype=dtype, kernel_init=linear)
         self.denoiser = DiffusionHead(c.channels, c.head_width, c.head_depth)
 
@@ -96,8 +117,13 @@ class Mar(nn.Module):
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         batch, rows = tokens_BVC.shape[:2]
-        buffer_BPD = jnp.repeat(self.conditions(cond.reshape(batch, c.cond_length)), c.buffer // c.cond_length, axis=1)
+        text_BLD = self.conditions(cond.reshape(batch, c.cond_length))
+        buffer_BPD = jnp.repeat(text_BLD, c.buffer // c.cond_length, axis=1)
         encoder_BLD, decoder_BLD = (table[c.buffer :][order_BL] for table in (self.encoder_places, self.decoder_places))
+        if c.pooled_width:
+            said_BLD = placed_condition(self.pool_norm, self.pool, self.pool_out, self.pool_maps, text_BLD)
+            said_BLD = jnp.take_along_axis(said_BLD, order_BL[..., None], axis=1)
+            encoder_BLD, decoder_BLD = encoder_BLD + said_BLD, decoder_BLD + said_BLD
         x_BSD = jnp.concatenate([buffer_BPD, self.tokens_in(tokens_BVC)], axis=1)
         first_BPD = jnp.broadcast_to(self.encoder_places[None, : c.buffer], buffer_BPD.shape)
         x_BSD = x_BSD + jnp.concatenate([first_BPD, encoder_BLD[:, c.num_tokens - rows :]], axis=1)
@@ -106,14 +132,14 @@ class Mar(nn.Module):
         # Exact slices need no mask of keys.
         exact = isinstance(masked, int) and masked == c.num_tokens - rows
         keys_BS = None if exact else jnp.pad(seen_BV, ((0, 0), (c.buffer, 0)), constant_values=True)
-        x_BSD = self.encoder_norm(self.encoder(self.norm_in(x_BSD).astype(dtype), keys_BS, train))
+        x_BSD = self.encoder_norm(self.encoder(self.norm_in(x_BSD).astype(dtype), keys_BS, None, train))
         x_BSD = self.decoder_in(x_BSD.astype(dtype)).astype(jnp.float32)
         seen_BVD = jnp.where(seen_BV[..., None], x_BSD[:, c.buffer :], self.mask[None, None])
         hidden_BMD = jnp.broadcast_to(self.mask[None, None], (batch, c.num_tokens - rows, c.width))
         x_BSD = jnp.concatenate([x_BSD[:, : c.buffer], hidden_BMD, seen_BVD], axis=1)
         first_BPD = jnp.broadcast_to(self.decoder_places[None, : c.buffer], buffer_BPD.shape)
         x_BSD = x_BSD + jnp.concatenate([first_BPD, decoder_BLD], axis=1)
-        x_BSD = self.decoder_norm(self.decoder(x_BSD.astype(dtype), None, train))
+        x_BSD = self.decoder_norm(self.decoder(x_BSD.astype(dtype), None, order_BL, train))
         return x_BSD[:, c.buffer :] + self.head_places[order_BL]
 
     def head_condition(self, z: Array) -> Array:
@@ -129,11 +155,13 @@ class Stack(nn.Module):
     """Blocks in a loop, their parameters stacked."""
 
     config: MarConfig
+    local: bool = False  # filters over the grid, where the tokens after the buffer are all of it
 
     @nn.compact
-    def __call__(self, x_BSD: Array, keys_BS: Array | None, train: bool) -> Array:
+    def __call__(self, x_BSD: Array, keys_BS: Array | None, order_BL: Array | None, train: bool) -> Array:
         c = self.config
-        block = nn.remat(Block, prevent_cse=False, static_argnums=(3,)) if c.remat else Block
+        block = nn.remat(Block, prevent_cse=False, static_argnums=(4,)) if c.remat else Block
+        places = (order_BL, jnp.argsort(order_BL, axis=1)) if self.local else None
         loop = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -142,16 +170,21 @@ class Stack(nn.Module):
             length=c.depth,
             unroll=c.unroll,
         )
-        return loop(c, name="blocks")(x_BSD, keys_BS, train)[0]
+        return loop(c, name="blocks")(x_BSD, keys_BS, places, train)[0]
 
 
 class Block(nn.Module):
-    """Pre-norm ViT block with the exact GELU; a step of `nn.scan`."""
+    """Pre-norm ViT block with the exact GELU; a step of `nn.scan`.
+
+    places: generation order of the tokens after the buffer and its inverse, where a 3x3 filter comes first.
+    """
 
     config: MarConfig
 
     @nn.compact
-    def __call__(self, x_BSD: Array, keys_BS: Array | None, train: bool) -> tuple[Array, None]:
+    def __call__(
+        self, x_BSD: Array, keys_BS: Array | None, places: tuple[Array, Array] | None, train: bool
+    ) -> tuple[Array, None]:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         drop = nn.Dropout(c.dropout, deterministic=not train)
         batch, length, width = x_BSD.shape
@@ -159,6 +192,11 @@ class Block(nn.Module):
         def dense(features, name):
             return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
 
+        if places is not None:
+            order_BL, raster_BL = (index[..., None] for index in places)
+            grid = jnp.take_along_axis(x_BSD[:, c.buffer :], raster_BL, axis=1)
+            mixed = jnp.take_along_axis(filtered(grid, c.side, "local"), order_BL, axis=1)
+            x_BSD = x_BSD + jnp.pad(mixed, ((0, 0), (c.buffer, 0), (0, 0)))
         qkv = dense(3 * width, "qkv")(layer_norm("norm_attention")(x_BSD))
         query, key, value = jnp.split(qkv.reshape(batch, length, 3 * c.heads, width // c.heads), 3, axis=2)
         mask = None if keys_BS is None else keys_BS[:, None, None]

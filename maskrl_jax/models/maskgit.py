@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskrl_jax.models.layers import Block, Conv3, RelativeBias, layer_norm
+from maskrl_jax.models.layers import Block, Conv3, RelativeBias, layer_norm, placed_condition
 
 Array = jax.Array
 SIZES = ("num_tokens", "codebook_size", "cond_vocab", "cond_length", "width", "depth", "heads", "mlp_width")
@@ -96,21 +96,12 @@ class MaskGIT(nn.Module):
             image = image + grid.reshape(batch, num_tokens, c.width)
         text = self.conditions(cond.reshape(batch, c.cond_length))
         if c.pooled_width:
-            image = image + self._placed(text)
+            image = image + placed_condition(self.pool_norm, self.pool, self.pool_out, self.pool_maps, text)
         x_BSD = jnp.concatenate([image, text], axis=1) + self.position[None]
         x_BSD = x_BSD.astype(c.dtype)
         for depth, block in enumerate(self.blocks):
             x_BSD = block(x_BSD, self.bias[depth]() if c.relative_bias else None)
         return self.norm(x_BSD[:, :num_tokens])
-
-    def _placed(self, text_BLD: Array) -> Array:
-        """What the whole condition says of every place, [B,N,D]: "left of" must reach the left cells."""
-        c = self.config
-        pooled = self.pool_norm(text_BLD.reshape(len(text_BLD), -1))
-        for layer in self.pool:
-            pooled = nn.gelu(layer(pooled))
-        content = self.pool_out(pooled).reshape(-1, c.pooled_maps, c.width)
-        return jnp.einsum("nr,brd->bnd", self.pool_maps, content)
 
     def controls(self, ids: Array, positions: Array) -> Array:
         """What a token and its place look like before any mixing, [b,n,D]: what a feature shortcut reads."""

@@ -44,7 +44,7 @@ class Base:
         self.judge_sizes = JudgeConfig(**config.parents.judge.model)
         self.judge = Judge(self.judge_sizes)
         checks.same_data(config)
-        self.groups = checks.groups(config)
+        self.groups = checks.groups(config.batch_size, config.group)
         settings = Evaluation(**config.evaluation)
         generators.check_steps(SamplerConfig(**base.sampler), settings.steps, self.sizes.num_tokens)
         # Runs of before there were alarms have none of these keys.

@@ -46,22 +46,21 @@ def speed(config: Any, policy: Policy, credit: CreditConfig, tokens: TokenLoss) 
         )
 
 
-def groups(config: Any) -> int:
+def groups(batch_size: int, group: int) -> int:
     """Prompts of an update; UserError where rollouts do not fill whole groups."""
-    if config.group < 2 or config.batch_size % config.group:
+    if group < 2 or batch_size % group:
         raise UserError(
-            f"batch_size {config.batch_size} rollouts do not fill groups of {config.group}; "
-            "make it a multiple of group (at least 2)"
+            f"batch_size {batch_size} rollouts do not fill groups of {group}; make it a multiple of group (at least 2)"
         )
-    return config.batch_size // config.group
+    return batch_size // group
 
 
-def whole_groups(config: Any, parallel: Any) -> None:
-    """Raise UserError where a device would see a part of a group: its samples are routed among themselves."""
-    if config.batch_size % (config.group * parallel.num_devices):
+def whole_groups(batch_size: int, group: int, parallel: Any) -> None:
+    """Raise UserError where a device would see a part of a group, whose samples belong together."""
+    if batch_size % (group * parallel.num_devices):
         raise UserError(
-            f"batch_size {config.batch_size} does not give each of {parallel.num_devices} devices whole groups of "
-            f"{config.group}; make it a multiple of {config.group * parallel.num_devices}"
+            f"batch_size {batch_size} does not give each of {parallel.num_devices} devices whole groups of "
+            f"{group}; make it a multiple of {group * parallel.num_devices}"
         )
 
 

@@ -24,6 +24,7 @@ from maskrl_jax.tasks.kl_vae import LatentCodec
 
 Array = jax.Array
 DIFFUSION_STEPS = 1000  # T, published
+PROCESS = diffusion.make_process(DIFFUSION_STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Network:
     """MAR's module as functions of its parameters."""
 
     model: Mar
+    skip: bool = False  # the head's first C outputs are F of eps = sigma_t x_t + alpha_t F; published: eps itself
 
     def backbone(self, params: Any) -> mar.Backbone:
         return functools.partial(self.model.apply, params, method="backbone")
@@ -82,7 +84,17 @@ class Network:
         return self.model.apply(params, z, method="head_condition")
 
     def head(self, params: Any, state: Array, timestep: Array, condition: Array) -> Array:
-        return self.model.apply(params, state, timestep, condition, method="denoise")
+        """Noise of x_t and the share of its variance, [..., 2C].
+
+        With `skip` (ours) noise at late times is mostly x_t itself, so that a start is alpha_t x_t - sigma_t F: a head
+        that predicts the noise must be right to 1e-4 there, for x_0 divides its error by alpha_t (spec mar.md, 8).
+        """
+        out = self.model.apply(params, state, timestep, condition, method="denoise")
+        if not self.skip:
+            return out
+        guess, share = diffusion.split(out)
+        alpha, sigma = (jnp.asarray(column)[timestep][..., None] for column in (PROCESS.alpha, PROCESS.sigma))
+        return jnp.concatenate([sigma * state + alpha * guess, share], axis=-1)
 
 
 def row_noise(keys_BR: Array, place: Array | int, channels: int) -> Array:
@@ -168,12 +180,12 @@ def system(
 
 def chain_system(engine: Engine, params: Any, sampler: MarSampler, name: str, label: str) -> System:
     """MAR with its chain."""
-    draw_of = _chain_draws(engine.network, sampler.inner_steps, sampler.method)
+    draw_of = chain_draws(engine.network, sampler.inner_steps, sampler.method)
     return system(engine, params, sampler, draw_of, sampler.guidance != 1, name, label)
 
 
 @functools.cache
-def _chain_draws(network: Network, inner_steps: int, method: str) -> Callable:
+def chain_draws(network: Network, inner_steps: int, method: str) -> Callable:
     """One function for all systems of a chain, so that they share their programs."""
     process = diffusion.make_process(DIFFUSION_STEPS, inner_steps)
     return lambda params, frozen: chain_draw(network, params, process, frozen["temperature"], method)

@@ -61,9 +61,9 @@ class Wiring:
         latents = kl_vae_task.model_config(config.parents.tokenizer.model)
         self.codec = kl_vae_task.codec(latents, None)
         self.sizes = continuous.model_config(config, latents, conditioning)
-        self.network = continuous.Network(Mar(self.sizes))
+        self.network = continuous.Network(Mar(self.sizes), config.head_skip)
         self.masking = Masking(**config.masking)
-        self.process = diffusion.make_process(continuous.DIFFUSION_STEPS)
+        self.process = continuous.PROCESS
         if config.repeats < 1:
             raise ValueError(f"repeats {config.repeats} must be at least 1")
         settings, sampler = Evaluation(**config.evaluation), MarSampler(**config.sampler)

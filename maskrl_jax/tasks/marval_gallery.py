@@ -1,10 +1,12 @@
-"""What stage `marval` measures: the teacher's chain, the student, and one step of the teacher without distillation."""
+"""What stages `marval` and `marval_rl` measure: the teacher's chain, the student, what it comes from and what it becomes."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from maskrl_jax.evaluate import gain
 from maskrl_jax.evaluate.bench import CHOICE, Bench, read_sampler, tuning_notes
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
@@ -28,9 +30,24 @@ def one_step_draw(wiring: Any, params: Any, zeta_scale: Array | float) -> mar.Dr
 
 
 @functools.cache
-def _one_step_draws(wiring: Any):
+def one_step_draws(wiring: Any):
     """One function for all systems of a wiring, so that they share their programs."""
     return lambda params, frozen: one_step_draw(wiring, params, frozen["temperature"])
+
+
+def one_step_system(
+    engine: continuous.Engine, wiring: Any, params: Any, sampler: MarSampler, name: str, label: str
+) -> System:
+    """A network whose tokens take one call of its head; the setting is the number of iterations."""
+    return continuous.system(engine, params, sampler, one_step_draws(wiring), False, name, label)
+
+
+def chain_of_teacher(context: Context, engine: continuous.Engine, teacher: Any, name: str) -> tuple[System, MarSampler]:
+    """The teacher with the sampler that its own report chose, and that sampler."""
+    parent = context.parents["mar"]
+    best = read_sampler(parent.workdir, MarSampler(**parent.config.sampler))
+    chain = continuous.chain_system(engine, teacher, best, name, "teacher")
+    return generators.kept(chain, context.parents, str(best)), best
 
 
 class MarvalGallery:
@@ -46,9 +63,7 @@ class MarvalGallery:
         return generators.bench_of(self.context)
 
     def one_step(self, params: Any, name: str = "tuned", label: str = "student, one call") -> System:
-        """A network whose tokens take one call of its head; the setting is the number of iterations."""
-        draws = _one_step_draws(self.wiring)
-        return continuous.system(self.engine, params, self.sampler, draws, False, name, label)
+        return one_step_system(self.engine, self.wiring, params, self.sampler, name, label)
 
     def evaluate(self, state: Any, step: int) -> tuple[dict, dict]:
         """A glance at the student."""
@@ -58,9 +73,8 @@ class MarvalGallery:
     def report(self, params: Any) -> None:
         """Curves of teacher, student and the teacher's one step, report.md."""
         bench, config, parents = self.bench, self.context.config, self.context.parents
-        best = read_sampler(parents["mar"].workdir, MarSampler(**config.parents.mar.sampler))
-        base = continuous.chain_system(self.engine, self.teacher, best, "base", "teacher")
-        points = bench.measure(generators.kept(base, parents, str(best)), bench.settings.steps)
+        base, best = chain_of_teacher(self.context, self.engine, self.teacher, "base")
+        points = bench.measure(base, bench.settings.steps)
         reference = points[-1:]
         points += bench.measure(self.one_step(self.engine.parallel.replicate(params)), bench.settings.steps)
         points += bench.measure(self.one_step(self.teacher, "untrained", "teacher, one step"), bench.settings.steps)
@@ -81,5 +95,60 @@ class MarvalGallery:
             f"runs {best.inner_steps} calls of the teacher's head or one of the student's",
             "sampler of the teacher": best.in_words(),
             "how it was chosen": CHOICE,
+        }
+        bench.write(findings, config.num_steps, facts)
+
+
+class MarvalRlGallery:
+    """The glances and the report of `marval_rl`; `networks` are the parameters of teacher and student."""
+
+    def __init__(self, context: Context, wiring: Any, engine: continuous.Engine, networks: Mapping[str, Any]):
+        self.context, self.wiring, self.engine, self.networks = context, wiring, engine, networks
+        self.sampler = MarSampler(**context.config.sampler)
+
+    @functools.cached_property
+    def bench(self) -> Bench:
+        """Made when first needed: it reads the held-out pictures."""
+        return generators.bench_of(self.context)
+
+    def one_step(self, params: Any, name: str, label: str) -> System:
+        return one_step_system(self.engine, self.wiring.marval, params, self.sampler, name, label)
+
+    def evaluate(self, state: Any, step: int) -> tuple[dict, dict]:
+        """A glance at the tuned student."""
+        system = self.one_step(state.ema, "tuned", "tuned student")
+        scores, picture = self.bench.glance(system, self.bench.settings.glance_steps)
+        return scores, {"samples/grid": picture}
+
+    def report(self, params: Any) -> None:
+        """Curves of student, tuned student and teacher, under the same noise; report.md."""
+        bench, config, wiring = self.bench, self.context.config, self.wiring
+        tuned = self.engine.parallel.replicate(params)
+        points = bench.measure(self.one_step(self.networks["student"], "base", "student"), bench.settings.steps)
+        reference = points[-1:]
+        points += bench.measure(self.one_step(tuned, "tuned", "tuned student"), bench.settings.steps)
+        teacher, best = chain_of_teacher(self.context, self.engine, self.networks["teacher"], "teacher")
+        points += bench.measure(teacher, bench.settings.steps)
+        findings = Findings(
+            title=f"MARVAL-RL on {config.data.name}",
+            config=config.name,
+            points=points,
+            reference=reference,
+            criteria=bench.criteria(),
+            tuned="tuned",
+            aim=gain.Goal(**config.aim),
+            trained_on=tuple(f"{name} x {weight:g}" for name, weight in wiring.rewards.items()),
+            held_out=("the exact verifier", "the prompts (the teacher has seen pictures of every caption)"),
+        )
+        kept = wiring.truncation.iterations or wiring.plan.num_steps
+        facts = {
+            "network calls": "iterations of the backbone; each also runs one call of the student's head or "
+            f"{best.inner_steps} of the teacher's",
+            "sampler of the teacher": best.in_words(),
+            "gradient": f"of the policy, noise {wiring.policy.deviation:g}"
+            if wiring.policy
+            else f"of the reward through {kept} of {wiring.plan.num_steps} iterations"
+            + ", contexts detached" * wiring.truncation.detach_context,
+            "anchor": f"{wiring.anchor.kind}, weight {wiring.anchor.weight:g}",
         }
         bench.write(findings, config.num_steps, facts)

@@ -166,7 +166,7 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     conditioning = conditioning_of(config.data.name, config.data.text_length)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
-    checks.whole_groups(config, parallel)
+    checks.whole_groups(config.batch_size, config.group, parallel)
     base, frozen, request = wiring.base.abstract(conditioning)
     state = jax.eval_shape(wiring.init, jax.random.key(0), base)
     made = jax.eval_shape(functools.partial(wiring.rollout, axis=Axis(1)), state.params, frozen, request)

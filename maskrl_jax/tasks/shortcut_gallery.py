@@ -94,10 +94,12 @@ class ShortcutGallery:
             unlike=("tuned", "policy"),
         )
         step_ms = 1000 * step_seconds / bench.settings.batch_size
-        # In the figure as long as the loops of the table took, which were timed later.
-        loop = next(x for x in latencies if (x.system, x.setting) == ("base", bench.settings.reference))
-        drawn_ms = loop.milliseconds.median / bench.settings.reference
-        prices = (drawn_ms * costs["shortcut"].full, drawn_ms * costs["shortcut"].light)
+        prices = None
+        if latencies:
+            # In the figure as long as the loops of the table took, which were timed later.
+            loop = next(x for x in latencies if (x.system, x.setting) == ("base", bench.settings.reference))
+            drawn_ms = loop.milliseconds.median / bench.settings.reference
+            prices = (drawn_ms * costs["shortcut"].full, drawn_ms * costs["shortcut"].light)
         bench.write(
             findings,
             config.num_steps,
@@ -122,9 +124,14 @@ class ShortcutGallery:
             "a step's cost": ", ".join(
                 f"{cost.light:.3f} ({systems.labels[kind]})" for kind, cost in costs.items() if kind != "tuned"
             )
-            + f" of a step of the base, which takes {step_ms:.3f} ms an image in batches of {size}; a full step "
-            f"in the shortcut's loop {costs['shortcut'].full:.3f}{plain} (sampling loop alone, median of {systems.curve.timing_runs} runs after "
-            f"{latency.WARM_UP}; no step is kept from one image to the next)",
+            + " of a step of the base"
+            + (
+                f", which takes {step_ms:.3f} ms an image in batches of {size}; a full step in the shortcut's loop "
+                f"{costs['shortcut'].full:.3f}{plain} (sampling loop alone, median of {systems.curve.timing_runs} runs "
+                f"after {latency.WARM_UP}; no step is kept from one image to the next)"
+                if systems.curve.timing_runs
+                else " by FLOPs; nothing was timed"
+            ),
             "FLOPs": f"{flops[0] / 1e6:.3g} million a full step of an image, {flops[1] / 1e6:.3g} million a shortcut step "
             f"({flops[1] / flops[0]:.3f}), as compiled, networks and head alone",
             "training": f"{rollouts} rollouts of the network ({'/'.join(map(str, wiring.teacher.num_steps))} steps), "
@@ -146,7 +153,7 @@ class ShortcutGallery:
                 place / "quality_vs_time.png", points, latencies, metrics
             ),
             "drift": shortcut_figures.drift(place / "drift.png", errors),
-            "budget": shortcut_figures.budget(place / "budget.png", rows, *prices),
+            "budget": shortcut_figures.budget(place / "budget.png", rows, *prices) if prices else None,
         }
         return [
             Illustration(f"figures/{name}.png", CAPTIONS[name], image)

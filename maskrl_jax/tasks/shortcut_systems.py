@@ -57,7 +57,8 @@ class Curve:
     calibration: samples, of training prompts, that calibrated sets of steps and thresholds are found on.
     longest: most shortcut steps in a row of an adaptive refresh. Such a refresh decides for all rows of a device's
       batch at once: its samples depend on those beside them, and on the number of devices.
-    timing_runs: runs of each sampling loop that its time is the median of.
+    timing_runs: runs of each sampling loop that its time is the median of; 0: nothing is timed, and a shortcut step
+      counts as its share of a full one's FLOPs.
 
     Budgets are of the plan's N steps: where a mode with a threshold ends early, fewer of them are run.
     """
@@ -85,8 +86,8 @@ class Curve:
                 f"curve.budgets {self.budgets} go below the {fewest} full steps that curve.longest={self.longest} asks "
                 f"for in {self.num_steps} steps"
             )
-        if min(self.calibration, self.longest, self.timing_runs) < 1:
-            raise UserError("curve.calibration, curve.longest and curve.timing_runs must be at least 1")
+        if min(self.calibration, self.longest) < 1 or self.timing_runs < 0:
+            raise UserError("curve.calibration and curve.longest must be at least 1, curve.timing_runs at least 0")
 
     @property
     def usual(self) -> int:

@@ -68,9 +68,14 @@ class ShortcutTimes:
 
         specs/shortcut.md section 10: of loops of N steps of a kind's program, all of them full or the first alone, and
         of the plain base, in a mode that takes every step; kinds that share a program share its costs. `tuned`, the
-        network alone where it is not the base, has full steps only.
+        network alone where it is not the base, has full steps only. Where nothing is timed: by FLOPs, which linear and
+        frozen features have none of.
         """
         steps = self.systems.curve.num_steps
+        if not self.systems.curve.timing_runs:
+            full, light = self.flops(params)
+            share = {"shortcut": light / full}
+            return math.nan, {kind: Costs(1.0, share.get(program_of(kind), 0.0)) for kind in (*kinds, "tuned")}
         own, base = (
             dataclasses.replace(s, mode="confidence") for s in (self.systems.wiring.sampler, self.systems.sampler)
         )
@@ -128,6 +133,8 @@ class ShortcutTimes:
         self, params: Any, kinds: Mapping[str, Callable[[float], Refresh]], steps: Sequence[int]
     ) -> list[Latency]:
         """Times of one batch's sampling loop, without decoding: the base by steps, every kind by budget."""
+        if not self.systems.curve.timing_runs:
+            return []
         runs = {("base", n): self._plain_run(self.systems.base_params, self.systems.sampler, n) for n in steps}
         if self.systems.tuned:
             for n in self.systems.bench.settings.steps:

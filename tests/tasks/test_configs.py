@@ -15,7 +15,7 @@ from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.parallel import Parallel
 
 NAMES = ("tokenizer", "judge", "maskgit", "speed_rl", "mask_grpo", "maskfocus", "shortcut")
-NAMES += ("kl_vae", "mar", "marval")
+NAMES += ("kl_vae", "mar", "marval", "marval_rl")
 MODULES = {name: importlib.import_module(f"configs.{name}") for name in NAMES}
 RUNNABLE = [(name, argument) for name in NAMES for argument in MODULES[name].STEPS]
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import judge, kl_vae, mar, marval, mask_grpo, maskfocus, maskgit, shortcut, speed_rl, tokenizer
+from configs import judge, kl_vae, mar, marval, marval_rl, mask_grpo, maskfocus, maskgit, shortcut, speed_rl, tokenizer
 from maskrl_jax import runner
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.tasks.task import Context, Parent
@@ -14,7 +14,7 @@ CHAINS = {
     + [("speed_rl", speed_rl, "smoke"), ("mask_grpo", mask_grpo, "smoke"), ("maskfocus", maskfocus, "smoke")]
     + [("shortcut", shortcut, "smoke")],
     "continuous": [("tokenizer", kl_vae, "smoke"), ("judge", judge, "smoke"), ("mar", mar, "smoke")]
-    + [("marval", marval, "smoke")],
+    + [("marval", marval, "smoke"), ("marval_rl", marval_rl, "smoke")],
     "digits": [("tokenizer", tokenizer, "digits-smoke"), ("judge", judge, "digits-smoke")]
     + [("maskgit", maskgit, "digits-smoke")],
 }

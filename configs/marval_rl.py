@@ -1,0 +1,53 @@
+"""MARVAL-RL: a one-call student tuned on a differentiable reward through its iterations (arXiv 2511.15190).
+
+python -m maskrl_jax.main --config=configs/marval_rl.py            # embedded task; the reward is the judge
+python -m maskrl_jax.main --config=configs/marval_rl.py:policy     # the same by a policy gradient
+python -m maskrl_jax.main --config=configs/marval_rl.py:smoke      # a few updates of everything: does it run?
+python -m maskrl_jax.main --config=configs/marval_rl.py:base --dry_run=v5e:4x4   # published sizes, compile only
+python -m maskrl_jax.main --config=configs/marval_rl.py:large --dry_run=v5e:4x4
+python -m maskrl_jax.main --config=configs/marval_rl.py:huge --dry_run=v5e:8x8
+
+specs/marval.md section 10 says what is published: the objective, no length, rate or batch.
+"""
+
+from configs import mar, marval, sizes
+
+STEPS = {"": 100, "policy": 100, "smoke": 3, **dict.fromkeys(mar.PUBLISHED, 5000)}
+
+
+def get_config(arg: str = ""):
+    """Sizes: default, `policy`, `smoke`; `base`, `large`, `huge` are networks of the published sizes."""
+    sizes.check(arg, tuple(STEPS))
+    smoke, published = arg == "smoke", arg in mar.PUBLISHED
+    student = marval.get_config("" if arg == "policy" else arg)
+    parents = {**student.parents, "marval": student}
+    steps = 4 if smoke else 16
+    return sizes.run(
+        "marval_rl",
+        "configs/marval_rl.py" + (f":{arg}" if arg else ""),
+        num_steps=STEPS[arg],
+        batch_size=16 if smoke else 64,
+        log_every=1 if smoke else 2,
+        save_every=50,
+        parents=parents,
+        init=dict.fromkeys(parents, ""),
+        data=student.data.to_dict(),
+        rewards={"judge": 1.0},
+        gradient="policy" if arg == "policy" else "reward",
+        rollout={"num_steps": steps},
+        truncation={"iterations": 0, "detach_context": False},
+        policy={"deviation": 0.1, "group": 8, "clip": 0.2, "kl": 0.01, "iterations": 0, "updates": 1},
+        anchor={"kind": "none", "weight": 0.0},
+        optimizer={
+            "name": "adamw",
+            "learning_rate": 1e-6 if published else 1e-4,
+            "b1": 0.9,
+            "b2": 0.999,
+            "clip_norm": 1.0,
+            "decay": "constant",
+            "ema_decay": 0.999 if published else 0.9,
+        },
+        aim={"closed": 0.3, "closed_low": 0.1, "diversity": 0.9},
+        sampler=student.sampler.to_dict(),
+        evaluation=student.evaluation.to_dict(),
+    )

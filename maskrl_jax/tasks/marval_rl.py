@@ -1,0 +1,322 @@
+"""Stage `marval_rl`: a one-call student tuned by a reward of whole pictures (MARVAL-RL).
+
+arXiv 2511.15190; specs/marval.md section 10 says what of it is published and what is our choice. Published is to
+back-propagate a differentiable reward through decoder and iterations; here that is the judge, and the exact verifier is
+held out. The policy gradient for rewards without one, and what anchors the student, are ours.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import serialization
+
+from maskrl_jax import state as train_state
+from maskrl_jax.data.batches import batch_at, positions_at
+from maskrl_jax.data.dataset import Conditioning, conditioning_of
+from maskrl_jax.errors import unknown
+from maskrl_jax.evaluate import gain
+from maskrl_jax.evaluate.bench import Evaluation
+from maskrl_jax.keys import ROLLOUT, sample_keys
+from maskrl_jax.models.judge import Judge, JudgeConfig
+from maskrl_jax.parallel import Axis, mean_gradients
+from maskrl_jax.phase import Phase
+from maskrl_jax.rewards import judge as judge_reward
+from maskrl_jax.rewards import mix
+from maskrl_jax.rl import action_noise, advantages, reward_gradient
+from maskrl_jax.rl.action_noise import ActionNoise
+from maskrl_jax.rl.reward_gradient import Truncation
+from maskrl_jax.sampling import mar
+from maskrl_jax.sampling.mar import MarPlan
+from maskrl_jax.tasks import checks, generators, marval
+from maskrl_jax.tasks import kl_vae as kl_vae_task
+from maskrl_jax.tasks import mar as mar_task
+from maskrl_jax.tasks.continuous import row_noise
+from maskrl_jax.tasks.marval_gallery import MarvalRlGallery, one_step_draw
+from maskrl_jax.tasks.task import Context, Task
+
+Array = jax.Array
+GRADIENTS = ("reward", "policy")
+ANCHORS = ("none", "gsim", "l2_ref")
+ACTION = 1  # what a token's key is folded with for the noise of its action
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchor:
+    """What holds the student where its distillation left it (ours; published: nothing).
+
+    kind: `gsim`: the distillation's loss on training pictures, its auxiliary network trained along; `l2_ref`: squared
+      distance of the tokens to those of the student as it was, same noise; `none`.
+    weight: of that loss beside the reward.
+    """
+
+    kind: str = "none"
+    weight: float = 0.0
+
+    def __post_init__(self):
+        if self.kind not in ANCHORS:
+            raise unknown("anchor.kind", self.kind, ANCHORS)
+        if self.weight < 0 or (self.kind == "none") != (self.weight == 0):
+            raise ValueError(f"anchor.weight {self.weight} must be above 0 with an anchor, and 0 without one")
+
+
+class Wiring:
+    """The stage's pure functions, closed over its static configuration."""
+
+    def __init__(self, config: Any, conditioning: Conditioning):
+        self.config, self.null = config, conditioning.null
+        checks.same_tokenizer(config.parents.tokenizer, config.parents.marval.parents.tokenizer)
+        self.marval = marval.Wiring(config.parents.marval, conditioning)
+        self.base, self.network = self.marval.base, self.marval.network
+        self.judge_sizes = JudgeConfig(**config.parents.judge.model)
+        self.judge, self.rewards = Judge(self.judge_sizes), dict(config.rewards)
+        mix.check(self.rewards, judge_reward.names(self.judge_sizes.kind))
+        self.plan = MarPlan(self.base.sizes.num_tokens, config.rollout.num_steps)
+        self.truncation, self.anchor = Truncation(**config.truncation), Anchor(**config.anchor)
+        self.truncation.first(self.plan.num_steps)
+        self.policy = ActionNoise(**config.policy) if self._by_policy() else None
+        self.group = self.policy.group if self.policy else 1  # rollouts of a prompt
+        if self.policy:
+            checks.groups(config.batch_size, self.group)
+            if self.policy.iterations > self.plan.num_steps:
+                raise ValueError(
+                    f"policy.iterations {self.policy.iterations} exceeds the {self.plan.num_steps} of a rollout"
+                )
+        Evaluation(**config.evaluation)
+        gain.Goal(**config.aim)  # refused here rather than when training is over
+        updates = self.policy.updates if self.policy else 1
+        self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps, updates)
+        self.tx = train_state.make_optimizer(self.optimizer)
+
+    def _by_policy(self) -> bool:
+        if self.config.gradient not in GRADIENTS:
+            raise unknown("gradient", self.config.gradient, GRADIENTS)
+        return self.config.gradient == "policy"
+
+    def init(self, student: Any, auxiliary: Any) -> train_state.TrainState:
+        """The student as it was distilled; with the distillation as an anchor, its auxiliary network goes on too."""
+        extra = {}
+        if self.anchor.kind == "gsim":
+            extra["auxiliary"] = train_state.create(jax.tree.map(jnp.copy, auxiliary), self.marval.auxiliary_tx)
+        return train_state.create(jax.tree.map(jnp.copy, student), self.tx, extra=extra)
+
+    # Rewards
+
+    def score(self, frozen: Any, tokens: Array, target: Array) -> tuple[Array, dict[str, Array]]:
+        """Weighted sum of the judge's scores of tokens in raster order [B], and each of them; differentiable."""
+        images = jax.checkpoint(self.base.codec.decode)(frozen["tokenizer"], tokens)
+        outputs = jax.checkpoint(self.judge.apply)(frozen["judge"], images)
+        scores = judge_reward.score(self.judge_sizes.kind, outputs, target)
+        total = mix.weighted_sum(scores, self.rewards)
+        return total, scores | {"quality": total}
+
+    def by_reward(self, params: Any, frozen: Any, batch: dict) -> tuple[Array, tuple[dict, Array]]:
+        """Minus the sum of rewards of fresh rollouts, through them; the scores' sums, and the number of rollouts."""
+        keys_B = sample_keys(self.config.seed, ROLLOUT, batch["round"][0], batch["index"])
+        draw = one_step_draw(self.marval, params, 1.0)
+        model, channels = self.network.backbone(params), self.base.sizes.channels
+        tokens = reward_gradient.rollout(model, draw, keys_B, [batch["cond"]], self.plan, channels, self.truncation)
+        total, scores = self.score(frozen, tokens, batch["target"])
+        sums = {f"reward/{name}": score.sum() for name, score in scores.items()}
+        return -total.sum(), (sums, jnp.float32(len(keys_B)))
+
+    # Policy gradient
+
+    def rollout(self, params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
+        """Sample with noise added to every token, and score; per-sample outputs."""
+        keys_B, c = sample_keys(self.config.seed, ROLLOUT, batch["round"][0], batch["index"]), self.base.sizes
+        mean = one_step_draw(self.marval, params, 1.0)
+
+        def act(z, null, scale, keys_BR):
+            noise = row_noise(keys_BR, ACTION, c.channels)
+            return mean(z, null, scale, keys_BR) + self.policy.deviation * noise
+
+        made = mar.generate(
+            self.network.backbone(params), act, keys_B, [batch["cond"]], self.plan.scales(1.0), self.plan, c.channels
+        )
+        return {"tokens": made.tokens} | self.score(frozen, made.tokens, batch["target"])[1]
+
+    def means(self, params: Any, seen: tuple, masked: Array) -> Array:
+        """What the student draws without noise for every token [B,L,C], as it sees the grid with `masked` tokens left.
+
+        seen: (tokens [B,L,C] in generation order, order, keys of every token, condition).
+        """
+        tokens, order_BL, keys_BL, cond = seen
+        z = self.network.backbone(params)(tokens, order_BL, cond, masked)
+        zeta = row_noise(keys_BL, 0, self.base.sizes.channels)
+        return self.marval.tokens(params, self.network.condition(params, z), zeta)
+
+    def by_policy(self, params: Any, frozen: Any, batch: dict) -> tuple[Array, tuple[dict, Array]]:
+        """Minus the clipped objective, and the divergence from the student as it was, summed over rollouts.
+
+        Iteration by iteration, each computed again on the way back.
+        """
+        policy, plan = self.policy, self.plan
+        keys_B = sample_keys(self.config.seed, ROLLOUT, batch["round"][0], batch["index"])
+        order_BL, keys_BL = mar.randomness(keys_B, plan.num_tokens)
+        seen = (mar.to_order(batch["tokens"], order_BL), order_BL, keys_BL, batch["cond"])
+        noise, place_L = row_noise(keys_BL, ACTION, self.base.sizes.channels), jnp.arange(plan.num_tokens)
+        before, after = jnp.array((plan.num_tokens, *plan.masked_after[:-1])), jnp.array(plan.masked_after)
+        count = policy.iterations or plan.num_steps
+        shuffled = jax.random.permutation(batch["choice"], plan.num_steps)[:count]
+
+        @jax.checkpoint
+        def iteration(params, k):
+            mean = self.means(params, seen, before[k])
+            moved = action_noise.log_ratio(policy, mean, seen[0], noise)
+            gained = action_noise.surrogate(policy, moved, batch["advantage"][:, None])
+            reference = self.means(frozen["student"], seen, before[k]) if policy.kl else mean
+            held = action_noise.divergence(policy, mean, reference)
+            drawn = ((place_L >= after[k]) & (place_L < before[k]))[None]
+            sums = {"rl/objective": gained, "rl/kl": held, "rl/ratio_drift": jnp.abs(moved)}
+            return {name: jnp.where(drawn, x, 0).sum() for name, x in sums.items()}
+
+        def add(total, k):
+            return jax.tree.map(jnp.add, total, iteration(params, k)), None
+
+        zero = dict.fromkeys(("rl/objective", "rl/kl", "rl/ratio_drift"), jnp.float32(0))
+        sums, _ = jax.lax.scan(add, zero, shuffled)
+        # A mean over the tokens of a rollout, whichever of its iterations were looked at.
+        sums = {name: x * plan.num_steps / count / plan.num_tokens for name, x in sums.items()}
+        return policy.kl * sums["rl/kl"] - sums["rl/objective"], (sums, jnp.float32(len(keys_B)))
+
+    def scored(self, batch: dict) -> dict:
+        """Advantages of a batch of scored rollouts, within their groups."""
+        reward_PG = batch["quality"].reshape(-1, self.group)
+        advantage = advantages.group_advantage(reward_PG, jnp.ones_like(reward_PG))
+        return batch | {"advantage": advantage.reshape(-1)}
+
+    # Updates
+
+    def held(self, params: Any, frozen: Any, auxiliary: Any, ready: dict) -> Array:
+        """The anchor's loss, a sum over the masked rows of training pictures."""
+        draws, mode = self.marval.draws(ready["keys"], marval.STUDENT_DRAW), self.marval.settings.student
+        z = self.marval.conditions(params, mode, ready)
+        if self.anchor.kind == "gsim":
+            own = self.marval.conditions(auxiliary.params, self.marval.settings.auxiliary, ready)
+            others = (auxiliary.params, frozen["teacher"], z, jax.lax.stop_gradient(own), ready["teacher"])
+            return self.marval.student_loss(params, *others, draws, ready["counted"])[0]
+        was = self.marval.conditions(frozen["student"], mode, ready)
+        now, then = (
+            self.marval.tokens(p, self.network.condition(p, z)[None], draws[0])
+            for p, z in ((params, z), (frozen["student"], was))
+        )
+        each = jnp.square(now - jax.lax.stop_gradient(then)).mean(-1)
+        return jnp.where(ready["counted"], each, 0).sum()
+
+    def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
+        """One batch: an optimizer step through its rewards, or `policy.updates` on rollouts that are scored already."""
+        number, first = batch["round"][0], state
+        batch = self.scored(batch) if self.policy else batch
+        metrics = {}
+        for turn in range(self.policy.updates if self.policy else 1):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), number), turn)
+            state, metrics = self._step(state, frozen, batch | {"choice": key}, axis)
+        if self.policy:
+            scores = {name: batch[name] for name in (*judge_reward.names(self.judge_sizes.kind), "quality")}
+            weight = jnp.float32(len(batch["quality"]))
+            metrics |= {f"reward/{name}": axis.all_reduce((x.sum(), weight)) for name, x in scores.items()}
+        return state.replace(step=first.step + 1), metrics
+
+    def _step(self, state, frozen, batch, axis):
+        objective = self.by_policy if self.policy else self.by_reward
+        (_, (sums, count)), grads = jax.value_and_grad(objective, has_aux=True)(state.params, frozen, batch)
+        grads = mean_gradients(grads, count, axis)
+        metrics = {name: axis.all_reduce((value, count)) for name, value in sums.items()}
+        extra, auxiliary = state.extra, None
+        if self.anchor.kind != "none":
+            ready = self.marval.prepared(frozen, batch["pictures"])
+            if self.anchor.kind == "gsim":
+                auxiliary, seen = self.marval.follow(state, ready, axis)
+                metrics, extra = metrics | seen, extra | {"auxiliary": auxiliary}
+            loss, anchored = jax.value_and_grad(self.held)(state.params, frozen, auxiliary, ready)
+            anchored = mean_gradients(anchored, ready["weight"], axis)
+            share = self.anchor.weight * optax.tree.norm(anchored) / (optax.tree.norm(grads) + 1e-12)
+            grads = jax.tree.map(lambda a, b: a + self.anchor.weight * b, grads, anchored)
+            metrics["train/anchor"] = axis.all_reduce((loss, ready["weight"]))
+            metrics["train/anchor_grad_share"] = (share, jnp.float32(1))
+        state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
+        metrics |= {f"train/{name}": (value, jnp.float32(1)) for name, value in info.items()}
+        return state.replace(extra=extra), metrics
+
+
+def _frozen_names(wiring: Wiring) -> tuple[str, ...]:
+    """Networks beside tokenizer and judge that an update reads."""
+    read = set()
+    if wiring.anchor.kind != "none":
+        read |= {"teacher"}  # a picture's conditions are prepared with it
+    if wiring.anchor.kind == "l2_ref" or (wiring.policy and wiring.policy.kl):
+        read |= {"student"}
+    return tuple(sorted(read))
+
+
+def phases(config: Any, parallel: Any) -> list[Phase]:
+    """What the stage compiles, with abstract arguments (for the dry run)."""
+    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    wiring = Wiring(config, conditioning)
+    parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
+    side, struct = wiring.base.codec.config.image_size, jax.ShapeDtypeStruct
+    whole = struct((config.batch_size,), jnp.int32)
+    cond = struct((config.batch_size, *conditioning.null.shape), jnp.int32)
+    target = struct((config.batch_size, 3), jnp.int32) if wiring.judge_sizes.kind == "cells" else whole
+    request = {"cond": cond, "target": target, "index": whole, "round": whole}
+    network = jax.eval_shape(wiring.base.init, jax.random.key(0)).params
+    frozen = {
+        "tokenizer": kl_vae_task.abstract_codec(config.parents.tokenizer),
+        "judge": jax.eval_shape(wiring.judge.init, jax.random.key(0), jnp.zeros((1, side, side, 3))),
+    }
+    found, learn = [], request
+    if wiring.policy:
+        checks.whole_groups(config.batch_size, wiring.group, parallel)
+        made = jax.eval_shape(functools.partial(wiring.rollout, axis=Axis(1)), network, frozen, request)
+        found, learn = [Phase("rollout", wiring.rollout, (network, frozen, request), kind="map")], request | made
+    if wiring.anchor.kind != "none":
+        image = struct((config.batch_size, side, side, 3), jnp.uint8)
+        learn = learn | {"pictures": {"image": image, "cond": cond, "index": whole, "round": whole}}
+    frozen |= dict.fromkeys(_frozen_names(wiring), network)
+    state = jax.eval_shape(wiring.init, network, network)
+    return [*found, Phase("update", wiring.update, (state, frozen, learn), kind="update")]
+
+
+def build(context: Context) -> Task:
+    """Wire the stage."""
+    config, parallel, parents = context.config, context.parallel, context.parents
+    train = generators.dataset_of(context, "train")
+    wiring = Wiring(config, train.conditioning)
+    checks.same_codes({name: parent.workdir for name, parent in parents.items()}, "marval")
+    engine = mar_task.engine_of(context, wiring.base)
+    networks = {"teacher": parallel.replicate(parents["mar"].params)}
+    networks["student"] = parallel.replicate(parents["marval"].params)
+    frozen = {"tokenizer": engine.tokenizer, "judge": parallel.replicate(parents["judge"].params)}
+    frozen |= {name: networks[name] for name in _frozen_names(wiring)}
+    rows, pool = parallel.rows(config.batch_size), train.pool(held_out=False)
+    update, roll_out = parallel.update(wiring.update), parallel.map(wiring.rollout)
+    gallery = MarvalRlGallery(context, wiring, engine, networks)
+
+    def batch(step):
+        count = config.batch_size // wiring.group
+        positions, _ = positions_at(len(pool), step, count, slice(0, count), config.seed)
+        cond = np.repeat(pool[positions], wiring.group, axis=0)[rows]
+        number = np.full(len(cond), step, np.int32)
+        samples = (step * config.batch_size + np.arange(config.batch_size)) % 2**31
+        target = judge_reward.targets(wiring.judge_sizes.kind, cond, train.describe(cond))
+        found = {"cond": cond, "target": target, "index": samples.astype(np.int32)[rows], "round": number}
+        if wiring.anchor.kind != "none":
+            shown = batch_at(train, step, config.batch_size, rows, config.seed)
+            found["pictures"] = {name: shown[name] for name in ("image", "cond", "index")} | {"round": number}
+        return found
+
+    def step(state, batch):
+        if wiring.policy:
+            batch = batch | roll_out(state.params, frozen, batch)
+        return update(state, frozen, batch)
+
+    def init(key):
+        auxiliary = serialization.to_state_dict(parents["marval"].extra)["auxiliary"]["params"]
+        return parallel.init(wiring.init, parents["marval"].params, auxiliary)
+
+    return Task(init=init, batch=batch, step=step, evaluate=gallery.evaluate, report=gallery.report)

@@ -1,0 +1,107 @@
+"""Stage `marval_rl` on random weights: policy gradient, anchors, and what is refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import marval_rl as marval_rl_config
+from maskrl_jax.data.dataset import conditioning_of
+from maskrl_jax.errors import UserError
+from maskrl_jax.parallel import Axis, Parallel
+from maskrl_jax.tasks import kl_vae
+from maskrl_jax.tasks.marval_rl import Wiring
+
+ROWS = 4
+ALONE = Axis(1, Parallel("sharded", jax.local_devices()[:1]))
+
+
+def wiring_of(**changes):
+    config = marval_rl_config.get_config("smoke")
+    config.batch_size, config.policy.group = ROWS, 2
+    config.update(changes)
+    return Wiring(config, conditioning_of(config.data.name, config.data.text_length))
+
+
+@functools.cache
+def networks():
+    """Random weights that do something: (network, frozen)."""
+    wiring = wiring_of()
+    codec = wiring.base.codec
+
+    def moved(tree, seed):
+        leaves, kind = jax.tree.flatten(tree)
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        return jax.tree.unflatten(
+            kind, [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        )
+
+    network = moved(jax.jit(wiring.base.init)(jax.random.key(0)).params, 1)
+    side = codec.config.image_size
+    judge = jax.jit(wiring.judge.init)(jax.random.key(2), jnp.zeros((1, side, side, 3)))
+    made = jax.jit(kl_vae.Wiring(wiring.config.parents.tokenizer).init)(jax.random.key(3))
+    tokenizer = {"model": made.params, "latents": made.extra["latents"]}
+    return network, {"tokenizer": tokenizer, "judge": judge, "teacher": network, "student": network}
+
+
+def request(wiring):
+    rows = np.arange(ROWS, dtype=np.int32)
+    cond = np.tile(np.int32(wiring.null), (ROWS, 1))
+    target = np.tile(np.int32([1, 0, 0]), (ROWS, 1))
+    return {"cond": cond, "target": target, "index": rows, "round": np.zeros(ROWS, np.int32)}
+
+
+def pictures(wiring):
+    side = wiring.base.codec.config.image_size
+    image = np.random.default_rng(0).integers(0, 255, (ROWS, side, side, 3), np.uint8)
+    return {name: value for name, value in request(wiring).items() if name != "target"} | {"image": image}
+
+
+def one_update(wiring, batch):
+    network, frozen = networks()
+
+    state = jax.jit(wiring.init)(network, network)
+    return state, *jax.jit(functools.partial(wiring.update, axis=ALONE))(state, frozen, batch)
+
+
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_fresh_rollouts_have_a_likelihood_ratio_of_one(iterations):
+    """What an update computes anew of a rollout, one iteration at a time, is what the rollout drew."""
+    wiring = wiring_of(gradient="policy", policy={"iterations": iterations})
+    network, frozen = networks()
+    batch = request(wiring)
+    made = jax.jit(functools.partial(wiring.rollout, axis=ALONE))(network, frozen, batch)
+    state, after, metrics = one_update(wiring, batch | made)
+    assert float(metrics["rl/ratio_drift"][0]) < 1e-3
+    assert float(metrics["rl/kl"][0]) < 1e-5
+    assert int(after.step) == 1 and int(after.bad_total) == 0
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: not np.array_equal(a, b), state.params, after.params)))
+
+
+@pytest.mark.parametrize("kind", ["gsim", "l2_ref"])
+def test_an_anchor_adds_its_gradient(kind):
+    wiring = wiring_of(anchor={"kind": kind, "weight": 0.5})
+    _, after, metrics = one_update(wiring, request(wiring) | {"pictures": pictures(wiring)})
+    share = float(metrics["train/anchor_grad_share"][0])
+    # The student is where it was: its distance is 0, while its distillation still pulls.
+    assert share == 0 if kind == "l2_ref" else share > 0
+    assert int(after.bad_total) == 0
+    assert ("auxiliary" in after.extra) == (kind == "gsim")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"gradient": "both"}, "gradient"),
+        ({"anchor": {"kind": "elastic", "weight": 1.0}}, "anchor.kind"),
+        ({"anchor": {"weight": 1.0}}, "anchor.weight"),
+        ({"truncation": {"iterations": 9}}, "exceeds"),
+        ({"gradient": "policy", "policy": {"iterations": 9}}, "exceeds"),
+        ({"gradient": "policy", "policy": {"group": 3}}, "groups of 3"),
+    ],
+)
+def test_bad_settings_are_refused(changes, named):
+    with pytest.raises((ValueError, UserError), match=named):
+        wiring_of(**changes)
