@@ -65,7 +65,7 @@ def embedded(arg: str):
         optimizer=optimizer(smoke),
         curve={
             "num_steps": 4 if smoke else 32,  # light steps are cheap, and more of them commit fewer tokens at once
-            "budgets": (2, 3) if smoke else (4, 7, 10),
+            "budgets": (2, 3) if smoke else (4, 7, 9),
             "beside": ("frozen",),
             "calibration": 8 if smoke else 32,
             "longest": 6,
