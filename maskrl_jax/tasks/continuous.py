@@ -93,7 +93,8 @@ class Network:
         if not self.skip:
             return out
         guess, share = diffusion.split(out)
-        alpha, sigma = (jnp.asarray(column)[timestep][..., None] for column in (PROCESS.alpha, PROCESS.sigma))
+        places = jnp.broadcast_to(timestep, state.shape[:-1])
+        alpha, sigma = (jnp.asarray(column)[places][..., None] for column in (PROCESS.alpha, PROCESS.sigma))
         return jnp.concatenate([sigma * state + alpha * guess, share], axis=-1)
 
 

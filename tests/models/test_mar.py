@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maskrl_jax import program
 from maskrl_jax.convert.mar import params_of
 from maskrl_jax.models.mar import Mar, MarConfig
-from maskrl_jax.sampling.mar import to_order, to_raster
+from maskrl_jax.sampling import mar
+from maskrl_jax.sampling.mar import MarPlan, to_order, to_raster
 
 SMALL = MarConfig(
     num_tokens=9, channels=2, cond_vocab=4, buffer=4, width=8, depth=2, heads=2, head_width=8, head_depth=2,
@@ -174,3 +176,35 @@ def test_how_blocks_are_looped_changes_nothing(change):
 def test_bad_sizes_are_refused(change, named):
     with pytest.raises(ValueError, match=named):
         dataclasses.replace(SMALL, **change)
+
+
+def needed(model: Mar, params, plan: MarPlan) -> float:
+    """Operations of the backbone over a plan with exact slices in every iteration, as traced."""
+
+    def once(masked):
+        shapes = jnp.zeros((1, plan.num_tokens - masked, model.config.channels)), jnp.arange(plan.num_tokens)[None]
+        run = lambda p, *rest: model.apply(p, *rest, masked, method="backbone")  # noqa: E731
+        return program.operations(jax.make_jaxpr(run)(params, *shapes, jnp.zeros(1, jnp.int32)).jaxpr, 1)
+
+    return sum(once(masked) for masked in (plan.num_tokens, *plan.masked_after[:-1]))
+
+
+@pytest.mark.parametrize(("tokens", "buffer", "width", "steps", "bucket"), [(64, 8, 128, 8, 1), (256, 64, 128, 32, 32)])
+def test_the_encoder_s_cost_follows_what_is_visible(tokens, buffer, width, steps, bucket):
+    """Of a whole generation without its head: at most a tenth beyond what the schedule needs."""
+    sizes = MarConfig(tokens, 8, 4, buffer=buffer, width=width, depth=2, heads=4, head_width=8, head_depth=1, unroll=2)
+    model, plan = Mar(sizes), MarPlan(tokens, steps, bucket)
+    shapes = jnp.zeros((1, tokens, 8)), jnp.arange(tokens)[None], jnp.zeros(1, jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), *shapes)
+
+    def generate(params, keys_B, cond):
+        backbone = functools.partial(model.apply, params, method="backbone")
+        draw = lambda z, null, scale, keys: z[..., : sizes.channels]  # noqa: E731
+        return mar.generate(backbone, draw, keys_B, [cond], plan.scales(1.0), plan, sizes.channels).tokens
+
+    arguments = params, jax.random.split(jax.random.key(0), 1), jnp.zeros(1, jnp.int32)
+    if bucket == 1:  # without a loop, the compiler's own count is that of all iterations
+        found = jax.jit(generate).lower(*arguments).compile().cost_analysis()["flops"]
+    else:
+        found = program.operations(jax.make_jaxpr(generate)(*arguments).jaxpr, 1)
+    assert 0.9 < found / needed(model, params, plan) <= 1.1

@@ -1,0 +1,41 @@
+"""What all stages of the continuous-token family share."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskrl_jax.distill import diffusion
+from maskrl_jax.tasks.continuous import PROCESS, MarSampler, Network
+
+CHANNELS = 3
+
+
+def network(skip):
+    """A head that says .5 for every channel of noise and .25 for its variance, whatever it is asked."""
+    out = jnp.concatenate([jnp.full((2, 4, CHANNELS), 0.5), jnp.full((2, 4, CHANNELS), 0.25)], axis=-1)
+    return Network(types.SimpleNamespace(apply=lambda *_, method: out), skip)
+
+
+@pytest.mark.parametrize("step", [0, 500, 755, 999])
+def test_a_head_with_a_skip_makes_its_start_without_a_division(step):
+    state = jnp.linspace(-2, 2, 2 * 4 * CHANNELS).reshape(2, 4, CHANNELS)
+    noise, share = diffusion.split(network(True).head(None, state, jnp.int32(step), None))
+    np.testing.assert_array_equal(share, 0.25)
+    alpha, sigma = PROCESS.alpha[step], PROCESS.sigma[step]
+    np.testing.assert_allclose(noise, sigma * state + alpha * 0.5, rtol=1e-6)
+    # x_0 = alpha x_t - sigma F; what is left of the division at 999 is float32's rounding of 1 - sigma^2.
+    start = diffusion.predicted_start(PROCESS, state, jnp.full((2, 4), step), noise)
+    np.testing.assert_allclose(start, alpha * state - sigma * 0.5, atol=5e-3 if step == 999 else 1e-5)
+
+
+def test_without_a_skip_the_head_is_the_network():
+    out = network(False).head(None, jnp.ones((2, 4, CHANNELS)), jnp.int32(7), None)
+    np.testing.assert_array_equal(out[..., :CHANNELS], 0.5)
+
+
+@pytest.mark.parametrize("bad", [{"method": "euler"}, {"temperature": 0.0}, {"inner_steps": 0}, {"num_steps": 0}])
+def test_bad_samplers_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad)) if "inner_steps" not in bad else "steps"):
+        MarSampler(**bad)
