@@ -1,6 +1,6 @@
 """The feature shortcut against fewer steps of its base at equal measured time (specs/shortcut.md section 10).
 
-python benchmarks/shortcut.py --only=default --only=no_ca    # the claim, five seeds
+python benchmarks/shortcut.py --only=default    # the claim, five seeds
 python benchmarks/shortcut.py --only=policy --seeds=0 --seeds=1 --seeds=2   # on policies of Speed-RL
 XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/shortcut.py --jobs=16 --out=benchmarks/shortcut_arms  # every arm
 

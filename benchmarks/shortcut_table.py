@@ -22,7 +22,6 @@ def write(runs: dict, names: Sequence[str], against: Mapping[str, str], note: st
     timed = all(run["latencies"] for run in runs.values())
     if timed:
         claim = [("", run) for run in arms.get("default", {}).values()]
-        claim += [("without controls: ", run) for run in arms.get("no_ca", {}).values()]
         policies = [("", run) for run in arms.get("policy", {}).values()]
         for suffix, drawn in (("", claim), ("_policy", policies)):
             if drawn:

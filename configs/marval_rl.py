@@ -29,6 +29,7 @@ def get_config(arg: str = ""):
         batch_size=16 if smoke else 64,
         log_every=1 if smoke else 2,
         save_every=50,
+        eval_every=0 if smoke or published else 25,  # the exact verifier watches what the judge is made to say
         parents=parents,
         init=dict.fromkeys(parents, ""),
         data=student.data.to_dict(),
@@ -36,7 +37,14 @@ def get_config(arg: str = ""):
         gradient="policy" if arg == "policy" else "reward",
         rollout={"num_steps": steps},
         truncation={"iterations": 0, "detach_context": False},
-        policy={"deviation": 0.1, "group": 8, "clip": 0.2, "kl": 0.01, "iterations": 0, "updates": 1},
+        policy={
+            "deviation": 0.1,
+            "group": 8,
+            "clip": 0.2,
+            "kl": 0.01,
+            "iterations": 0,
+            "updates": 1,
+        },  # its clip acts from the second update on
         anchor={"kind": "none", "weight": 0.0},
         optimizer={
             "name": "adamw",

@@ -56,7 +56,7 @@ def embedded(arg: str):
         teacher={"num_steps": (4 if smoke else 24,), "pairs": 2, "epochs": 2},
         loss={
             "positions": "masked",
-            "kl": 0.1,  # published: 0; with it five full steps do better here (benchmarks/shortcut_arms.md)
+            "kl": 0.1,  # published: 0; with it five full steps of 24 do better here (benchmarks/shortcut_arms.md)
             "kl_temperature": 1.0,
             "chain": 1,
             "through": True,

@@ -5,6 +5,7 @@ float32: at the first steps of a chain an error of the predicted noise is multip
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -58,6 +59,7 @@ def respaced(steps: int, kept: int) -> np.ndarray:
     return np.round(np.arange(kept) * (steps - 1) / (kept - 1)).astype(np.int32)
 
 
+@functools.lru_cache(maxsize=16)
 def make_process(steps: int = 1000, kept: int | None = None) -> Process:
     """The cosine process of `steps`, or of the `kept` of them that a chain visits."""
     if steps < 2:
@@ -93,6 +95,20 @@ def noised(process: Process, start: Array, step: Array, noise: Array) -> Array:
 def predicted_start(process: Process, state: Array, step: Array, noise: Array) -> Array:
     """x_0 [..., C] that the predicted noise [..., C] stands for; never clipped."""
     return (state - _at(process.sigma, step) * noise) / _at(process.alpha, step)
+
+
+def noise_of_velocity(process: Process, state: Array, step: Array, velocity: Array) -> Array:
+    """eps [..., C] = sigma_t x_t + alpha_t v of a predicted velocity v = alpha_t eps - sigma_t x_0 (arXiv 2202.00512).
+
+    A head that predicts noise must be right to 1e-4 at late times, for x_0 divides its error by alpha_t (specs/mar.md
+    section 8); one that predicts a velocity need not be.
+    """
+    return _at(process.sigma, step) * state + _at(process.alpha, step) * velocity
+
+
+def velocity_error(process: Process, step: Array, noise_error: Array) -> Array:
+    """Squared error [...] of a velocity, of that of the noise that it stands for: divided by alpha_t^2."""
+    return noise_error / jnp.square(jnp.asarray(process.alpha)[step])
 
 
 def split(out: Array) -> tuple[Array, Array]:

@@ -12,10 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from maskrl_jax.errors import unknown
 from maskrl_jax.models.layers import filtered, layer_norm, placed_condition
 
 Array = jax.Array
 SIZES = ("num_tokens", "channels", "cond_vocab", "buffer", "width", "depth", "heads", "head_width", "head_depth")
+PREDICTIONS = ("noise", "velocity")
 FREQUENCIES = 128  # of the head's time embedding
 
 
@@ -34,6 +36,7 @@ class MarConfig:
     mlp_ratio: float = 4.0
     head_width: int = 1024
     head_depth: int = 6
+    prediction: str = "noise"  # of the head's first C outputs, of `PREDICTIONS`; published: noise
     dropout: float = 0.1  # in training, in every block
     pooled_width: int = 0  # MLP over the whole condition, added to the tokens by their places; 0 = none, as published
     pooled_maps: int = 16  # learned spatial maps through which that MLP addresses places
@@ -52,10 +55,11 @@ class MarConfig:
             raise ValueError(f"buffer {self.buffer} is not a multiple of the {self.cond_length} condition tokens")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} must be in [0, 1)")
-        if self.pooled_width < 0 or self.pooled_maps < 1:
-            raise ValueError(
-                f"pooled_width {self.pooled_width} must be at least 0 and pooled_maps {self.pooled_maps} 1"
-            )
+        if self.prediction not in PREDICTIONS:
+            raise unknown("prediction", self.prediction, PREDICTIONS)
+        for name, bound in {"pooled_width": 0, "pooled_maps": 1}.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least {bound}")
         if self.local_mixing and self.side**2 != self.num_tokens:
             raise ValueError(f"local_mixing needs a square grid; num_tokens {self.num_tokens} is none")
 
@@ -147,7 +151,10 @@ class Mar(nn.Module):
         return self.denoiser.condition(z)
 
     def denoise(self, state: Array, timestep: Array, condition: Array) -> Array:
-        """Head output [..., 2C] float32 of x_t [..., C], integer t [...] or [] and `head_condition` [..., W]."""
+        """Head output [..., 2C] float32 of x_t [..., C], integer t [...] or [] and `head_condition` [..., W].
+
+        The first C are what `prediction` says, the rest the share of the variance.
+        """
         return self.denoiser(state, timestep, condition)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from maskrl_jax.data import captions
 
 Array = jax.Array
+WITHOUT_GRADIENT = ("compositional",)  # a thing is detected or it is not
 WHOLE_SCALE = 8.0  # nats of "looks torn", summed over cells, that cost a factor e
 
 

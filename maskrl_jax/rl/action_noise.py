@@ -5,6 +5,7 @@ normal noise of a small deviation, which has one. Axes: [..., C] tokens.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,11 @@ class ActionNoise:
     iterations: int = 0
     updates: int = 1
 
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far below and above 1 a ratio counts."""
+        return (self.clip, self.clip) if self.clip else (1.0, math.inf)
+
     def __post_init__(self):
         if self.deviation <= 0:
             raise ValueError(f"policy.deviation {self.deviation} must be above 0")
@@ -40,18 +46,10 @@ class ActionNoise:
             raise ValueError("policy.group must be at least 2, updates at least 1 and iterations at least 0")
 
 
-def log_ratio(settings: ActionNoise, mean: Array, action: Array, noise: Array) -> Array:
-    """log of the likelihood of actions over that when they were drawn, as mean + deviation * noise; [...]."""
-    now = jnp.square(action - mean).sum(-1) / (2 * settings.deviation**2)
-    return jnp.square(noise).sum(-1) / 2 - now
-
-
-def surrogate(settings: ActionNoise, log_ratio: Array, advantage: Array) -> Array:
-    """Clipped objective of every token, to be maximised; the advantage has no gradient."""
-    ratio, advantage = jnp.exp(log_ratio), jax.lax.stop_gradient(advantage)
-    if not settings.clip:
-        return ratio * advantage
-    return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - settings.clip, 1 + settings.clip) * advantage)
+def log_densities(settings: ActionNoise, mean: Array, action: Array, noise: Array) -> tuple[Array, Array]:
+    """(now, when they were drawn as mean + deviation * noise) log densities [...] of actions, but for one constant."""
+    now = -jnp.square(action - mean).sum(-1) / (2 * settings.deviation**2)
+    return now, -jnp.square(noise).sum(-1) / 2
 
 
 def divergence(settings: ActionNoise, mean: Array, reference: Array) -> Array:

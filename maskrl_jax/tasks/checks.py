@@ -96,17 +96,17 @@ def same_codes(workdirs: dict[str, str], base: str = "maskgit") -> None:
         )
 
 
-def same_base(tuned: str, base: str) -> None:
-    """Raise UserError where the policy in a workdir was tuned on another base than that in the other workdir.
+def same_base(tuned: str, base: str, name: str = "maskgit") -> None:
+    """Raise UserError where the network in a workdir was tuned on another base than that in the other workdir.
 
     Its network would not fit, or be compared with a base that it does not come from.
     """
     places = stored.read_places(tuned)
     if places is None:
         return
-    ours, theirs = (stored.trained_id(path) for path in (base, places[0]["maskgit"]))
+    ours, theirs = (stored.trained_id(path) for path in (base, places[0][name]))
     if ours and theirs and ours != theirs:
         raise UserError(
-            f"the policy in {tuned} was tuned on another base than {base}; set init.maskgit={places[0]['maskgit']} and "
+            f"the network in {tuned} was tuned on another base than {base}; set init.{name}={places[0][name]} and "
             f"init.tokenizer={places[0]['tokenizer']}"
         )

@@ -13,6 +13,7 @@ from maskrl_jax.data.dataset import Conditioning
 from maskrl_jax.distill import diffusion
 from maskrl_jax.distill.diffusion import Process
 from maskrl_jax.distill.gsim import guided
+from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.evaluate.measure import Generated, System
 from maskrl_jax.keys import EVALUATE, sample_keys
 from maskrl_jax.models.kl_vae import KLVAEConfig
@@ -24,7 +25,6 @@ from maskrl_jax.tasks.kl_vae import LatentCodec
 
 Array = jax.Array
 DIFFUSION_STEPS = 1000  # T, published
-PROCESS = diffusion.make_process(DIFFUSION_STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,12 @@ class MarSampler:
         return MarPlan(num_tokens, self.num_steps, self.bucket)
 
 
+def check_steps(settings: Evaluation, sampler: MarSampler, num_tokens: int) -> None:
+    """Raise ValueError for a number of iterations that the grid does not hold: a report asks when training is over."""
+    for steps in (settings.glance_steps, *settings.steps):
+        dataclasses.replace(sampler, num_steps=steps).plan(num_tokens)
+
+
 def model_config(config: Any, latents: KLVAEConfig, conditioning: Conditioning) -> MarConfig:
     """Sizes that follow from the tokenizer and the data, and those that the config names."""
     grid = {"num_tokens": latents.num_tokens, "channels": latents.channels}
@@ -74,7 +80,6 @@ class Network:
     """MAR's module as functions of its parameters."""
 
     model: Mar
-    skip: bool = False  # the head's first C outputs are F of eps = sigma_t x_t + alpha_t F; published: eps itself
 
     def backbone(self, params: Any) -> mar.Backbone:
         return functools.partial(self.model.apply, params, method="backbone")
@@ -83,19 +88,19 @@ class Network:
         """What the head reads of z, once for all its calls."""
         return self.model.apply(params, z, method="head_condition")
 
-    def head(self, params: Any, state: Array, timestep: Array, condition: Array) -> Array:
-        """Noise of x_t and the share of its variance, [..., 2C].
+    def outputs(self, params: Any, state: Array, timestep: Array, condition: Array) -> Array:
+        """What the head says of x_t, [..., 2C], as it is trained to."""
+        return self.model.apply(params, state, timestep, condition, method="denoise")
 
-        With `skip` (ours) noise at late times is mostly x_t itself, so that a start is alpha_t x_t - sigma_t F: a head
-        that predicts the noise must be right to 1e-4 there, for x_0 divides its error by alpha_t (spec mar.md, 8).
-        """
-        out = self.model.apply(params, state, timestep, condition, method="denoise")
-        if not self.skip:
+    def head(self, params: Any, state: Array, timestep: Array, condition: Array) -> Array:
+        """Noise of x_t, whatever the head predicts, and the share of its variance; [..., 2C]."""
+        out = self.outputs(params, state, timestep, condition)
+        if self.model.config.prediction == "noise":
             return out
         guess, share = diffusion.split(out)
         places = jnp.broadcast_to(timestep, state.shape[:-1])
-        alpha, sigma = (jnp.asarray(column)[places][..., None] for column in (PROCESS.alpha, PROCESS.sigma))
-        return jnp.concatenate([sigma * state + alpha * guess, share], axis=-1)
+        noise = diffusion.noise_of_velocity(diffusion.make_process(DIFFUSION_STEPS), state, places, guess)
+        return jnp.concatenate([noise, share], axis=-1)
 
 
 def row_noise(keys_BR: Array, place: Array | int, channels: int) -> Array:

@@ -61,14 +61,12 @@ class Wiring:
         latents = kl_vae_task.model_config(config.parents.tokenizer.model)
         self.codec = kl_vae_task.codec(latents, None)
         self.sizes = continuous.model_config(config, latents, conditioning)
-        self.network = continuous.Network(Mar(self.sizes), config.head_skip)
+        self.network = continuous.Network(Mar(self.sizes))
         self.masking = Masking(**config.masking)
-        self.process = continuous.PROCESS
+        self.process = diffusion.make_process(continuous.DIFFUSION_STEPS)
         if config.repeats < 1:
             raise ValueError(f"repeats {config.repeats} must be at least 1")
-        settings, sampler = Evaluation(**config.evaluation), MarSampler(**config.sampler)
-        for steps in (settings.glance_steps, *settings.steps):
-            dataclasses.replace(sampler, num_steps=steps).plan(self.sizes.num_tokens)
+        continuous.check_steps(Evaluation(**config.evaluation), MarSampler(**config.sampler), self.sizes.num_tokens)
         self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps)
         self.tx = train_state.make_optimizer(self.optimizer)
 
@@ -116,11 +114,13 @@ class Wiring:
         state = diffusion.noised(self.process, tokens[None], step, noise)
         out = self.network.head(params, state, step, self.network.condition(params, z)[None])
         error, bound = diffusion.row_losses(self.process, tokens[None], step, noise, out)
+        if self.sizes.prediction == "velocity":
+            error = diffusion.velocity_error(self.process, step, error)
         counted = (jnp.arange(self.sizes.num_tokens)[None] < masked_B[:, None])[None]
         return *(jnp.where(counted, x, 0).sum() for x in (error, bound)), (counted.sum() * repeats).astype(jnp.float32)
 
     def held_out_loss(self, params: Any, frozen: Any, images: Array, cond: Array) -> tuple[Array, Array]:
-        """Squared error of the noise (sum, weight) of held-out images, always under the same draws."""
+        """Squared error of what the head predicts (sum, weight) of held-out images, always under the same draws."""
         keys_B = sample_keys(self.config.seed, EVALUATE, 0, jnp.arange(len(images)))
         tokens, order_BL, masked_B = self.examples(keys_B, frozen, images)
         z = self.conditions(params, tokens, order_BL, cond, masked_B)

@@ -21,9 +21,10 @@ from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.keys import TRAIN, sample_keys
 from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
-from maskrl_jax.tasks import checks, generators
+from maskrl_jax.tasks import checks, continuous, generators
 from maskrl_jax.tasks import kl_vae as kl_vae_task
 from maskrl_jax.tasks import mar as mar_task
+from maskrl_jax.tasks.continuous import MarSampler
 from maskrl_jax.tasks.marval_gallery import MarvalGallery
 from maskrl_jax.tasks.task import Context, Task
 
@@ -69,7 +70,8 @@ class Wiring:
         self.one_step = OneStep(**config.model)
         if self.gsim.last >= len(self.process):
             raise UserError(f"loss.last {self.gsim.last} is beyond the {len(self.process)} times of the process")
-        Evaluation(**config.evaluation)
+        num_tokens = self.base.sizes.num_tokens
+        continuous.check_steps(Evaluation(**config.evaluation), MarSampler(**config.sampler), num_tokens)
         self.optimizer = self._optimizer(config.optimizer, self.settings.student)
         self.auxiliary_optimizer = self._optimizer(config.auxiliary_optimizer, self.settings.auxiliary)
         self.tx, self.auxiliary_tx = (
@@ -87,7 +89,8 @@ class Wiring:
 
     def tokens(self, params: Any, condition: Array, zeta: Array) -> Array:
         """The student's tokens [..., C] of noise, at `head_condition` [..., W]."""
-        head = lambda state, time: diffusion.split(self.network.head(params, state, time, condition))[0]  # noqa: E731
+        said = self.network.outputs if self.one_step.form == "x0" else self.network.head
+        head = lambda state, time: diffusion.split(said(params, state, time, condition))[0]  # noqa: E731
         return self.one_step.draw(self.process, head, zeta)
 
     def draws(self, keys_B: Array, purpose: int) -> tuple[Array, Array, Array]:
@@ -105,7 +108,7 @@ class Wiring:
         return jax.vmap(one, out_axes=1)(keys_B)
 
     def auxiliary_loss(self, params: Any, z: Array, tokens: Array, step: Array, noise: Array, counted: Array):
-        """Squared error of the noise of the student's samples: (sum, weight)."""
+        """Squared error of the noise of the student's samples, summed; of the noise whatever the head predicts (8)."""
         state = diffusion.noised(self.process, tokens, step, noise)
         guess, _ = diffusion.split(self.network.head(params, state, step, self.network.condition(params, z)[None]))
         each = jnp.square(guess - noise).mean(-1)

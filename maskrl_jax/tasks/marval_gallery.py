@@ -139,12 +139,14 @@ class MarvalRlGallery:
             aim=gain.Goal(**config.aim),
             trained_on=tuple(f"{name} x {weight:g}" for name, weight in wiring.rewards.items()),
             held_out=("the exact verifier", "the prompts (the teacher has seen pictures of every caption)"),
+            notes=tuning_notes(self.context.parents["mar"].workdir, bench.settings.reference),
         )
         kept = wiring.truncation.iterations or wiring.plan.num_steps
         facts = {
             "network calls": "iterations of the backbone; each also runs one call of the student's head or "
             f"{best.inner_steps} of the teacher's",
             "sampler of the teacher": best.in_words(),
+            "how it was chosen": CHOICE,
             "gradient": f"of the policy, noise {wiring.policy.deviation:g}"
             if wiring.policy
             else f"of the reward through {kept} of {wiring.plan.num_steps} iterations"

@@ -18,24 +18,24 @@ from flax import serialization
 from maskrl_jax import state as train_state
 from maskrl_jax.data.batches import batch_at, positions_at
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
-from maskrl_jax.errors import unknown
+from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.evaluate import gain
 from maskrl_jax.evaluate.bench import Evaluation
-from maskrl_jax.keys import ROLLOUT, sample_keys
+from maskrl_jax.keys import ROLLOUT, STEPS, sample_keys, step_key
 from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.parallel import Axis, mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.rewards import mix
-from maskrl_jax.rl import action_noise, advantages, reward_gradient
+from maskrl_jax.rl import action_noise, advantages, reward_gradient, surrogate
 from maskrl_jax.rl.action_noise import ActionNoise
 from maskrl_jax.rl.reward_gradient import Truncation
 from maskrl_jax.sampling import mar
 from maskrl_jax.sampling.mar import MarPlan
-from maskrl_jax.tasks import checks, generators, marval
+from maskrl_jax.tasks import checks, continuous, generators, marval
 from maskrl_jax.tasks import kl_vae as kl_vae_task
 from maskrl_jax.tasks import mar as mar_task
-from maskrl_jax.tasks.continuous import row_noise
+from maskrl_jax.tasks.continuous import MarSampler, row_noise
 from maskrl_jax.tasks.marval_gallery import MarvalRlGallery, one_step_draw
 from maskrl_jax.tasks.task import Context, Task
 
@@ -75,10 +75,21 @@ class Wiring:
         self.judge_sizes = JudgeConfig(**config.parents.judge.model)
         self.judge, self.rewards = Judge(self.judge_sizes), dict(config.rewards)
         mix.check(self.rewards, judge_reward.names(self.judge_sizes.kind))
+        by_policy = self._by_policy()
+        steps = sorted(set(self.rewards) & set(judge_reward.WITHOUT_GRADIENT))
+        if steps and not by_policy:
+            raise UserError(f"reward {steps[0]!r} has no gradient; take it from rewards, or set gradient=policy")
         self.plan = MarPlan(self.base.sizes.num_tokens, config.rollout.num_steps)
         self.truncation, self.anchor = Truncation(**config.truncation), Anchor(**config.anchor)
         self.truncation.first(self.plan.num_steps)
-        self.policy = ActionNoise(**config.policy) if self._by_policy() else None
+        if self.anchor.kind != "none" and self.marval.settings.student != "full":
+            raise UserError(
+                "an anchor needs a student with a backbone of its own, distilled with distillation.student=full; set anchor.kind=none"
+            )
+        policy = ActionNoise(**config.policy)  # refused whether it is used or not
+        self.policy = policy if by_policy else None
+        if by_policy and self.truncation != Truncation():
+            raise UserError("truncation is of gradient=reward; a policy gradient has policy.iterations")
         self.group = self.policy.group if self.policy else 1  # rollouts of a prompt
         if self.policy:
             checks.groups(config.batch_size, self.group)
@@ -86,7 +97,8 @@ class Wiring:
                 raise ValueError(
                     f"policy.iterations {self.policy.iterations} exceeds the {self.plan.num_steps} of a rollout"
                 )
-        Evaluation(**config.evaluation)
+        num_tokens = self.base.sizes.num_tokens
+        continuous.check_steps(Evaluation(**config.evaluation), MarSampler(**config.sampler), num_tokens)
         gain.Goal(**config.aim)  # refused here rather than when training is over
         updates = self.policy.updates if self.policy else 1
         self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps, updates)
@@ -164,21 +176,27 @@ class Wiring:
         count = policy.iterations or plan.num_steps
         shuffled = jax.random.permutation(batch["choice"], plan.num_steps)[:count]
 
+        low, high = policy.clip_range
+
         @jax.checkpoint
         def iteration(params, k):
             mean = self.means(params, seen, before[k])
-            moved = action_noise.log_ratio(policy, mean, seen[0], noise)
-            gained = action_noise.surrogate(policy, moved, batch["advantage"][:, None])
             reference = self.means(frozen["student"], seen, before[k]) if policy.kl else mean
-            held = action_noise.divergence(policy, mean, reference)
-            drawn = ((place_L >= after[k]) & (place_L < before[k]))[None]
-            sums = {"rl/objective": gained, "rl/kl": held, "rl/ratio_drift": jnp.abs(moved)}
-            return {name: jnp.where(drawn, x, 0).sum() for name, x in sums.items()}
+            drawn = jnp.broadcast_to((place_L >= after[k]) & (place_L < before[k]), order_BL.shape).astype(jnp.float32)
+            terms = (*action_noise.log_densities(policy, mean, seen[0], noise), batch["advantage"][:, None], drawn)
+            clipped, _ = surrogate.clip_fraction(*terms, low=low, high=high)
+            return {
+                "rl/objective": surrogate.clipped_surrogate(*terms, low=low, high=high),
+                "rl/kl": (drawn * action_noise.divergence(policy, mean, reference)).sum(),
+                "rl/approximate_kl": surrogate.approximate_kl(*terms[:2], drawn)[0],
+                "rl/clip_fraction": clipped,
+            }
 
         def add(total, k):
             return jax.tree.map(jnp.add, total, iteration(params, k)), None
 
-        zero = dict.fromkeys(("rl/objective", "rl/kl", "rl/ratio_drift"), jnp.float32(0))
+        shapes = jax.eval_shape(iteration, params, shuffled[0])
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         sums, _ = jax.lax.scan(add, zero, shuffled)
         # A mean over the tokens of a rollout, whichever of its iterations were looked at.
         sums = {name: x * plan.num_steps / count / plan.num_tokens for name, x in sums.items()}
@@ -192,7 +210,7 @@ class Wiring:
 
     # Updates
 
-    def held(self, params: Any, frozen: Any, auxiliary: Any, ready: dict) -> Array:
+    def anchor_loss(self, params: Any, frozen: Any, auxiliary: Any, ready: dict) -> Array:
         """The anchor's loss, a sum over the masked rows of training pictures."""
         draws, mode = self.marval.draws(ready["keys"], marval.STUDENT_DRAW), self.marval.settings.student
         z = self.marval.conditions(params, mode, ready)
@@ -210,30 +228,34 @@ class Wiring:
 
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
         """One batch: an optimizer step through its rewards, or `policy.updates` on rollouts that are scored already."""
-        number, first = batch["round"][0], state
+        key, first = step_key(self.config.seed, STEPS, batch["round"][0]), state
         batch = self.scored(batch) if self.policy else batch
-        metrics = {}
+        ready = self.marval.prepared(frozen, batch["pictures"]) if self.anchor.kind != "none" else None
+        turns = []
         for turn in range(self.policy.updates if self.policy else 1):
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), number), turn)
-            state, metrics = self._step(state, frozen, batch | {"choice": key}, axis)
+            state, found = self._step(state, frozen, batch | {"choice": jax.random.fold_in(key, turn)}, ready, axis)
+            turns.append(found)
+            if ready is not None:  # other noise and times in the next
+                ready = ready | {"keys": jax.vmap(jax.random.fold_in, (0, None))(ready["keys"], turn)}
+        metrics = jax.tree.map(lambda *values: sum(values), *turns)
         if self.policy:
             scores = {name: batch[name] for name in (*judge_reward.names(self.judge_sizes.kind), "quality")}
             weight = jnp.float32(len(batch["quality"]))
             metrics |= {f"reward/{name}": axis.all_reduce((x.sum(), weight)) for name, x in scores.items()}
         return state.replace(step=first.step + 1), metrics
 
-    def _step(self, state, frozen, batch, axis):
+    def _step(self, state, frozen, batch, ready, axis):
+        """One optimizer step: (state, metrics as (sum, weight)); ready: what the anchor's pictures give."""
         objective = self.by_policy if self.policy else self.by_reward
         (_, (sums, count)), grads = jax.value_and_grad(objective, has_aux=True)(state.params, frozen, batch)
         grads = mean_gradients(grads, count, axis)
         metrics = {name: axis.all_reduce((value, count)) for name, value in sums.items()}
         extra, auxiliary = state.extra, None
-        if self.anchor.kind != "none":
-            ready = self.marval.prepared(frozen, batch["pictures"])
+        if ready is not None:
             if self.anchor.kind == "gsim":
                 auxiliary, seen = self.marval.follow(state, ready, axis)
                 metrics, extra = metrics | seen, extra | {"auxiliary": auxiliary}
-            loss, anchored = jax.value_and_grad(self.held)(state.params, frozen, auxiliary, ready)
+            loss, anchored = jax.value_and_grad(self.anchor_loss)(state.params, frozen, auxiliary, ready)
             anchored = mean_gradients(anchored, ready["weight"], axis)
             share = self.anchor.weight * optax.tree.norm(anchored) / (optax.tree.norm(grads) + 1e-12)
             grads = jax.tree.map(lambda a, b: a + self.anchor.weight * b, grads, anchored)
@@ -288,6 +310,7 @@ def build(context: Context) -> Task:
     train = generators.dataset_of(context, "train")
     wiring = Wiring(config, train.conditioning)
     checks.same_codes({name: parent.workdir for name, parent in parents.items()}, "marval")
+    checks.same_base(parents["marval"].workdir, parents["mar"].workdir, "mar")
     engine = mar_task.engine_of(context, wiring.base)
     networks = {"teacher": parallel.replicate(parents["mar"].params)}
     networks["student"] = parallel.replicate(parents["marval"].params)

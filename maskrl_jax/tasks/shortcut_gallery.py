@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from maskrl_jax.evaluate import curve, latency, shortcut_figures, tables
 from maskrl_jax.evaluate.bench import CHOICE, tuning_notes
 from maskrl_jax.evaluate.illustrate import Illustration
+from maskrl_jax.evaluate.latency import Latency
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Costs, priced
 from maskrl_jax.sampling.maskgit import SamplerConfig
@@ -23,7 +24,8 @@ CAPTIONS = {
 }
 NOTES = (
     "Published numbers are of MaskGIT on ImageNet and of Lumina-DiMOO; no parity is claimed.",
-    "Calls are in units of one step of the base: a shortcut step counts as the share of its time that it takes here.",
+    "Calls are in units of one step of the base: a shortcut step counts as the share of its time, or of its FLOPs where "
+    "that was not measured, that it takes here.",
 )
 ADAPTIVE = "An adaptive refresh decides for a whole batch: its samples depend on those beside them."
 
@@ -94,18 +96,24 @@ class ShortcutGallery:
             unlike=("tuned", "policy"),
         )
         step_ms = 1000 * step_seconds / bench.settings.batch_size
-        prices = None
-        if latencies:
-            # In the figure as long as the loops of the table took, which were timed later.
-            loop = next(x for x in latencies if (x.system, x.setting) == ("base", bench.settings.reference))
-            drawn_ms = loop.milliseconds.median / bench.settings.reference
-            prices = (drawn_ms * costs["shortcut"].full, drawn_ms * costs["shortcut"].light)
         bench.write(
             findings,
             config.num_steps,
             self._facts(costs, step_ms, times.flops(params)),
-            lambda out: self._draw(out, points, latencies, kinds, errors, prices),
+            lambda out: self._draw(out, points, latencies, kinds, errors, self._prices(costs, latencies)),
         )
+
+    def _prices(self, costs: Mapping[str, Costs], latencies: Sequence[Latency]) -> tuple[float, float] | None:
+        """Milliseconds of a full and of a shortcut step in the figure, or None where nothing was timed.
+
+        As long as the loops of the table took, which were timed later than the costs.
+        """
+        base = ("base", self.systems.bench.settings.reference)
+        loop = next((x for x in latencies if (x.system, x.setting) == base), None)
+        if loop is None:
+            return None
+        step_ms = loop.milliseconds.median / self.systems.bench.settings.reference
+        return step_ms * costs["shortcut"].full, step_ms * costs["shortcut"].light
 
     def _facts(self, costs: Mapping[str, Costs], step_ms: float, flops: tuple[float, float]) -> dict[str, str]:
         """Lines of the protocol: units, samplers, costs, length of training."""
@@ -130,7 +138,7 @@ class ShortcutGallery:
                 f"{costs['shortcut'].full:.3f}{plain} (sampling loop alone, median of {systems.curve.timing_runs} runs "
                 f"after {latency.WARM_UP}; no step is kept from one image to the next)"
                 if systems.curve.timing_runs
-                else " by FLOPs; nothing was timed"
+                else " by FLOPs; loops were not timed"
             ),
             "FLOPs": f"{flops[0] / 1e6:.3g} million a full step of an image, {flops[1] / 1e6:.3g} million a shortcut step "
             f"({flops[1] / flops[0]:.3f}), as compiled, networks and head alone",

@@ -68,8 +68,8 @@ class ShortcutTimes:
 
         specs/shortcut.md section 10: of loops of N steps of a kind's program, all of them full or the first alone, and
         of the plain base, in a mode that takes every step; kinds that share a program share its costs. `tuned`, the
-        network alone where it is not the base, has full steps only. Where nothing is timed: by FLOPs, which linear and
-        frozen features have none of.
+        network alone where it is not the base, has full steps only. Where nothing is timed: by FLOPs of
+        networks and head; of linear and frozen features, which are the head alone, as none.
         """
         steps = self.systems.curve.num_steps
         if not self.systems.curve.timing_runs:

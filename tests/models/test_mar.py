@@ -130,7 +130,7 @@ def test_raster_and_generation_order_are_inverse():
 
 
 def test_a_caption_fills_the_buffer_evenly():
-    config = dataclasses.replace(SMALL, cond_length=2)
+    config = dataclasses.replace(SMALL, cond_length=2, pooled_width=0)
     model, cond = Mar(config), jnp.array([[1, 2], [3, 3]])
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((2, 9, 2)), ORDER, cond)
     run = jax.jit(lambda cond: model.apply(params, jnp.zeros((2, 9, 2)), ORDER, cond, 0, method="backbone"))

@@ -2,36 +2,49 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from maskrl_jax.distill import diffusion
-from maskrl_jax.tasks.continuous import PROCESS, MarSampler, Network
+from maskrl_jax.tasks.continuous import MarSampler, Network
 
-CHANNELS = 3
+CHANNELS, PROCESS = 3, diffusion.make_process(1000)
 
 
-def network(skip):
+def network(prediction):
     """A head that says .5 for every channel of noise and .25 for its variance, whatever it is asked."""
     out = jnp.concatenate([jnp.full((2, 4, CHANNELS), 0.5), jnp.full((2, 4, CHANNELS), 0.25)], axis=-1)
-    return Network(types.SimpleNamespace(apply=lambda *_, method: out), skip)
+    config = types.SimpleNamespace(prediction=prediction)
+    return Network(types.SimpleNamespace(apply=lambda *_, method: out, config=config))
 
 
 @pytest.mark.parametrize("step", [0, 500, 755, 999])
-def test_a_head_with_a_skip_makes_its_start_without_a_division(step):
+def test_a_velocity_makes_its_start_without_a_division(step):
     state = jnp.linspace(-2, 2, 2 * 4 * CHANNELS).reshape(2, 4, CHANNELS)
-    noise, share = diffusion.split(network(True).head(None, state, jnp.int32(step), None))
+    noise, share = diffusion.split(network("velocity").head(None, state, jnp.int32(step), None))
     np.testing.assert_array_equal(share, 0.25)
     alpha, sigma = PROCESS.alpha[step], PROCESS.sigma[step]
     np.testing.assert_allclose(noise, sigma * state + alpha * 0.5, rtol=1e-6)
-    # x_0 = alpha x_t - sigma F; what is left of the division at 999 is float32's rounding of 1 - sigma^2.
+    # x_0 = alpha x_t - sigma v; what is left of the division at 999 is float32's rounding of 1 - sigma^2.
     start = diffusion.predicted_start(PROCESS, state, jnp.full((2, 4), step), noise)
     np.testing.assert_allclose(start, alpha * state - sigma * 0.5, atol=5e-3 if step == 999 else 1e-5)
 
 
-def test_without_a_skip_the_head_is_the_network():
-    out = network(False).head(None, jnp.ones((2, 4, CHANNELS)), jnp.int32(7), None)
+@pytest.mark.parametrize("step", [20, 500, 998])
+def test_the_error_of_a_velocity_is_that_of_the_noise_over_alpha(step):
+    start, noise, guess = (jax.random.normal(jax.random.key(i), (2, 4, CHANNELS)) for i in range(3))
+    places = jnp.full((2, 4), step)
+    state = diffusion.noised(PROCESS, start, places, noise)
+    velocity = PROCESS.alpha[step] * noise - PROCESS.sigma[step] * start
+    made = diffusion.noise_of_velocity(PROCESS, state, places, guess)
+    found = diffusion.velocity_error(PROCESS, places, jnp.square(noise - made).mean(-1))
+    np.testing.assert_allclose(found, jnp.square(velocity - guess).mean(-1), rtol=1e-2 if step == 998 else 1e-4)
+
+
+def test_a_head_that_predicts_noise_is_the_network():
+    out = network("noise").head(None, jnp.ones((2, 4, CHANNELS)), jnp.int32(7), None)
     np.testing.assert_array_equal(out[..., :CHANNELS], 0.5)
 
 
