@@ -80,15 +80,35 @@ def test_fresh_rollouts_have_a_likelihood_ratio_of_one(iterations):
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: not np.array_equal(a, b), state.params, after.params)))
 
 
-@pytest.mark.parametrize("kind", ["gsim", "l2_ref"])
-def test_an_anchor_adds_its_gradient(kind):
-    wiring = wiring_of(anchor={"kind": kind, "weight": 0.5})
-    _, after, metrics = one_update(wiring, request(wiring) | {"pictures": pictures(wiring)})
-    share = float(metrics["train/anchor_grad_share"][0])
-    # The student is where it was: its distance is 0, while its distillation still pulls.
-    assert share == 0 if kind == "l2_ref" else share > 0
+def test_the_distillation_as_an_anchor_trains_its_auxiliary_network_along():
+    wiring = wiring_of(anchor={"kind": "gsim", "weight": 0.5})
+    before, after, metrics = one_update(wiring, request(wiring) | {"pictures": pictures(wiring)})
+    assert float(metrics["train/anchor_grad_share"][0]) > 0
     assert int(after.bad_total) == 0
-    assert ("auxiliary" in after.extra) == (kind == "gsim")
+    moved = jax.tree.map(lambda x, y: not np.array_equal(x, y), *(s.extra["auxiliary"].params for s in (before, after)))
+    assert any(jax.tree.leaves(moved))
+
+
+def test_an_anchor_s_gradient_is_added():
+    """Plain descent from a student that has left its place: the anchor's share of the step is weight x its gradient."""
+    plain = {"name": "sgd", "learning_rate": 1.0, "b1": 0.0, "clip_norm": 0.0, "decay": "constant", "ema_decay": 0.0}
+    network, frozen = networks()
+    left = jax.tree.map(lambda x: 1.05 * x, network)
+    steps = []
+    for anchor in ({"kind": "none", "weight": 0.0}, {"kind": "l2_ref", "weight": 0.5}):
+        wiring = wiring_of(anchor=anchor, optimizer=plain)
+        batch = request(wiring) | ({"pictures": pictures(wiring)} if anchor["weight"] else {})
+        update = jax.jit(functools.partial(wiring.update, axis=ALONE))
+        steps.append(update(jax.jit(wiring.init)(left, network), frozen, batch)[0].params)
+
+    def held(params):
+        ready = wiring.marval.prepared(frozen, batch["pictures"])
+        return wiring.anchor_loss(params, frozen, None, ready) / ready["weight"]
+
+    pull = jax.jit(jax.grad(held))(left)
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(pull)) > 1e-3
+    found = jax.tree.map(lambda alone, both: alone - both, *steps)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.5 * b, atol=2e-5), found, pull)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +118,10 @@ def test_an_anchor_adds_its_gradient(kind):
         ({"anchor": {"kind": "elastic", "weight": 1.0}}, "anchor.kind"),
         ({"anchor": {"weight": 1.0}}, "anchor.weight"),
         ({"truncation": {"iterations": 9}}, "exceeds"),
+        ({"gradient": "policy", "truncation": {"iterations": 2}}, "truncation"),
+        ({"rewards": {"compositional": 1.0}}, "no gradient"),
+        ({"policy": {"deviation": -1.0}}, "deviation"),
+        ({"evaluation": {"steps": (4, 128)}}, "128"),
         ({"gradient": "policy", "policy": {"iterations": 9}}, "exceeds"),
         ({"gradient": "policy", "policy": {"group": 3}}, "groups of 3"),
     ],
