@@ -33,6 +33,7 @@ def get_config(arg: str = ""):
         parents=parents,
         init=dict.fromkeys(parents, ""),
         data=student.data.to_dict(),
+        model={},
         rewards={"judge": 1.0},
         gradient="policy" if arg == "policy" else "reward",
         rollout={"num_steps": steps},
