@@ -34,7 +34,8 @@ def get_config(arg: str = ""):
         init=dict.fromkeys(parents, ""),
         data=student.data.to_dict(),
         model={},
-        rewards={"judge": 1.0},
+        # With objects too many or too few the judge is 0 whatever else is changed: a smoke run's pictures need another.
+        rewards={"judge": 1.0} | ({"judge_whole": 0.1} if smoke else {}),
         gradient="policy" if arg == "policy" else "reward",
         rollout={"num_steps": steps},
         truncation={"iterations": 0, "detach_context": False},
