@@ -23,7 +23,7 @@ def get_config(arg: str = ""):
         eval_samples=512,
         data={"name": "imagenet2012" if published else sizes.data_set(arg)},
         # Of the KL by latent; how KL-16 was trained is not published. Ours keeps 2.9 nats a token, which is what the
-        # scene is, and the verifier reads every reconstruction; 1e-4 keeps 26, most of them noise of pixels.
+        # scene is, and the verifier reads every reconstruction; 1e-4 keeps 26.
         kl_weight=1e-6 if published else 5e-3,
         model=kl16()
         if published

@@ -94,7 +94,7 @@ def placed_condition(
 ) -> Array:
     """What the whole condition says of every place, [B,N,D]: "left of" must reach the left cells (our choice).
 
-    An MLP over all condition tokens at once, whose output is addressed through R learned maps of the grid.
+    An MLP over all condition tokens [B,L,D] at once, whose output is addressed through R learned maps of the grid [N,R].
     """
     pooled = norm(text_BLD.reshape(len(text_BLD), -1))
     for layer in hidden:

@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskrl_jax.errors import unknown
 from maskrl_jax.models.layers import filtered, layer_norm, placed_condition
 
 Array = jax.Array
@@ -56,7 +55,7 @@ class MarConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} must be in [0, 1)")
         if self.prediction not in PREDICTIONS:
-            raise unknown("prediction", self.prediction, PREDICTIONS)
+            raise ValueError(f"prediction {self.prediction!r} is not one of {', '.join(PREDICTIONS)}")
         for name, bound in {"pooled_width": 0, "pooled_maps": 1}.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least {bound}")

@@ -99,35 +99,21 @@ class MarvalGallery:
         bench.write(findings, config.num_steps, facts)
 
 
-class MarvalRlGallery:
-    """The glances and the report of `marval_rl`; `networks` are the parameters of teacher and student."""
+class MarvalRlGallery(MarvalGallery):
+    """The same glances and another report, of `marval_rl`; `networks` are the parameters of teacher and student."""
 
-    def __init__(self, context: Context, wiring: Any, engine: continuous.Engine, networks: Mapping[str, Any]):
-        self.context, self.wiring, self.engine, self.networks = context, wiring, engine, networks
-        self.sampler = MarSampler(**context.config.sampler)
-
-    @functools.cached_property
-    def bench(self) -> Bench:
-        """Made when first needed: it reads the held-out pictures."""
-        return generators.bench_of(self.context)
-
-    def one_step(self, params: Any, name: str, label: str) -> System:
-        return one_step_system(self.engine, self.wiring.marval, params, self.sampler, name, label)
-
-    def evaluate(self, state: Any, step: int) -> tuple[dict, dict]:
-        """A glance at the tuned student."""
-        system = self.one_step(state.ema, "tuned", "tuned student")
-        scores, picture = self.bench.glance(system, self.bench.settings.glance_steps)
-        return scores, {"samples/grid": picture}
+    def __init__(self, context: Context, tuning: Any, engine: continuous.Engine, networks: Mapping[str, Any]):
+        super().__init__(context, tuning.marval, engine, networks["teacher"])
+        self.tuning, self.student = tuning, networks["student"]
 
     def report(self, params: Any) -> None:
         """Curves of student, tuned student and teacher, under the same noise; report.md."""
-        bench, config, wiring = self.bench, self.context.config, self.wiring
+        bench, config, wiring = self.bench, self.context.config, self.tuning
         tuned = self.engine.parallel.replicate(params)
-        points = bench.measure(self.one_step(self.networks["student"], "base", "student"), bench.settings.steps)
+        points = bench.measure(self.one_step(self.student, "base", "student"), bench.settings.steps)
         reference = points[-1:]
         points += bench.measure(self.one_step(tuned, "tuned", "tuned student"), bench.settings.steps)
-        teacher, best = chain_of_teacher(self.context, self.engine, self.networks["teacher"], "teacher")
+        teacher, best = chain_of_teacher(self.context, self.engine, self.teacher, "teacher")
         points += bench.measure(teacher, bench.settings.steps)
         findings = Findings(
             title=f"MARVAL-RL on {config.data.name}",

@@ -68,7 +68,7 @@ class Wiring:
     """The stage's pure functions, closed over its static configuration."""
 
     def __init__(self, config: Any, conditioning: Conditioning):
-        self.config, self.null = config, conditioning.null
+        self.config = config
         checks.same_tokenizer(config.parents.tokenizer, config.parents.marval.parents.tokenizer)
         self.marval = marval.Wiring(config.parents.marval, conditioning)
         self.base, self.network = self.marval.base, self.marval.network

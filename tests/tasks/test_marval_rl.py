@@ -48,7 +48,7 @@ def networks():
 
 def request(wiring):
     rows = np.arange(ROWS, dtype=np.int32)
-    cond = np.tile(np.int32(wiring.null), (ROWS, 1))
+    cond = np.tile(np.int32(wiring.base.null), (ROWS, 1))
     target = np.tile(np.int32([1, 0, 0]), (ROWS, 1))
     return {"cond": cond, "target": target, "index": rows, "round": np.zeros(ROWS, np.int32)}
 
