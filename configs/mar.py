@@ -46,7 +46,7 @@ def embedded(arg: str):
             "learning_rate": 3e-3,
             "muon_learning_rate": 0.02,
             "muon_steps": 3,
-            "muon_skip": "embedding|places|mask|modulation|last|time|maps|pool_out",
+            "muon_skip": "embedding|places|mask|modulation|last|time|maps|pool_out|table",
             "warmup_steps": 5 if smoke else 50,
             "decay": "linear",
             "decay_steps": 0,  # over the whole run
@@ -70,7 +70,7 @@ def model(smoke: bool = False) -> dict:
     shared = {"buffer": 8, "dropout": 0.0}
     if smoke:
         return {"width": 32, "depth": 1, "heads": 2, "head_width": 32, "head_depth": 1, **shared}
-    shared |= {"pooled_width": 256, "local_mixing": True}  # as the discrete base
+    shared |= {"pooled_width": 256, "conv_stem": True, "relative_bias": True, "local_mixing": True}  # as MaskGIT here
     shared |= {"prediction": "velocity"}  # needs less training than noise, whose errors late times divide by alpha
     return {"width": 128, "depth": 2, "heads": 4, "head_width": 128, "head_depth": 3, "unroll": 2, **shared}
 

@@ -1,8 +1,9 @@
 """MAR (arXiv 2406.11838): a masked encoder and decoder over continuous tokens with a diffusion head per token.
 
 specs/mar.md sections 3, 4 and 8. Tokens lie in generation order: token j of a sample is the one at grid place
-order[j]; the first m are masked and the rest are visible, so that every selection is a slice. Axes: B batch, L tokens,
-V visible rows, P buffer places, C channels of a token, D width, W width of the head.
+order[j]; the first m are masked and the rest are visible, so that every selection is a slice. The decoder sees all
+tokens and has them in raster order. Axes: B batch, L tokens, V visible rows, P buffer places, C channels of a token,
+D width, W width of the head.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskrl_jax.models.layers import filtered, layer_norm, placed_condition
+from maskrl_jax.models.layers import Conv3, RelativeBias, filtered, layer_norm, placed_condition
 
 Array = jax.Array
 SIZES = ("num_tokens", "channels", "cond_vocab", "buffer", "width", "depth", "heads", "head_width", "head_depth")
@@ -39,7 +40,10 @@ class MarConfig:
     dropout: float = 0.1  # in training, in every block
     pooled_width: int = 0  # MLP over the whole condition, added to the tokens by their places; 0 = none, as published
     pooled_maps: int = 16  # learned spatial maps through which that MLP addresses places
-    local_mixing: bool = False  # a depthwise 3x3 filter over the grid in every block of the decoder; published: none
+    # What the decoder knows of a token's surroundings beside its place; published: nothing.
+    conv_stem: bool = False  # a 3x3 convolution over its input
+    relative_bias: bool = False  # attention knows the offset between cells
+    local_mixing: bool = False  # a depthwise 3x3 filter in every block
     remat: bool = False
     unroll: int = 1  # blocks that one turn of the loop over blocks holds
     dtype: str = "float32"  # of the blocks; norms, softmax and head are float32
@@ -59,8 +63,9 @@ class MarConfig:
         for name, bound in {"pooled_width": 0, "pooled_maps": 1}.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least {bound}")
-        if self.local_mixing and self.side**2 != self.num_tokens:
-            raise ValueError(f"local_mixing needs a square grid; num_tokens {self.num_tokens} is none")
+        for name in ("conv_stem", "relative_bias", "local_mixing"):
+            if getattr(self, name) and self.side**2 != self.num_tokens:
+                raise ValueError(f"{name} needs a square grid; num_tokens {self.num_tokens} is none")
 
     @property
     def side(self) -> int:
@@ -73,7 +78,7 @@ class Mar(nn.Module):
 
     Our choices: the null condition is a row of the condition's table; a caption's tokens share the places of the
     buffer, each repeated equally often (published: a class fills them all); an optional MLP over the pooled condition
-    and optional 3x3 filters, as in `models.maskgit`.
+    and, in the decoder, an optional 3x3 stem, filters and relative attention biases, as in `models.maskgit`.
     """
 
     config: MarConfig
@@ -90,7 +95,9 @@ class Mar(nn.Module):
         self.tokens_in = nn.Dense(c.width, kernel_init=linear)
         self.norm_in, self.encoder_norm, self.decoder_norm = (layer_norm(None) for _ in range(3))
         self.encoder = Stack(c, name="encoder_blocks")
-        self.decoder = Stack(c, c.local_mixing, name="decoder_blocks")
+        self.decoder = Stack(c, local=True, name="decoder_blocks")
+        if c.conv_stem:
+            self.stem = Conv3(c.width, dtype)
         if c.pooled_width:
             self.pool_norm = layer_norm(None)
             self.pool = [nn.Dense(c.pooled_width) for _ in range(2)]
@@ -122,28 +129,35 @@ class Mar(nn.Module):
         batch, rows = tokens_BVC.shape[:2]
         text_BLD = self.conditions(cond.reshape(batch, c.cond_length))
         buffer_BPD = jnp.repeat(text_BLD, c.buffer // c.cond_length, axis=1)
-        encoder_BLD, decoder_BLD = (table[c.buffer :][order_BL] for table in (self.encoder_places, self.decoder_places))
+        hidden = c.num_tokens - rows
+        text_places_PD, places_LD = self.encoder_places[: c.buffer], self.encoder_places[c.buffer :]
+        places_BVD = places_LD[order_BL[:, hidden:]]
+        decoder_BLD = self.decoder_places[None, c.buffer :]
         if c.pooled_width:
             said_BLD = placed_condition(self.pool_norm, self.pool, self.pool_out, self.pool_maps, text_BLD)
-            said_BLD = jnp.take_along_axis(said_BLD, order_BL[..., None], axis=1)
-            encoder_BLD, decoder_BLD = encoder_BLD + said_BLD, decoder_BLD + said_BLD
-        x_BSD = jnp.concatenate([buffer_BPD, self.tokens_in(tokens_BVC)], axis=1)
-        first_BPD = jnp.broadcast_to(self.encoder_places[None, : c.buffer], buffer_BPD.shape)
-        x_BSD = x_BSD + jnp.concatenate([first_BPD, encoder_BLD[:, c.num_tokens - rows :]], axis=1)
+            places_BVD = places_BVD + jnp.take_along_axis(said_BLD, order_BL[:, hidden:, None], axis=1)
+            decoder_BLD = decoder_BLD + said_BLD
+        x_BVD = self.tokens_in(tokens_BVC) + places_BVD
+        x_BSD = jnp.concatenate([buffer_BPD + text_places_PD[None], x_BVD], axis=1)
         masked_B = jnp.broadcast_to(jnp.asarray(masked, jnp.int32), (batch,))
-        seen_BV = jnp.arange(c.num_tokens - rows, c.num_tokens)[None] >= masked_B[:, None]
+        seen_BV = jnp.arange(hidden, c.num_tokens)[None] >= masked_B[:, None]
         # Exact slices need no mask of keys.
-        exact = isinstance(masked, int) and masked == c.num_tokens - rows
+        exact = isinstance(masked, int) and masked == hidden
         keys_BS = None if exact else jnp.pad(seen_BV, ((0, 0), (c.buffer, 0)), constant_values=True)
-        x_BSD = self.encoder_norm(self.encoder(self.norm_in(x_BSD).astype(dtype), keys_BS, None, train))
+        x_BSD = self.encoder_norm(self.encoder(self.norm_in(x_BSD).astype(dtype), keys_BS, train))
         x_BSD = self.decoder_in(x_BSD.astype(dtype)).astype(jnp.float32)
         seen_BVD = jnp.where(seen_BV[..., None], x_BSD[:, c.buffer :], self.mask[None, None])
-        hidden_BMD = jnp.broadcast_to(self.mask[None, None], (batch, c.num_tokens - rows, c.width))
-        x_BSD = jnp.concatenate([x_BSD[:, : c.buffer], hidden_BMD, seen_BVD], axis=1)
-        first_BPD = jnp.broadcast_to(self.decoder_places[None, : c.buffer], buffer_BPD.shape)
-        x_BSD = x_BSD + jnp.concatenate([first_BPD, decoder_BLD], axis=1)
-        x_BSD = self.decoder_norm(self.decoder(x_BSD.astype(dtype), None, order_BL, train))
-        return x_BSD[:, c.buffer :] + self.head_places[order_BL]
+        hidden_BMD = jnp.broadcast_to(self.mask[None, None], (batch, hidden, c.width))
+        inverse_BL = jnp.argsort(order_BL, axis=1)
+        grid_BLD = reordered(jnp.concatenate([hidden_BMD, seen_BVD], axis=1), inverse_BL, order_BL)
+        if c.conv_stem:
+            cells = grid_BLD.reshape(batch, c.side, c.side, c.width)
+            grid_BLD = grid_BLD + self.stem(cells.astype(dtype)).reshape(grid_BLD.shape).astype(jnp.float32)
+        said_BPD = x_BSD[:, : c.buffer] + self.decoder_places[None, : c.buffer]
+        x_BSD = jnp.concatenate([grid_BLD + decoder_BLD, said_BPD], axis=1)
+        x_BSD = self.decoder_norm(self.decoder(x_BSD.astype(dtype), None, train))
+        z_BLD = x_BSD[:, : c.num_tokens] + self.head_places[None]
+        return reordered(z_BLD, order_BL, inverse_BL)
 
     def head_condition(self, z: Array) -> Array:
         """What the head reads of z [..., D], once for all its calls: float32 [..., W]."""
@@ -157,17 +171,36 @@ class Mar(nn.Module):
         return self.denoiser(state, timestep, condition)
 
 
+@jax.custom_vjp
+def reordered(x_BLD: Array, order_BL: Array, inverse_BL: Array) -> Array:
+    """Row j of the result is row order[j]; with the inverse its gradient is a gather too, which is faster to add up."""
+    return jnp.take_along_axis(x_BLD, order_BL[..., None], axis=1)
+
+
+def _reordered(x_BLD, order_BL, inverse_BL):
+    return reordered(x_BLD, order_BL, inverse_BL), (order_BL, inverse_BL)
+
+
+def _reordered_back(orders, grad_BLD):
+    return reordered(grad_BLD, *orders[::-1]), None, None
+
+
+reordered.defvjp(_reordered, _reordered_back)
+
+
 class Stack(nn.Module):
-    """Blocks in a loop, their parameters stacked."""
+    """Blocks in a loop, their parameters stacked.
+
+    local: whether the first L tokens are the grid, so that a block may know a token's surroundings.
+    """
 
     config: MarConfig
-    local: bool = False  # filters over the grid, where the tokens after the buffer are all of it
+    local: bool = False
 
     @nn.compact
-    def __call__(self, x_BSD: Array, keys_BS: Array | None, order_BL: Array | None, train: bool) -> Array:
+    def __call__(self, x_BSD: Array, keys_BS: Array | None, train: bool) -> Array:
         c = self.config
-        block = nn.remat(Block, prevent_cse=False, static_argnums=(4,)) if c.remat else Block
-        places = (order_BL, jnp.argsort(order_BL, axis=1)) if self.local else None
+        block = nn.remat(Block, prevent_cse=False, static_argnums=(3,)) if c.remat else Block
         loop = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -176,21 +209,17 @@ class Stack(nn.Module):
             length=c.depth,
             unroll=c.unroll,
         )
-        return loop(c, name="blocks")(x_BSD, keys_BS, places, train)[0]
+        return loop(c, self.local, name="blocks")(x_BSD, keys_BS, train)[0]
 
 
 class Block(nn.Module):
-    """Pre-norm ViT block with the exact GELU; a step of `nn.scan`.
-
-    places: generation order of the tokens after the buffer and its inverse, where a 3x3 filter comes first.
-    """
+    """Pre-norm ViT block with the exact GELU; a step of `nn.scan`."""
 
     config: MarConfig
+    local: bool = False
 
     @nn.compact
-    def __call__(
-        self, x_BSD: Array, keys_BS: Array | None, places: tuple[Array, Array] | None, train: bool
-    ) -> tuple[Array, None]:
+    def __call__(self, x_BSD: Array, keys_BS: Array | None, train: bool) -> tuple[Array, None]:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         drop = nn.Dropout(c.dropout, deterministic=not train)
         batch, length, width = x_BSD.shape
@@ -198,22 +227,20 @@ class Block(nn.Module):
         def dense(features, name):
             return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
 
-        if places is not None:
-            order_BL, raster_BL = (index[..., None] for index in places)
-            grid = jnp.take_along_axis(x_BSD[:, c.buffer :], raster_BL, axis=1)
-            mixed = jnp.take_along_axis(filtered(grid, c.side, "local"), order_BL, axis=1)
-            x_BSD = x_BSD + jnp.pad(mixed, ((0, 0), (c.buffer, 0), (0, 0)))
+        if self.local and c.local_mixing:
+            x_BSD = x_BSD + filtered(x_BSD, c.side, "local")
+        bias = RelativeBias(c.heads, c.side, length, name="bias")() if self.local and c.relative_bias else None
         qkv = dense(3 * width, "qkv")(layer_norm("norm_attention")(x_BSD))
         query, key, value = jnp.split(qkv.reshape(batch, length, 3 * c.heads, width // c.heads), 3, axis=2)
         mask = None if keys_BS is None else keys_BS[:, None, None]
         if train and c.dropout:
             weights = nn.dot_product_attention_weights(
-                query, key, mask=mask, dropout_rng=self.make_rng("dropout"), dropout_rate=c.dropout,
+                query, key, bias, mask, dropout_rng=self.make_rng("dropout"), dropout_rate=c.dropout,
                 broadcast_dropout=False, deterministic=False, force_fp32_for_softmax=True,
             )  # fmt: skip
             mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
         else:
-            mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)
+            mixed = jax.nn.dot_product_attention(query, key, value, bias, mask)
         x_BSD = x_BSD + drop(dense(width, "out")(mixed.reshape(x_BSD.shape)))
         hidden = dense(round(c.mlp_ratio * width), "mlp_in")(layer_norm("norm_mlp")(x_BSD))
         return x_BSD + drop(dense(width, "mlp_out")(drop(nn.gelu(hidden, approximate=False)))), None

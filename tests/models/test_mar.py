@@ -17,7 +17,7 @@ from maskrl_jax.sampling.mar import MarPlan, to_order, to_raster
 
 SMALL = MarConfig(
     num_tokens=9, channels=2, cond_vocab=4, buffer=4, width=8, depth=2, heads=2, head_width=8, head_depth=2,
-    pooled_width=8, local_mixing=True,
+    pooled_width=8, conv_stem=True, relative_bias=True, local_mixing=True,
 )  # fmt: skip
 ORDER = jnp.array([[3, 1, 4, 0, 5, 2, 6, 8, 7], [8, 7, 6, 5, 4, 3, 2, 1, 0]])
 COND = jnp.array([1, 3])
