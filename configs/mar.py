@@ -16,7 +16,7 @@ PUBLISHED = {
     "large": {"width": 1024, "depth": 16, "heads": 16, "head_width": 1280, "head_depth": 8},
     "huge": {"width": 1280, "depth": 20, "heads": 16, "head_width": 1536, "head_depth": 12},
 }
-STEPS = {"": 2400, "smoke": 20, **dict.fromkeys(PUBLISHED, 500_400)}
+STEPS = {"": 4000, "smoke": 20, **dict.fromkeys(PUBLISHED, 500_400)}
 GUIDANCE = {"base": 2.9, "large": 3.0, "huge": 3.2}
 
 
@@ -33,18 +33,18 @@ def embedded(arg: str):
         "mar",
         "configs/mar.py" + (f":{arg}" if arg else ""),
         num_steps=STEPS[arg],
-        batch_size=16,
+        batch_size=16 if smoke else 32,
         cond_drop=0.1,
         repeats=2,  # fresh times and noise of every token in an update
         parents={"tokenizer": kl_vae.get_config(arg), "judge": judge.get_config(arg)},
         init={"tokenizer": "", "judge": ""},
         data={"name": "shapes", "text_length": 8},
         model=model(smoke),
-        masking={"least": 0.3, "deviation": 0.4},  # more tokens are visible than as published
+        masking={"least": 0.15, "deviation": 0.5},  # more tokens are visible than as published
         optimizer={
             "name": "muon",
-            "learning_rate": 3e-3,
-            "muon_learning_rate": 0.02,
+            "learning_rate": 1e-3,
+            "muon_learning_rate": 0.006,  # at 0.02 noise of the diffusion's draws is learnt
             "muon_steps": 3,
             "muon_skip": "embedding|places|mask|modulation|last|time|maps|pool_out|table",
             "warmup_steps": 5 if smoke else 50,
@@ -100,7 +100,7 @@ def evaluation(smoke: bool = False) -> dict:
         "keep": 8,
         "tune_prompts": 64,
         "tune_guidance": (1.0, 1.5, 2.0, 3.0),
-        "tune_temperature": (1.0, 0.95, 0.9),
+        "tune_temperature": (1.0, 0.85, 0.7, 0.55),
     }
 
 

@@ -1,11 +1,10 @@
 """Sample images from a trained stage: `python -m maskrl_jax.sample --workdir=<dir> --prompt="a red circle"`."""
 
-import dataclasses
-
 import numpy as np
 from absl import flags
 
 from maskrl_jax import command
+from maskrl_jax.distill.diffusion import METHODS
 from maskrl_jax.errors import UserError
 from maskrl_jax.sampling.maskgit import MODES
 from maskrl_jax.sampling.schedules import SCHEDULES
@@ -13,7 +12,9 @@ from maskrl_jax.sampling.schedules import SCHEDULES
 WORKDIR = flags.DEFINE_string("workdir", None, "run of a stage that makes images", required=True)
 PROMPT = flags.DEFINE_multi_string("prompt", None, "caption, or class name or number; may be repeated")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "images of each prompt", lower_bound=1)
-NUM_STEPS = flags.DEFINE_integer("num_steps", None, "steps of the fixed sampler; a tuned policy decides by itself")
+NUM_STEPS = flags.DEFINE_integer(
+    "num_steps", None, "steps of the fixed sampler, iterations of MAR; a tuned policy decides by itself"
+)
 FULL_STEPS = flags.DEFINE_integer(
     "full_steps",
     None,
@@ -23,25 +24,25 @@ DIAL = flags.DEFINE_float("dial", None, "asks a tuned policy for fewer (positive
 MODE = flags.DEFINE_string("mode", None, f"fixed sampler: {', '.join(MODES)}")
 SCHEDULE = flags.DEFINE_string("schedule", None, f"fixed sampler: {', '.join(SCHEDULES)}")
 GUMBEL = flags.DEFINE_float("gumbel", None, "modes confidence, uncertain: noise on the order")
-TEMPERATURE = flags.DEFINE_float("temperature", None, "fixed sampler: divides the logits before a draw")
-GUIDANCE = flags.DEFINE_float("guidance", None, "fixed sampler: guidance scale, 1 is none")
-GUIDANCE_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "fixed sampler: constant, linear or cosine")
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", None, "fixed sampler: divides the logits before a draw; MAR: of its noise"
+)
+GUIDANCE = flags.DEFINE_float("guidance", None, "fixed sampler and MAR: guidance scale, 1 is none")
+GUIDANCE_SCHEDULE = flags.DEFINE_string(
+    "guidance_schedule", None, "fixed sampler: constant, linear or cosine; MAR: constant or linear"
+)
+INNER_STEPS = flags.DEFINE_integer("inner_steps", None, "MAR: steps of the chain that draws a token")
+METHOD = flags.DEFINE_string("method", None, f"MAR: how that chain draws, {' or '.join(METHODS)}")
 THRESHOLD = flags.DEFINE_float("threshold", None, "modes threshold, uncertain (probability) and entropy (nats)")
 IMAGE = flags.DEFINE_string("image", None, "picture to inpaint")
 BOX = flags.DEFINE_list("box", None, "top,left,bottom,right in pixels: what of --image is made anew")
 SEED = flags.DEFINE_integer("seed", 0, "seed of the noise", lower_bound=0, upper_bound=2**31 - 1)
 OUT = flags.DEFINE_string("out", "samples.png", "picture to write: a row per prompt")
 ORDER = flags.DEFINE_string("order", None, "also draw in which order tokens appear, to this file")
-FIXED = {
-    "num_steps": NUM_STEPS,
-    "mode": MODE,
-    "schedule": SCHEDULE,
-    "gumbel": GUMBEL,
-    "temperature": TEMPERATURE,
-    "guidance": GUIDANCE,
-    "guidance_schedule": GUIDANCE_SCHEDULE,
-    "threshold": THRESHOLD,
-}
+ASKED = (
+    NUM_STEPS, MODE, SCHEDULE, GUMBEL, TEMPERATURE, GUIDANCE, GUIDANCE_SCHEDULE, THRESHOLD, FULL_STEPS, DIAL, INNER_STEPS,
+    METHOD,
+)  # fmt: skip
 
 
 def main() -> None:
@@ -61,7 +62,8 @@ def main() -> None:
     wanted = len(cond)
     # Filled up until the devices divide it.
     cond = cond[np.arange(-(-wanted // context.parallel.num_devices) * context.parallel.num_devices) % wanted]
-    system, setting, words = _system(studio)
+    asked = {flag.name: flag.value for flag in ASKED if flag.value is not None}
+    system, setting, words = studio.asked(asked, _given(studio))
     print(f"{words}, parameters of {context.config.name}")
     made = system.generate(setting, cond, np.arange(len(cond), dtype=np.int32), SEED.value).first(wanted)
     Image.fromarray(image_grid(made.images, columns=NUM_IMAGES.value)).save(OUT.value)
@@ -77,40 +79,6 @@ def main() -> None:
         pixels = np.round(np.clip(made.images[first], 0, 1) * 255).astype(np.uint8)
         commit_order(ORDER.value, pixels, made.commit_step[first], made.taken[first], prompts)
         print(f"wrote {ORDER.value}")
-
-
-def _system(studio):
-    """The system that the flags ask for, its setting, and what it is in words."""
-    asked = {name: flag.value for name, flag in FIXED.items() if flag.value is not None}
-    given = _given(studio)
-    if FULL_STEPS.value is not None and studio.shortcut is None:
-        raise UserError(f"--full_steps is for a run of a shortcut stage, and {WORKDIR.value} holds another")
-    if studio.tuned is not None and not asked and given is None:
-        if DIAL.value is not None and studio.tuned_setting:
-            raise UserError("--dial is for a policy with a head; this one has a number of steps: use --num_steps")
-        setting = studio.tuned_setting if DIAL.value is None else DIAL.value
-        return (
-            studio.tuned,
-            setting,
-            f"{studio.tuned.label} at {'steps' if studio.tuned_setting else 'dial'} {setting:g}",
-        )
-    if DIAL.value is not None:
-        raise UserError("--dial is for a tuned policy alone; leave it out with flags of the fixed sampler or --image")
-    steps = asked.get("num_steps", studio.sampler.num_steps)
-    if not 1 <= steps <= studio.engine.num_tokens:
-        raise UserError(f"--num_steps={steps} must lie in 1..{studio.engine.num_tokens}, the number of image tokens")
-    asked["max_steps"] = max(steps, studio.sampler.max_steps)
-    sampler = dataclasses.replace(studio.sampler, **asked)
-    words = f"{sampler.mode}, {steps} steps at most, Gumbel {sampler.gumbel:g}, guidance "
-    words += f"{sampler.guidance:g}, temperature {sampler.temperature:g}"
-    if studio.shortcut is None:
-        return studio.fixed(sampler, given), steps, f"fixed sampler: {words}"
-    full = FULL_STEPS.value
-    if full is None:  # the usual share of them
-        full = max(round(studio.full_steps * steps / studio.sampler.num_steps), 1)
-    if not 1 <= full <= steps:
-        raise UserError(f"--full_steps={full} must lie in 1..{steps}, the number of steps")
-    return studio.shortcut(sampler, given), full, f"shortcut, full steps: {full}, evenly spread: {words}"
 
 
 def _given(studio):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,12 @@ from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.systems import Engine, fixed_program, fixed_system
 from maskrl_jax.sampling.maskgit import SamplerConfig
+
+
+def check_steps(steps: int, num_tokens: int) -> None:
+    """Raise UserError for a number of steps that the grid does not hold."""
+    if not 1 <= steps <= num_tokens:
+        raise UserError(f"--num_steps={steps} must lie in 1..{num_tokens}, the number of image tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,38 @@ class Studio:
     def fixed(self, sampler: SamplerConfig, given: np.ndarray | None = None) -> System:
         """The network under a fixed sampler; `given` int32 [N] are tokens to keep."""
         return fixed_system(self.engine, self.program, self.params, sampler, "fixed", "fixed sampler", given)
+
+    def asked(self, flags: Mapping[str, Any], given: np.ndarray | None) -> tuple[System, float, str]:
+        """The system that flags of `sample` ask for, its setting, and what it is in words; `given` as of `fixed`."""
+        wanted = dict(flags)
+        for name in ("inner_steps", "method"):
+            if name in wanted:
+                raise UserError(f"--{name} is for MAR, and this run draws discrete tokens")
+        dial, full = wanted.pop("dial", None), wanted.pop("full_steps", None)
+        if full is not None and self.shortcut is None:
+            raise UserError("--full_steps is for a run of a shortcut stage, and this is another")
+        if self.tuned is not None and not wanted and given is None:
+            if dial is not None and self.tuned_setting:
+                raise UserError("--dial is for a policy with a head; this one has a number of steps: use --num_steps")
+            setting = self.tuned_setting if dial is None else dial
+            return self.tuned, setting, f"{self.tuned.label} at {'steps' if self.tuned_setting else 'dial'} {setting:g}"
+        if dial is not None:
+            raise UserError(
+                "--dial is for a tuned policy alone; leave it out with flags of the fixed sampler or --image"
+            )
+        steps = wanted.get("num_steps", self.sampler.num_steps)
+        check_steps(steps, self.engine.num_tokens)
+        wanted["max_steps"] = max(steps, self.sampler.max_steps)
+        sampler = dataclasses.replace(self.sampler, **wanted)
+        words = f"{sampler.mode}, {steps} steps at most, Gumbel {sampler.gumbel:g}, guidance "
+        words += f"{sampler.guidance:g}, temperature {sampler.temperature:g}"
+        if self.shortcut is None:
+            return self.fixed(sampler, given), steps, f"fixed sampler: {words}"
+        if full is None:  # the usual share of them
+            full = max(round(self.full_steps * steps / self.sampler.num_steps), 1)
+        if not 1 <= full <= steps:
+            raise UserError(f"--full_steps={full} must lie in 1..{steps}, the number of steps")
+        return self.shortcut(sampler, given), full, f"shortcut, full steps: {full}, evenly spread: {words}"
 
     def inpainting(self, picture: np.ndarray, box: list[int]) -> np.ndarray:
         """Tokens int32 [N] of a uint8 [H,W,3] picture, MASK where a cell touches the box (top, left, bottom, right)."""

@@ -13,6 +13,8 @@ from maskrl_jax.data.dataset import Conditioning
 from maskrl_jax.distill import diffusion
 from maskrl_jax.distill.diffusion import Process
 from maskrl_jax.distill.gsim import guided
+from maskrl_jax.errors import UserError
+from maskrl_jax.evaluate import studio
 from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.evaluate.measure import Generated, System
 from maskrl_jax.keys import EVALUATE, sample_keys
@@ -195,3 +197,37 @@ def chain_draws(network: Network, inner_steps: int, method: str) -> Callable:
     """One function for all systems of a chain, so that they share their programs."""
     process = diffusion.make_process(DIFFUSION_STEPS, inner_steps)
     return lambda params, frozen: chain_draw(network, params, process, frozen["temperature"], method)
+
+
+@dataclasses.dataclass(frozen=True)
+class Studio:
+    """A trained network of the family as a user samples from it (`evaluate.studio` for discrete tokens).
+
+    Attributes:
+      engine: generation around the model.
+      dataset: held-out split; encodes prompts.
+      sampler: the one that was chosen for the network.
+      system: a sampler -> the network under it.
+      takes: names of the sampler's settings that mean something to it.
+    """
+
+    engine: Engine
+    dataset: Any
+    sampler: MarSampler
+    system: Callable[[MarSampler], System]
+    takes: tuple[str, ...] = ("num_steps", "inner_steps", "method", "guidance", "guidance_schedule", "temperature")
+
+    def asked(self, flags: Mapping[str, Any], given: None) -> tuple[System, int, str]:
+        """The system that flags of `sample` ask for, its iterations, and what it is in words."""
+        for name in flags:
+            if name not in self.takes:
+                known = ", ".join(f"--{one}" for one in self.takes)
+                raise UserError(f"--{name} changes nothing of this run; it takes {known}")
+        sampler = dataclasses.replace(self.sampler, **flags)
+        studio.check_steps(sampler.num_steps, self.engine.codec.config.num_tokens)
+        made = self.system(sampler)
+        words = sampler.in_words() if "inner_steps" in self.takes else f"temperature {sampler.temperature:g}"
+        return made, sampler.num_steps, f"{made.label}: {sampler.num_steps} iterations, {words}"
+
+    def inpainting(self, picture: np.ndarray, box: list[int]) -> None:
+        raise UserError("--image is for discrete tokens; this run's are continuous, and it makes whole pictures")

@@ -13,7 +13,7 @@ import numpy as np
 from maskrl_jax import state as train_state
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.distill import diffusion
-from maskrl_jax.evaluate.bench import Evaluation
+from maskrl_jax.evaluate.bench import Evaluation, read_sampler
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys, step_key
 from maskrl_jax.models.mar import Mar
@@ -99,12 +99,18 @@ class Wiring:
         return self.network.model.apply(params, *inputs, method="backbone", rngs=rngs)
 
     def draws(self, keys_B: Array, repeats: int) -> tuple[Array, Array]:
-        """Times int32 [M,B,L] and noise [M,B,L,C] of every repetition of every token."""
+        """Times int32 [M,B,L] and noise [M,B,L,C] of every repetition of every token.
+
+        A token's M times are uniform, as published, one in each M-th of the process: their mean varies less (ours).
+        """
         c = self.sizes
-        shape = (repeats, c.num_tokens)
-        step = jax.vmap(
-            lambda key: jax.random.randint(jax.random.fold_in(key, 3), shape, 0, len(self.process)), out_axes=1
-        )
+        shape, count = (repeats, c.num_tokens), len(self.process)
+
+        def times(key):
+            share = (jnp.arange(repeats)[:, None] + jax.random.uniform(jax.random.fold_in(key, 3), shape)) / repeats
+            return jnp.minimum((share * count).astype(jnp.int32), count - 1)
+
+        step = jax.vmap(times, out_axes=1)
         noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 4), (*shape, c.channels)), out_axes=1)
         return step(keys_B), noise(keys_B)
 
@@ -173,6 +179,16 @@ def engine_of(context: Context, wiring: Wiring) -> continuous.Engine:
     codec = kl_vae_task.load(context.parents["tokenizer"])
     tokenizer = context.parallel.replicate(codec.params)
     return continuous.Engine(context.parallel, wiring.network, codec, tokenizer, wiring.null)
+
+
+def studio(context: Context, params: Any) -> continuous.Studio:
+    """The trained network as a user samples from it."""
+    held_out = generators.dataset_of(context, "validation")
+    engine = engine_of(context, Wiring(context.config, held_out.conditioning))
+    sampler = read_sampler(context.workdir, MarSampler(**context.config.sampler))
+    params = context.parallel.replicate(params)
+    system = lambda chosen: continuous.chain_system(engine, params, chosen, "fixed", "MAR")  # noqa: E731
+    return continuous.Studio(engine, held_out, sampler, system)
 
 
 def build(context: Context) -> Task:

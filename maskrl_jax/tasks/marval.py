@@ -25,7 +25,7 @@ from maskrl_jax.tasks import checks, continuous, generators
 from maskrl_jax.tasks import kl_vae as kl_vae_task
 from maskrl_jax.tasks import mar as mar_task
 from maskrl_jax.tasks.continuous import MarSampler
-from maskrl_jax.tasks.marval_gallery import MarvalGallery
+from maskrl_jax.tasks.marval_gallery import MarvalGallery, student_studio
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
@@ -117,9 +117,13 @@ class Wiring:
     def student_loss(self, params, auxiliary, teacher, z, z_auxiliary, z_teacher, draws, counted):
         """Loss of the student's own rows, and what is logged; gradients reach the tokens through both heads.
 
+        Neither the other networks nor what they see has a gradient of its own.
+
         z: of the student; z_auxiliary; z_teacher [2,B,L,D], the null condition's second.
         """
         zeta, noise, step = draws
+        fixed = (auxiliary, teacher, z_auxiliary, z_teacher)
+        auxiliary, teacher, z_auxiliary, z_teacher = jax.lax.stop_gradient(fixed)
         condition = lambda own, z: self.network.condition(own, z)[..., None, :, :, :]  # noqa: E731 - a place for M
         tokens = self.tokens(params, condition(params, z), zeta)
         state = diffusion.noised(self.process, tokens, step, noise)
@@ -140,7 +144,7 @@ class Wiring:
         conds = [batch["cond"], jnp.broadcast_to(jnp.asarray(self.null)[None], batch["cond"].shape)]
         spread = lambda x: jnp.concatenate([x] * 2)  # noqa: E731
         inputs = (spread(tokens), spread(order_BL), jnp.concatenate(conds), spread(masked_B))
-        z = jax.lax.stop_gradient(self.base.conditions(frozen["teacher"], *inputs, self.masking))
+        z = self.base.conditions(frozen["teacher"], *inputs, self.masking)
         counted = (jnp.arange(self.base.sizes.num_tokens)[None] < masked_B[:, None])[None]
         return {
             "keys": keys_B,
@@ -187,7 +191,7 @@ class Wiring:
         """The auxiliary network first, then the student against it."""
         ready = self.prepared(frozen, batch)
         auxiliary, metrics = self.follow(state, ready, axis)
-        z_auxiliary = jax.lax.stop_gradient(self.conditions(auxiliary.params, self.settings.auxiliary, ready))
+        z_auxiliary = self.conditions(auxiliary.params, self.settings.auxiliary, ready)
         draws = self.draws(ready["keys"], STUDENT_DRAW)
 
         def loss(params):
@@ -225,6 +229,13 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     warm_up = Phase("warm-up", wiring.warm_up, (state, frozen, batch), kind="update")
     update = Phase("update", wiring.update, (state, frozen, batch), kind="update")
     return [warm_up, update] if wiring.settings.warm_up else [update]
+
+
+def studio(context: Context, params: Any) -> continuous.Studio:
+    """The student as a user samples from it."""
+    config = context.config
+    wiring = Wiring(config, conditioning_of(config.data.name, config.data.text_length))
+    return student_studio(context, wiring, mar_task.engine_of(context, wiring.base), params, "student, one call")
 
 
 def build(context: Context) -> Task:

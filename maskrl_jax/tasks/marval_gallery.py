@@ -42,6 +42,16 @@ def one_step_system(
     return continuous.system(engine, params, sampler, one_step_draws(wiring), False, name, label)
 
 
+def student_studio(
+    context: Context, wiring: Any, engine: continuous.Engine, params: Any, label: str
+) -> continuous.Studio:
+    """A one-call student as a user samples from it."""
+    params = context.parallel.replicate(params)
+    system = lambda chosen: one_step_system(engine, wiring, params, chosen, "fixed", label)  # noqa: E731
+    held_out, sampler = generators.dataset_of(context, "validation"), MarSampler(**context.config.sampler)
+    return continuous.Studio(engine, held_out, sampler, system, takes=("num_steps", "temperature"))
+
+
 def chain_of_teacher(context: Context, engine: continuous.Engine, teacher: Any, name: str) -> tuple[System, MarSampler]:
     """The teacher with the sampler that its own report chose, and that sampler."""
     parent = context.parents["mar"]
@@ -133,7 +143,7 @@ class MarvalRlGallery(MarvalGallery):
             f"{best.inner_steps} of the teacher's",
             "sampler of the teacher": best.in_words(),
             "how it was chosen": CHOICE,
-            "gradient": f"of the policy, noise {wiring.policy.deviation:g}"
+            "gradient": f"of the policy, noise {wiring.policy.settings.deviation:g}"
             if wiring.policy
             else f"of the reward through {kept} of {wiring.plan.num_steps} iterations"
             + ", contexts detached" * wiring.truncation.detach_context,

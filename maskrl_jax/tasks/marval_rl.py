@@ -27,22 +27,21 @@ from maskrl_jax.parallel import Axis, mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.rewards import mix
-from maskrl_jax.rl import action_noise, advantages, reward_gradient, surrogate
+from maskrl_jax.rl import reward_gradient
 from maskrl_jax.rl.action_noise import ActionNoise
 from maskrl_jax.rl.reward_gradient import Truncation
-from maskrl_jax.sampling import mar
 from maskrl_jax.sampling.mar import MarPlan
 from maskrl_jax.tasks import checks, continuous, generators, marval
 from maskrl_jax.tasks import kl_vae as kl_vae_task
 from maskrl_jax.tasks import mar as mar_task
-from maskrl_jax.tasks.continuous import MarSampler, row_noise
-from maskrl_jax.tasks.marval_gallery import MarvalRlGallery, one_step_draw
+from maskrl_jax.tasks.continuous import MarSampler
+from maskrl_jax.tasks.marval_gallery import MarvalRlGallery, one_step_draw, student_studio
+from maskrl_jax.tasks.marval_policy import Policy
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
 GRADIENTS = ("reward", "policy")
 ANCHORS = ("none", "gsim", "l2_ref")
-ACTION = 1  # what a token's key is folded with for the noise of its action
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +85,20 @@ class Wiring:
             raise UserError(
                 "an anchor needs a student with a backbone of its own, distilled with distillation.student=full; set anchor.kind=none"
             )
-        policy = ActionNoise(**config.policy)  # refused whether it is used or not
-        self.policy = policy if by_policy else None
+        noise = ActionNoise(**config.policy)  # refused whether it is used or not
+        self.policy = Policy(noise, self.marval, self.plan, self.score, config.seed) if by_policy else None
         if by_policy and self.truncation != Truncation():
             raise UserError("truncation is of gradient=reward; a policy gradient has policy.iterations")
-        self.group = self.policy.group if self.policy else 1  # rollouts of a prompt
-        if self.policy:
+        # Rollouts of a prompt, and updates on each batch of them.
+        self.group, self.updates = (noise.group, noise.updates) if by_policy else (1, 1)
+        if by_policy:
             checks.groups(config.batch_size, self.group)
-            if self.policy.iterations > self.plan.num_steps:
-                raise ValueError(
-                    f"policy.iterations {self.policy.iterations} exceeds the {self.plan.num_steps} of a rollout"
-                )
+            if noise.iterations > self.plan.num_steps:
+                raise ValueError(f"policy.iterations {noise.iterations} exceeds the {self.plan.num_steps} of a rollout")
         num_tokens = self.base.sizes.num_tokens
         continuous.check_steps(Evaluation(**config.evaluation), MarSampler(**config.sampler), num_tokens)
         gain.Goal(**config.aim)  # refused here rather than when training is over
-        updates = self.policy.updates if self.policy else 1
-        self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps, updates)
+        self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps, self.updates)
         self.tx = train_state.make_optimizer(self.optimizer)
 
     def _by_policy(self) -> bool:
@@ -136,78 +133,6 @@ class Wiring:
         sums = {f"reward/{name}": score.sum() for name, score in scores.items()}
         return -total.sum(), (sums, jnp.float32(len(keys_B)))
 
-    # Policy gradient
-
-    def rollout(self, params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
-        """Sample with noise added to every token, and score; per-sample outputs."""
-        keys_B, c = sample_keys(self.config.seed, ROLLOUT, batch["round"][0], batch["index"]), self.base.sizes
-        mean = one_step_draw(self.marval, params, 1.0)
-
-        def act(z, null, scale, keys_BR):
-            noise = row_noise(keys_BR, ACTION, c.channels)
-            return mean(z, null, scale, keys_BR) + self.policy.deviation * noise
-
-        made = mar.generate(
-            self.network.backbone(params), act, keys_B, [batch["cond"]], self.plan.scales(1.0), self.plan, c.channels
-        )
-        return {"tokens": made.tokens} | self.score(frozen, made.tokens, batch["target"])[1]
-
-    def means(self, params: Any, seen: tuple, masked: Array) -> Array:
-        """What the student draws without noise for every token [B,L,C], as it sees the grid with `masked` tokens left.
-
-        seen: (tokens [B,L,C] in generation order, order, keys of every token, condition).
-        """
-        tokens, order_BL, keys_BL, cond = seen
-        z = self.network.backbone(params)(tokens, order_BL, cond, masked)
-        zeta = row_noise(keys_BL, 0, self.base.sizes.channels)
-        return self.marval.tokens(params, self.network.condition(params, z), zeta)
-
-    def by_policy(self, params: Any, frozen: Any, batch: dict) -> tuple[Array, tuple[dict, Array]]:
-        """Minus the clipped objective, and the divergence from the student as it was, summed over rollouts.
-
-        Iteration by iteration, each computed again on the way back.
-        """
-        policy, plan = self.policy, self.plan
-        keys_B = sample_keys(self.config.seed, ROLLOUT, batch["round"][0], batch["index"])
-        order_BL, keys_BL = mar.randomness(keys_B, plan.num_tokens)
-        seen = (mar.to_order(batch["tokens"], order_BL), order_BL, keys_BL, batch["cond"])
-        noise, place_L = row_noise(keys_BL, ACTION, self.base.sizes.channels), jnp.arange(plan.num_tokens)
-        before, after = jnp.array((plan.num_tokens, *plan.masked_after[:-1])), jnp.array(plan.masked_after)
-        count = policy.iterations or plan.num_steps
-        shuffled = jax.random.permutation(batch["choice"], plan.num_steps)[:count]
-
-        low, high = policy.clip_range
-
-        @jax.checkpoint
-        def iteration(params, k):
-            mean = self.means(params, seen, before[k])
-            reference = self.means(frozen["student"], seen, before[k]) if policy.kl else mean
-            drawn = jnp.broadcast_to((place_L >= after[k]) & (place_L < before[k]), order_BL.shape).astype(jnp.float32)
-            terms = (*action_noise.log_densities(policy, mean, seen[0], noise), batch["advantage"][:, None], drawn)
-            clipped, _ = surrogate.clip_fraction(*terms, low=low, high=high)
-            return {
-                "rl/objective": surrogate.clipped_surrogate(*terms, low=low, high=high),
-                "rl/kl": (drawn * action_noise.divergence(policy, mean, reference)).sum(),
-                "rl/approximate_kl": surrogate.approximate_kl(*terms[:2], drawn)[0],
-                "rl/clip_fraction": clipped,
-            }
-
-        def add(total, k):
-            return jax.tree.map(jnp.add, total, iteration(params, k)), None
-
-        shapes = jax.eval_shape(iteration, params, shuffled[0])
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        sums, _ = jax.lax.scan(add, zero, shuffled)
-        # A mean over the tokens of a rollout, whichever of its iterations were looked at.
-        sums = {name: x * plan.num_steps / count / plan.num_tokens for name, x in sums.items()}
-        return policy.kl * sums["rl/kl"] - sums["rl/objective"], (sums, jnp.float32(len(keys_B)))
-
-    def scored(self, batch: dict) -> dict:
-        """Advantages of a batch of scored rollouts, within their groups."""
-        reward_PG = batch["quality"].reshape(-1, self.group)
-        advantage = advantages.group_advantage(reward_PG, jnp.ones_like(reward_PG))
-        return batch | {"advantage": advantage.reshape(-1)}
-
     # Updates
 
     def anchor_loss(self, params: Any, frozen: Any, auxiliary: Any, ready: dict) -> Array:
@@ -216,7 +141,7 @@ class Wiring:
         z = self.marval.conditions(params, mode, ready)
         if self.anchor.kind == "gsim":
             own = self.marval.conditions(auxiliary.params, self.marval.settings.auxiliary, ready)
-            others = (auxiliary.params, frozen["teacher"], z, jax.lax.stop_gradient(own), ready["teacher"])
+            others = (auxiliary.params, frozen["teacher"], z, own, ready["teacher"])
             return self.marval.student_loss(params, *others, draws, ready["counted"])[0]
         was = self.marval.conditions(frozen["student"], mode, ready)
         now, then = (
@@ -229,10 +154,10 @@ class Wiring:
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
         """One batch: an optimizer step through its rewards, or `policy.updates` on rollouts that are scored already."""
         key, first = step_key(self.config.seed, STEPS, batch["round"][0]), state
-        batch = self.scored(batch) if self.policy else batch
+        batch = self.policy.scored(batch) if self.policy else batch
         ready = self.marval.prepared(frozen, batch["pictures"]) if self.anchor.kind != "none" else None
         turns = []
-        for turn in range(self.policy.updates if self.policy else 1):
+        for turn in range(self.updates):
             state, found = self._step(state, frozen, batch | {"choice": jax.random.fold_in(key, turn)}, ready, axis)
             turns.append(found)
             if ready is not None:  # other noise and times in the next
@@ -246,7 +171,7 @@ class Wiring:
 
     def _step(self, state, frozen, batch, ready, axis):
         """One optimizer step: (state, metrics as (sum, weight)); ready: what the anchor's pictures give."""
-        objective = self.by_policy if self.policy else self.by_reward
+        objective = self.policy.objective if self.policy else self.by_reward
         (_, (sums, count)), grads = jax.value_and_grad(objective, has_aux=True)(state.params, frozen, batch)
         grads = mean_gradients(grads, count, axis)
         metrics = {name: axis.all_reduce((value, count)) for name, value in sums.items()}
@@ -271,7 +196,7 @@ def _frozen_names(wiring: Wiring) -> tuple[str, ...]:
     read = set()
     if wiring.anchor.kind != "none":
         read |= {"teacher"}  # a picture's conditions are prepared with it
-    if wiring.anchor.kind == "l2_ref" or (wiring.policy and wiring.policy.kl):
+    if wiring.anchor.kind == "l2_ref" or (wiring.policy and wiring.policy.settings.kl):
         read |= {"student"}
     return tuple(sorted(read))
 
@@ -294,14 +219,23 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     found, learn = [], request
     if wiring.policy:
         checks.whole_groups(config.batch_size, wiring.group, parallel)
-        made = jax.eval_shape(functools.partial(wiring.rollout, axis=Axis(1)), network, frozen, request)
-        found, learn = [Phase("rollout", wiring.rollout, (network, frozen, request), kind="map")], request | made
+        rollout = wiring.policy.rollout
+        made = jax.eval_shape(functools.partial(rollout, axis=Axis(1)), network, frozen, request)
+        found, learn = [Phase("rollout", rollout, (network, frozen, request), kind="map")], request | made
     if wiring.anchor.kind != "none":
         image = struct((config.batch_size, side, side, 3), jnp.uint8)
         learn = learn | {"pictures": {"image": image, "cond": cond, "index": whole, "round": whole}}
     frozen |= dict.fromkeys(_frozen_names(wiring), network)
     state = jax.eval_shape(wiring.init, network, network)
     return [*found, Phase("update", wiring.update, (state, frozen, learn), kind="update")]
+
+
+def studio(context: Context, params: Any) -> continuous.Studio:
+    """The tuned student as a user samples from it."""
+    config = context.config
+    wiring = Wiring(config, conditioning_of(config.data.name, config.data.text_length))
+    engine = mar_task.engine_of(context, wiring.base)
+    return student_studio(context, wiring.marval, engine, params, "tuned student, one call")
 
 
 def build(context: Context) -> Task:
@@ -317,7 +251,8 @@ def build(context: Context) -> Task:
     frozen = {"tokenizer": engine.tokenizer, "judge": parallel.replicate(parents["judge"].params)}
     frozen |= {name: networks[name] for name in _frozen_names(wiring)}
     rows, pool = parallel.rows(config.batch_size), train.pool(held_out=False)
-    update, roll_out = parallel.update(wiring.update), parallel.map(wiring.rollout)
+    update = parallel.update(wiring.update)
+    roll_out = parallel.map(wiring.policy.rollout) if wiring.policy else None
     gallery = MarvalRlGallery(context, wiring, engine, networks)
 
     def batch(step):
@@ -334,7 +269,7 @@ def build(context: Context) -> Task:
         return found
 
     def step(state, batch):
-        if wiring.policy:
+        if roll_out:
             batch = batch | roll_out(state.params, frozen, batch)
         return update(state, frozen, batch)
 

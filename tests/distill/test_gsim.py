@@ -75,6 +75,35 @@ def test_value_of_a_known_divergence(norm, expected):
         np.testing.assert_allclose(whole - (0.3 if norm == "huber" else 0), expected, atol=1e-5)
 
 
+def test_the_sum_over_times_is_the_divergence():
+    """Of normal samples from the same mixture: weight `kl`, squared norm, exact scores (section 15, oracle 2)."""
+    grid = np.linspace(-9.0, 9.0, 4001)
+    with jax.enable_x64(True):
+
+        def term(step):
+            alpha, sigma = (jnp.asarray(column, jnp.float64)[step] for column in (PROCESS.alpha, PROCESS.sigma))
+
+            def log_teacher(x):
+                parts = [
+                    jnp.log(share) - (x - alpha * mean) ** 2 / (2 * var) - 0.5 * jnp.log(var)
+                    for share, mean, std in ((0.4, -1.2, 0.5), (0.6, 0.9, 0.7))
+                    for var in [alpha**2 * std**2 + sigma**2]
+                ]
+                return jnp.logaddexp(*parts)
+
+            mean, var = alpha * 0.7, alpha**2 * 0.6**2 + sigma**2
+            own, teacher = -(grid - mean) / var, jax.vmap(jax.grad(log_teacher))(jnp.asarray(grid))
+            # The draw is what is predicted of it: nothing is implicit.
+            noises = (-sigma * score[:, None] for score in (own, own, teacher))
+            settings, steps = Gsim("squared", weight="kl"), jnp.full(len(grid), step)
+            rows = gsim.row_losses(settings, PROCESS, steps, *noises, start=jnp.zeros((len(grid), 1)))
+            density = jnp.exp(-((grid - mean) ** 2) / (2 * var)) / jnp.sqrt(2 * math.pi * var)
+            return (rows * density).sum() * (grid[1] - grid[0])
+
+        total = jax.jit(lambda: jax.lax.map(term, jnp.arange(1000)).sum())()
+    np.testing.assert_allclose(total, 0.46999, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

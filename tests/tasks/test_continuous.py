@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from maskrl_jax.distill import diffusion
-from maskrl_jax.tasks.continuous import MarSampler, Network
+from maskrl_jax.errors import UserError
+from maskrl_jax.evaluate.measure import System
+from maskrl_jax.tasks.continuous import MarSampler, Network, Studio
 
 CHANNELS, PROCESS = 3, diffusion.make_process(1000)
 
@@ -52,3 +54,36 @@ def test_a_head_that_predicts_noise_is_the_network():
 def test_bad_samplers_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad)) if "inner_steps" not in bad else "steps"):
         MarSampler(**bad)
+
+
+def studio(**settings):
+    """Of a grid of 16 tokens; the system knows its sampler alone."""
+    engine = types.SimpleNamespace(codec=types.SimpleNamespace(config=types.SimpleNamespace(num_tokens=16)))
+    return Studio(engine, None, MarSampler(8, 20), lambda sampler: System("fixed", str(sampler), None), **settings)
+
+
+def test_a_user_changes_what_the_sampler_has():
+    system, setting, words = studio().asked({"num_steps": 4, "inner_steps": 10, "guidance": 1.5}, None)
+    assert setting == 4 and "10 steps of the chain, guidance 1.5" in words
+    assert system.label == str(MarSampler(4, 10, guidance=1.5))
+    assert studio().asked({}, None)[1] == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "message"),
+    [
+        ({}, {"gumbel": 1.0}, "--gumbel changes nothing"),
+        ({"takes": ("num_steps", "temperature")}, {"guidance": 2.0}, "it takes --num_steps, --temperature"),
+        ({}, {"num_steps": 17}, "--num_steps=17 must lie in 1..16"),
+        ({}, {"num_steps": 0}, "num_steps 0"),
+        ({}, {"guidance_schedule": "cosine"}, "cosine"),
+    ],
+)
+def test_what_means_nothing_is_refused(settings, asked, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        studio(**settings).asked(asked, None)
+
+
+def test_a_picture_cannot_be_made_anew_in_part():
+    with pytest.raises(UserError, match="--image"):
+        studio().inpainting(np.zeros((32, 32, 3)), [0, 0, 8, 8])

@@ -11,8 +11,8 @@ from configs import marval_rl as marval_rl_config
 from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.errors import UserError
 from maskrl_jax.parallel import Axis, Parallel
-from maskrl_jax.tasks import kl_vae
 from maskrl_jax.tasks.marval_rl import Wiring
+from tests.continuous import images, random_networks
 
 ROWS = 4
 ALONE = Axis(1, Parallel("sharded", jax.local_devices()[:1]))
@@ -25,25 +25,8 @@ def wiring_of(**changes):
     return Wiring(config, conditioning_of(config.data.name, config.data.text_length))
 
 
-@functools.cache
 def networks():
-    """Random weights that do something: (network, frozen)."""
-    wiring = wiring_of()
-    codec = wiring.base.codec
-
-    def moved(tree, seed):
-        leaves, kind = jax.tree.flatten(tree)
-        keys = jax.random.split(jax.random.key(seed), len(leaves))
-        return jax.tree.unflatten(
-            kind, [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-        )
-
-    network = moved(jax.jit(wiring.base.init)(jax.random.key(0)).params, 1)
-    side = codec.config.image_size
-    judge = jax.jit(wiring.judge.init)(jax.random.key(2), jnp.zeros((1, side, side, 3)))
-    made = jax.jit(kl_vae.Wiring(wiring.config.parents.tokenizer).init)(jax.random.key(3))
-    tokenizer = {"model": made.params, "latents": made.extra["latents"]}
-    return network, {"tokenizer": tokenizer, "judge": judge, "teacher": network, "student": network}
+    return random_networks(wiring_of())
 
 
 def request(wiring):
@@ -54,9 +37,9 @@ def request(wiring):
 
 
 def pictures(wiring):
-    side = wiring.base.codec.config.image_size
-    image = np.random.default_rng(0).integers(0, 255, (ROWS, side, side, 3), np.uint8)
-    return {name: value for name, value in request(wiring).items() if name != "target"} | {"image": image}
+    return {name: value for name, value in request(wiring).items() if name != "target"} | {
+        "image": images(wiring, ROWS)
+    }
 
 
 def one_update(wiring, batch):
@@ -72,7 +55,7 @@ def test_fresh_rollouts_have_a_likelihood_ratio_of_one(iterations):
     wiring = wiring_of(gradient="policy", policy={"iterations": iterations})
     network, frozen = networks()
     batch = request(wiring)
-    made = jax.jit(functools.partial(wiring.rollout, axis=ALONE))(network, frozen, batch)
+    made = jax.jit(functools.partial(wiring.policy.rollout, axis=ALONE))(network, frozen, batch)
     state, after, metrics = one_update(wiring, batch | made)
     assert float(metrics["rl/approximate_kl"][0]) < 1e-3
     assert float(metrics["rl/kl"][0]) < 1e-5

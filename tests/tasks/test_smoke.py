@@ -42,3 +42,19 @@ def test_smoke_configs_run_two_steps(trained, tmp_path, chain):
         workdir = tmp_path / name
         workdir.mkdir()
         parents[name] = two_steps(module.get_config(argument), parents, trained.store, str(workdir))
+        if chain == "continuous" and name.startswith("mar"):
+            a_user_samples(parents[name], parents, trained.store)
+
+
+def a_user_samples(stage, parents, store):
+    """`sample --num_steps=2`, without its flags."""
+    context = Context(
+        stage.config, parents, Parallel(stage.config.parallel, jax.local_devices()[:1]), store, stage.workdir
+    )
+    studio = runner.task_module(stage.config).studio(context, stage.params)
+    system, steps, words = studio.asked({"num_steps": 2}, None)
+    cond = studio.dataset.encode(studio.dataset.prompts(2, 0))
+    made = system.generate(steps, cond, np.arange(2, dtype=np.int32), 0)
+    assert f"{system.label}: 2 iterations" in words
+    assert made.images.shape == (2, 32, 32, 3) and np.isfinite(made.images).all()
+    np.testing.assert_array_equal(made.calls, 2)

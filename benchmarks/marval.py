@@ -1,0 +1,240 @@
+"""MAR, its one-call student and the tuned student on the embedded task, and the experiments of specs/marval.md section 14.
+
+python benchmarks/marval.py --jobs=2                 # the claim: every stage, three seeds of all of them
+python benchmarks/marval.py --only=mar --only=marval # these, on what is finished of the stages below
+python benchmarks/marval.py --screen --jobs=2 --out=benchmarks/marval_arms   # section 14: one change each, one teacher
+
+Tokenizer and judge are those of the store; a seed has a MAR, a student and tuned students of its own, and noise of its
+own to measure them with. An arm is compared with what stands beside it in its own report, under the same prompts and
+keys: MAR with nothing, a student with its teacher's chain, a tuned student with the student. What is finished is in
+<out>.json with a number a prompt, and is not done again. Bounds: 95 % paired bootstrap over prompts and seeds.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import side_by_side  # noqa: E402
+from maskrl_jax import stored  # noqa: E402
+from maskrl_jax.evaluate import bootstrap, measure  # noqa: E402
+
+STAGES = ("mar", "marval", "marval_rl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A run of a stage with changes of its config."""
+
+    stage: str
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    argument: str = ""
+
+
+ANCHORED = {"anchor.kind": "gsim", "anchor.weight": 0.3}
+CLAIM = {
+    "mar": Arm("mar"),
+    "marval": Arm("marval"),
+    "marval_rl": Arm("marval_rl"),
+    "marval_rl, anchor": Arm("marval_rl", ANCHORED),
+}
+SHORT = {"num_steps": 400, "distillation.warm_up": 100, "evaluation.steps": "(16,)", "evaluation.group": 2}
+
+
+def _student(**changes: Any) -> Arm:
+    return Arm("marval", SHORT | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def _tuned(argument: str = "", **changes: Any) -> Arm:
+    own = {"num_steps": 40, "evaluation.steps": "(16,)", "evaluation.group": 2, "eval_every": 0}
+    return Arm("marval_rl", own | {name.replace("__", "."): value for name, value in changes.items()}, argument)
+
+
+SCREEN = {
+    "default": _student(),
+    # 1: the loss
+    "kappa 0 (SIM)": _student(loss__kappa=0.0),
+    "kappa -0.4": _student(loss__kappa=-0.4),
+    "squared norm": _student(loss__norm="squared", loss__weight="x0"),
+    "frozen norm": _student(loss__norm="frozen"),
+    "dmd": _student(loss__norm="dmd"),
+    # 2: the one-step form
+    "t* 399": _student(model__time=399),
+    "t* 600": _student(model__time=600),
+    "t* 900": _student(model__time=900),
+    "u = zeta": _student(model__scale="one"),
+    "direct x0": _student(model__form="x0", model__time=999),
+    # 3: weight, times, radius
+    "weight x0": _student(loss__weight="x0"),
+    "weight raw": _student(loss__weight="raw"),
+    "weight kl, squared": _student(loss__norm="squared", loss__weight="kl"),
+    "t up to 900": _student(loss__last=900),
+    "t up to 990": _student(loss__last=990),
+    "r 1e-3": _student(loss__radius=1e-3),
+    "r 1e-2": _student(loss__radius=1e-2),
+    # 4: trained parts
+    "student's head alone": _student(distillation__student="head_only"),
+    "auxiliary's head alone": _student(distillation__auxiliary="head_only"),
+    "heads alone": _student(distillation__student="head_only", distillation__auxiliary="head_only"),
+    # 5: guidance
+    "w 1.0": _student(loss__guidance=1.0),
+    "w 1.2": _student(loss__guidance=1.2),
+    "w 1.5": _student(loss__guidance=1.5),
+    "w 2": _student(loss__guidance=2.0),
+    "w 3": _student(loss__guidance=3.0),
+    # 6: norm, updates
+    "norm over an image": _student(loss__over="image"),
+    "2 auxiliary steps": _student(distillation__auxiliary_steps=2),
+    "5 auxiliary steps": _student(distillation__auxiliary_steps=5),
+    "no warm-up": _student(distillation__warm_up=0),
+    "warm-up of 300": _student(distillation__warm_up=300),
+    # 8: tuning
+    "tuned": _tuned(),
+    "tuned, K 8": _tuned(rollout__num_steps=8),
+    "tuned, J 4 of 16": _tuned(truncation__iterations=4),
+    "tuned, J 2 of 16": _tuned(truncation__iterations=2),
+    "tuned, contexts detached": _tuned(truncation__detach_context=True),
+    "tuned, gsim": _tuned(anchor__kind="gsim", anchor__weight=0.3),
+    "tuned, l2_ref": _tuned(anchor__kind="l2_ref", anchor__weight=10.0),
+    "tuned by policy gradient": _tuned("policy"),
+}
+SEEDS = flags.DEFINE_multi_integer("seeds", None, "seed of all stages, once for each; default 0, 1, 2; of --screen 0")
+SCREENED = flags.DEFINE_bool("screen", False, "run section 14's arms, short, on seed 0's stages of the claim")
+ONLY = flags.DEFINE_multi_enum("only", None, [*CLAIM, *SCREEN], "train this arm; the table holds what is finished")
+JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time; what several print goes to <run>.log", lower_bound=1)
+RUNS = flags.DEFINE_string("runs", "runs/marval-arms", "where the runs go")
+STORE = flags.DEFINE_string("store", "runs/stages", "where tokenizer and judge are")
+OUT = flags.DEFINE_string("out", "benchmarks/marval", "result files without their ending")
+METRICS = ("graded", "strict", "diversity")
+EVALUATION_SEED = 17  # of seed 0; each further seed has the next
+
+
+def main(_: list[str]) -> None:
+    """Train what is missing, a stage after the other, and write after every run."""
+    arms = SCREEN if SCREENED.value else CLAIM
+    foreign = [name for name in ONLY.value or () if name not in arms]
+    if foreign:
+        sys.exit(f"error: {foreign[0]!r} is an arm {'without' if SCREENED.value else 'of'} --screen")
+    out = (ROOT / OUT.value).with_suffix(".json")
+    done = json.loads(out.read_text()) if out.exists() else {"runs": {}}
+    runs = side_by_side.Runs(JOBS.value)
+
+    def keep(name: str, workdir: pathlib.Path) -> None:
+        done["runs"][name] = _numbers(arms[name.rsplit(", seed", 1)[0]], workdir)
+        stored.write(str(out), json.dumps(done) + "\n")
+
+    failed = ""
+    for stage in STAGES:  # a stage stands on the one before it
+        wanted = {
+            f"{name}, seed {seed}": functools.partial(_train, runs, name, arms[name], seed)
+            for seed in SEEDS.value or ((0,) if SCREENED.value else (0, 1, 2))
+            for name in ONLY.value or arms
+            if arms[name].stage == stage
+        }
+        missing = {name: train for name, train in wanted.items() if name not in done["runs"]}
+        failed = failed or runs.all(missing, keep)
+        if failed:
+            break
+    if done["runs"]:
+        out.with_suffix(".md").write_text(_table(done["runs"], arms))
+        print(f"wrote {out.with_suffix('.md')}", flush=True)
+    if failed:
+        sys.exit(failed)
+
+
+def _workdir(name: str, seed: int) -> pathlib.Path:
+    return ROOT / RUNS.value / f"{name.replace(' ', '_').replace(',', '')}-seed{seed}"
+
+
+def _train(runs: side_by_side.Runs, name: str, arm: Arm, seed: int) -> pathlib.Path:
+    changes = {"seed": seed, "evaluation.seed": EVALUATION_SEED + seed, "evaluation.timing_repeats": 0}
+    for parent in STAGES[: STAGES.index(arm.stage)]:
+        below = _workdir(parent, seed)
+        if not os.path.exists(below):
+            sys.exit(f"error: {name} stands on {below}, which is not there; train --only={parent} first")
+        changes[f"init.{parent}"] = below
+    config = f"configs/{arm.stage}.py" + f":{arm.argument}" * bool(arm.argument)
+    folder = f"screen/{name}" if SCREENED.value else name
+    return runs.train(config, _workdir(folder, seed), STORE.value, changes | arm.changes)
+
+
+def _numbers(arm: Arm, workdir: pathlib.Path) -> dict:
+    """What is kept of a run: every point with a number a prompt, and what training took."""
+    results = json.loads((workdir / "results.json").read_text())
+    points = []
+    for plain in results["points"]:
+        point = measure.load_point(workdir / "points", plain)
+        values = {name: np.round(point.per_prompt(name), 4).tolist() for name in METRICS}
+        kept = {"system": point.system, "label": point.label, "setting": point.setting}
+        points.append(kept | {"frechet": point.frechet} | values)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["perf/step_time"] for line in lines if "perf/step_time" in line]
+    return {
+        "stage": arm.stage,
+        "points": points,
+        "reference": results["reference"][0]["setting"],
+        "updates": lines[-1]["step"],
+        "seconds_an_update": float(np.median(seconds)),
+        "sampler": results["facts"].get("sampler", results["facts"].get("sampler of the teacher")),
+        "commit": results["facts"]["commit"],
+        "machine": results["facts"]["machine"],
+    }
+
+
+def _of(run: dict, system: str, setting: float) -> dict:
+    return next(p for p in run["points"] if (p["system"], p["setting"]) == (system, setting))
+
+
+def _table(runs: dict[str, dict], arms: dict[str, Arm]) -> str:
+    """A row an arm, a system and a number of iterations."""
+    commits, machines = (", ".join(sorted({run[of] for run in runs.values()})) for of in ("commit", "machine"))
+    lines = [
+        "# MAR, MARVAL and MARVAL-RL on the embedded task" + (": section 14" if SCREENED.value else ""),
+        "",
+        f"Held-out captions, the same keys for all systems of a run. Commits: {commits}. Machine: {machines}. Ratios and "
+        "differences are against the system that the last column names, at its most iterations.",
+        "",
+        "| arm | seeds | updates | s / update | system | iterations | graded | each seed | strict | Fréchet | diversity "
+        "| graded - reference [95 %] | graded ratio | FD ratio | diversity ratio [95 %] | reference |",
+        "|---|---:|---:|---:|---|---:|---:|---|---:|---:|---:|---|---:|---:|---|---|",
+    ]
+    for name in arms:
+        own = [run for key, run in sorted(runs.items()) if key.rsplit(", seed", 1)[0] == name]
+        if own:
+            settings = [(p["system"], p["label"], p["setting"]) for p in own[0]["points"]]
+            lines += [_row(name, own, *setting) for setting in settings]
+    return "\n".join(lines) + "\n"
+
+
+def _row(arm: str, runs: list[dict], system: str, label: str, setting: float) -> str:
+    points = [_of(run, system, setting) for run in runs]
+    beside = [_of(run, "base", run["reference"]) for run in runs]
+    graded, diversity = ((_values(points, name), _values(beside, name)) for name in ("graded", "diversity"))
+    frechet = [np.mean([point["frechet"] for point in side]) for side in (points, beside)]
+    cells = [arm, str(len(runs)), "/".join(sorted({str(run["updates"]) for run in runs}))]
+    cells += [f"{np.mean([run['seconds_an_update'] for run in runs]):.2f}", label, f"{setting:g}"]
+    cells += [f"{graded[0].mean():.3f}", ", ".join(f"{x:.3f}" for x in graded[0].mean(1))]
+    cells += [f"{_values(points, 'strict').mean():.3f}", f"{frechet[0]:.1f}", f"{diversity[0].mean():.2f}"]
+    if points == beside:
+        return "| " + " | ".join([*cells, *[""] * 5]) + " |"
+    ratio = bootstrap.paired_ratio(*diversity)
+    cells += [f"{bootstrap.paired_difference(*graded):+}", f"{graded[0].mean() / graded[1].mean():.3f}"]
+    cells += [f"{frechet[0] / frechet[1]:.2f}", f"{ratio}", f"{beside[0]['label']}, {runs[0]['reference']:g}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _values(points: list[dict], name: str) -> np.ndarray:
+    return np.array([point[name] for point in points])
+
+
+if __name__ == "__main__":
+    app.run(main)
