@@ -108,10 +108,15 @@ class Wiring:
         return jax.vmap(one, out_axes=1)(keys_B)
 
     def auxiliary_loss(self, params: Any, z: Array, tokens: Array, step: Array, noise: Array, counted: Array):
-        """Squared error of the noise of the student's samples, summed; of the noise whatever the head predicts (8)."""
+        """Squared error, summed, of what the head predicts of the student's noised samples (section 8; there, noise).
+
+        Of a velocity that of the noise would be too little at late times, where the head would not follow the student.
+        """
         state = diffusion.noised(self.process, tokens, step, noise)
         guess, _ = diffusion.split(self.network.head(params, state, step, self.network.condition(params, z)[None]))
         each = jnp.square(guess - noise).mean(-1)
+        if self.base.sizes.prediction == "velocity":
+            each = diffusion.velocity_error(self.process, step, each)
         return jnp.where(counted, each, 0).sum()
 
     def student_loss(self, params, auxiliary, teacher, z, z_auxiliary, z_teacher, draws, counted):
