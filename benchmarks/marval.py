@@ -85,9 +85,8 @@ SCREEN = {
     "student's head alone": _student(distillation__student="head_only"),
     "auxiliary's head alone": _student(distillation__auxiliary="head_only"),
     "heads alone": _student(distillation__student="head_only", distillation__auxiliary="head_only"),
-    # 5: guidance
+    # 5: guidance; 1.2 is the default
     "w 1.0": _student(loss__guidance=1.0),
-    "w 1.2": _student(loss__guidance=1.2),
     "w 1.5": _student(loss__guidance=1.5),
     "w 2": _student(loss__guidance=2.0),
     "w 3": _student(loss__guidance=3.0),
@@ -95,8 +94,10 @@ SCREEN = {
     "norm over an image": _student(loss__over="image"),
     "2 auxiliary steps": _student(distillation__auxiliary_steps=2),
     "5 auxiliary steps": _student(distillation__auxiliary_steps=5),
-    "no warm-up": _student(distillation__warm_up=0),
-    "warm-up of 300": _student(distillation__warm_up=300),
+    # As many updates of the student as the others.
+    "no warm-up": _student(distillation__warm_up=0, num_steps=300),
+    "warm-up of 300": _student(distillation__warm_up=300, num_steps=600),
+    # 7, iterations, is in the claim: every run of it measures several numbers of them
     # 8: tuning
     "tuned": _tuned(),
     "tuned, K 8": _tuned(rollout__num_steps=8),

@@ -1,6 +1,6 @@
 """Continuous tokenizer of the embedded sets for MAR: 32 x 32 pixels to 8 x 8 latents.
 
-python -m maskrl_jax.main --config=configs/kl_vae.py          # shapes; less than a minute on two cores: 31.1 dB
+python -m maskrl_jax.main --config=configs/kl_vae.py          # shapes; less than a minute on two cores: 34.5 dB
 python -m maskrl_jax.main --config=configs/kl_vae.py:digits   # scikit-learn's handwritten digits
 python -m maskrl_jax.main --config=configs/kl_vae.py:tfds-cifar10   # or any other TFDS set of labelled images
 python -m maskrl_jax.main --config=configs/kl_vae.py:kl16 --dry_run=v5e:4x4   # KL-16's network, compile only

@@ -7,6 +7,8 @@ import numpy as np
 from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.tasks import kl_vae
 
+MADE = {}
+
 
 def moved(tree, seed):
     """Every array with noise added: what starts at 0 says nothing."""
@@ -18,24 +20,21 @@ def moved(tree, seed):
 
 def random_networks(wiring):
     """(network, what is frozen) of a wiring of `marval` or `marval_rl`; made once for each size."""
-    return _networks(str(wiring.config.parents), wiring.base, wiring.config.parents)
-
-
-def images(wiring, rows):
-    side = wiring.base.codec.config.image_size
-    return np.random.default_rng(0).integers(0, 255, (rows, side, side, 3), np.uint8)
-
-
-_MADE = {}
-
-
-def _networks(name, base, parents):
-    if name not in _MADE:
-        network = moved(jax.jit(base.init)(jax.random.key(0)).params, 1)
-        side = base.codec.config.image_size
+    parents = wiring.config.parents
+    name = str(parents)
+    if name not in MADE:
+        network, side = moved(jax.jit(wiring.base.init)(jax.random.key(0)).params, 1), side_of(wiring)
         judge = Judge(JudgeConfig(**parents.judge.model))
         judge = jax.jit(judge.init)(jax.random.key(2), jnp.zeros((1, side, side, 3)))
         made = jax.jit(kl_vae.Wiring(parents.tokenizer).init)(jax.random.key(3))
         tokenizer = {"model": made.params, "latents": made.extra["latents"]}
-        _MADE[name] = network, {"tokenizer": tokenizer, "judge": judge, "teacher": network, "student": network}
-    return _MADE[name]
+        MADE[name] = network, {"tokenizer": tokenizer, "judge": judge, "teacher": network, "student": network}
+    return MADE[name]
+
+
+def images(wiring, rows):
+    return np.random.default_rng(0).integers(0, 255, (rows, side_of(wiring), side_of(wiring), 3), np.uint8)
+
+
+def side_of(wiring):
+    return wiring.base.codec.config.image_size

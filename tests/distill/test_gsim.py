@@ -24,6 +24,20 @@ def one_level(alpha: float, sigma: float) -> Process:
     )
 
 
+def teacher_score(x_R, alpha, sigma):
+    """Of the oracles' mixture .4 N(-1.2, .5^2) + .6 N(.9, .7^2), noised, at x [R]."""
+
+    def log_density(x):
+        parts = [
+            jnp.log(share) - (x - alpha * mean) ** 2 / (2 * var) - 0.5 * jnp.log(var)
+            for share, mean, std in ((0.4, -1.2, 0.5), (0.6, 0.9, 0.7))
+            for var in [alpha**2 * std**2 + sigma**2]
+        ]
+        return jnp.logaddexp(*parts)
+
+    return jax.vmap(jax.grad(log_density))(x_R)
+
+
 def integrated(settings: Gsim, m: float, s: float):
     """Loss of the 1-D student x_0 = m + s zeta under exact scores, by the trapezoid rule; its own scores are frozen."""
     alpha, sigma = 0.8, 0.6
@@ -32,18 +46,10 @@ def integrated(settings: Gsim, m: float, s: float):
     density = jnp.exp(-(zeta**2 + eps**2) / 2)[..., 0] / (2 * math.pi) * (grid[1] - grid[0]) ** 2
     held_m, held_s = jax.lax.stop_gradient((m, s))
 
-    def log_teacher(x):
-        parts = [
-            jnp.log(share) - (x - alpha * mean) ** 2 / (2 * var) - 0.5 * jnp.log(var)
-            for share, mean, std in ((0.4, -1.2, 0.5), (0.6, 0.9, 0.7))
-            for var in [alpha**2 * std**2 + sigma**2]
-        ]
-        return jnp.logaddexp(*parts)
-
     start = m + s * zeta
     state = alpha * start + sigma * eps
     own = -(state - alpha * held_m) / (alpha**2 * held_s**2 + sigma**2)
-    teacher = jax.vmap(jax.grad(log_teacher))(state.reshape(-1)).reshape(state.shape)
+    teacher = teacher_score(state.reshape(-1), alpha, sigma).reshape(state.shape)
     step = jnp.zeros(start.shape[:-1], jnp.int32)
     rows = gsim.row_losses(settings, one_level(alpha, sigma), step, eps, -sigma * own, -sigma * teacher, start)
     return (rows * density).sum()
@@ -83,16 +89,8 @@ def test_the_sum_over_times_is_the_divergence():
         def term(step):
             alpha, sigma = (jnp.asarray(column, jnp.float64)[step] for column in (PROCESS.alpha, PROCESS.sigma))
 
-            def log_teacher(x):
-                parts = [
-                    jnp.log(share) - (x - alpha * mean) ** 2 / (2 * var) - 0.5 * jnp.log(var)
-                    for share, mean, std in ((0.4, -1.2, 0.5), (0.6, 0.9, 0.7))
-                    for var in [alpha**2 * std**2 + sigma**2]
-                ]
-                return jnp.logaddexp(*parts)
-
             mean, var = alpha * 0.7, alpha**2 * 0.6**2 + sigma**2
-            own, teacher = -(grid - mean) / var, jax.vmap(jax.grad(log_teacher))(jnp.asarray(grid))
+            own, teacher = -(grid - mean) / var, teacher_score(jnp.asarray(grid), alpha, sigma)
             # The draw is what is predicted of it: nothing is implicit.
             noises = (-sigma * score[:, None] for score in (own, own, teacher))
             settings, steps = Gsim("squared", weight="kl"), jnp.full(len(grid), step)

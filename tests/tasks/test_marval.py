@@ -11,7 +11,7 @@ from configs import marval as marval_config
 from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.errors import UserError
 from maskrl_jax.parallel import Axis, Parallel
-from maskrl_jax.tasks.marval import Wiring
+from maskrl_jax.tasks.marval import STUDENT_DRAW, Wiring
 from tests.continuous import images, moved, random_networks
 
 ROWS = 4
@@ -44,31 +44,36 @@ def begun():
     return wiring, moved(teacher, 5), moved(teacher, 6), teacher, frozen
 
 
-def objective(begun, student, auxiliary, teacher):
-    """What the student minimises, with everything that it needs computed inside."""
+@pytest.fixture(scope="module")
+def objective(begun):
+    """What the student minimises, with everything that it needs computed inside, and the gradients to all three."""
     wiring, *_, frozen = begun
+    return jax.jit(jax.value_and_grad(functools.partial(loss, wiring, frozen), argnums=(0, 1, 2)))
+
+
+def loss(wiring, frozen, student, auxiliary, teacher):
     ready = wiring.prepared(frozen | {"teacher": teacher}, batch_of(wiring))
     z, z_auxiliary = (wiring.conditions(p, "full", ready) for p in (student, auxiliary))
     networks = (student, auxiliary, teacher, z, z_auxiliary, ready["teacher"])
-    return wiring.student_loss(*networks, wiring.draws(ready["keys"], 20), ready["counted"])[0]
+    return wiring.student_loss(*networks, wiring.draws(ready["keys"], STUDENT_DRAW), ready["counted"])[0]
 
 
-def test_the_student_alone_learns_from_its_loss(begun):
+def test_the_student_alone_learns_from_its_loss(begun, objective):
     _, student, auxiliary, teacher, _ = begun
-    found = jax.jit(jax.grad(functools.partial(objective, begun), argnums=(0, 1, 2)))(student, auxiliary, teacher)
+    _, found = objective(student, auxiliary, teacher)
     assert largest(found[0]) > 1e-3
     assert largest(found[1:]) == 0
 
 
-def test_the_gradient_of_the_loss_is_whole(begun):
+def test_the_gradient_of_the_loss_is_whole(begun, objective):
     """No path from the student to its loss is cut: along the gradient the loss moves as the gradient says."""
     _, student, auxiliary, teacher, _ = begun
-    value = jax.jit(lambda p: objective(begun, p, auxiliary, teacher))
-    slope = jax.jit(jax.grad(lambda p: objective(begun, p, auxiliary, teacher)))(student)
+    slope = objective(student, auxiliary, teacher)[1][0]
     norm = float(jnp.sqrt(sum(jnp.square(x).sum() for x in jax.tree.leaves(slope))))
 
     def along(step):
-        return float(value(jax.tree.map(lambda x, d: x + step * d / norm, student, slope)))
+        moved_on = jax.tree.map(lambda x, d: x + step * d / norm, student, slope)
+        return float(objective(moved_on, auxiliary, teacher)[0])
 
     np.testing.assert_allclose((along(1e-3) - along(-1e-3)) / 2e-3, norm, rtol=2e-2)
 
