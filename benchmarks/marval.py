@@ -157,7 +157,7 @@ def _workdir(name: str, seed: int) -> pathlib.Path:
 
 
 def _train(runs: side_by_side.Runs, name: str, arm: Arm, seed: int) -> pathlib.Path:
-    changes = {"seed": seed, "evaluation.seed": EVALUATION_SEED + seed, "evaluation.timing_repeats": 0}
+    changes = {"seed": seed, "evaluation.seed": EVALUATION_SEED + seed}
     for parent in STAGES[: STAGES.index(arm.stage)]:
         below = _workdir(parent, seed)
         if not os.path.exists(below):

@@ -81,6 +81,7 @@ def evaluation(smoke: bool = False) -> dict:
         return {
             "prompts": 8,
             "group": 2,
+            "seed": 17,
             "batch_size": 16,
             "steps": (2, 4),
             "glance_prompts": 8,
@@ -93,6 +94,7 @@ def evaluation(smoke: bool = False) -> dict:
     return {
         "prompts": 192,
         "group": 4,
+        "seed": 17,
         "batch_size": 64,
         "steps": (4, 8, 16),
         "glance_prompts": 32,
