@@ -47,7 +47,7 @@ CLAIM = {
     "marval_rl": Arm("marval_rl"),
     "marval_rl, anchor": Arm("marval_rl", ANCHORED),
 }
-SHORT = {"num_steps": 400, "distillation.warm_up": 100, "evaluation.steps": "(16,)", "evaluation.group": 2}
+SHORT = {"num_steps": 250, "evaluation.steps": "(16,)", "evaluation.group": 2}
 
 
 def _student(**changes: Any) -> Arm:
@@ -62,11 +62,12 @@ def _tuned(argument: str = "", **changes: Any) -> Arm:
 SCREEN = {
     "default": _student(),
     # 1: the loss
-    "kappa 0 (SIM)": _student(loss__kappa=0.0),
+    "kappa 1 (GSIM)": _student(loss__kappa=1.0),
     "kappa -0.4": _student(loss__kappa=-0.4),
     "squared norm": _student(loss__norm="squared", loss__weight="x0"),
     "frozen norm": _student(loss__norm="frozen"),
     "dmd": _student(loss__norm="dmd"),
+    "as published": _student(loss__kappa=1.0, loss__over="token", loss__guidance=1.2),
     # 2: the one-step form
     "t* 399": _student(model__time=399),
     "t* 600": _student(model__time=600),
@@ -85,18 +86,18 @@ SCREEN = {
     "student's head alone": _student(distillation__student="head_only"),
     "auxiliary's head alone": _student(distillation__auxiliary="head_only"),
     "heads alone": _student(distillation__student="head_only", distillation__auxiliary="head_only"),
-    # 5: guidance; 1.2 is the default
+    # 5: guidance; 2 is the default
     "w 1.0": _student(loss__guidance=1.0),
+    "w 1.2": _student(loss__guidance=1.2),
     "w 1.5": _student(loss__guidance=1.5),
-    "w 2": _student(loss__guidance=2.0),
     "w 3": _student(loss__guidance=3.0),
     # 6: norm, updates
-    "norm over an image": _student(loss__over="image"),
+    "norm over a token": _student(loss__over="token"),
     "2 auxiliary steps": _student(distillation__auxiliary_steps=2),
     "5 auxiliary steps": _student(distillation__auxiliary_steps=5),
     # As many updates of the student as the others.
-    "no warm-up": _student(distillation__warm_up=0, num_steps=300),
-    "warm-up of 300": _student(distillation__warm_up=300, num_steps=600),
+    "no warm-up": _student(distillation__warm_up=0, num_steps=200),
+    "warm-up of 200": _student(distillation__warm_up=200, num_steps=400),
     # 7, iterations, is in the claim: every run of it measures several numbers of them
     # 8: tuning
     "tuned": _tuned(),

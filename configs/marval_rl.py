@@ -37,7 +37,7 @@ def get_config(arg: str = ""):
         # With objects too many or too few the judge is 0 whatever else is changed: a smoke run's pictures need another.
         rewards={"judge": 1.0} | ({"judge_whole": 0.1} if smoke else {}),
         gradient="policy" if arg == "policy" else "reward",
-        rollout={"num_steps": steps},
+        rollout={"num_steps": steps, "bucket": 64 if published else 16},  # fewer shapes compile sooner
         truncation={"iterations": 0, "detach_context": False},
         policy={
             "deviation": 0.1,

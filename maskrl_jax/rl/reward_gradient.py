@@ -49,24 +49,24 @@ def rollout(
 ) -> Array:
     """Tokens [B,L,C] in raster order, differentiable in the parameters of `backbone` and `draw`.
 
-    The draws are those of `sampling.mar.generate` for a plan of bucket 1. What an iteration computes is computed again
-    on the way back: of each, the tokens alone are kept.
+    The draws are those of `sampling.mar.generate`. What an iteration computes is computed again on the way back: of
+    each, the tokens alone are kept.
     """
     order_BL, keys_BL = mar.randomness(keys_B, plan.num_tokens)
     tokens_BLC = jnp.zeros((*order_BL.shape, channels))
-    before, first = (plan.num_tokens, *plan.masked_after), truncation.first(plan.num_steps)
-    for k, (masked, after) in enumerate(zip(before, before[1:], strict=False)):
-        shape = (plan.num_tokens - masked, masked - after)
+    first, place_L1 = truncation.first(plan.num_steps), jnp.arange(plan.num_tokens)[:, None]
 
-        def iteration(tokens, shape=shape, masked=masked, after=after):
-            return mar.iterate(backbone, draw, tokens, order_BL, conds, keys_BL, shape, masked, after, 1.0)
+    def iteration(tokens, shape, masked, after, _):
+        return mar.iterate(backbone, draw, tokens, order_BL, conds, keys_BL, shape, masked, after, 1.0)
 
-        if k < first:
-            tokens_BLC = jax.lax.stop_gradient(iteration(tokens_BLC))
-        elif truncation.detach_context:
-            drawn = jax.checkpoint(iteration)(jax.lax.stop_gradient(tokens_BLC))
-            place_L1 = jnp.arange(plan.num_tokens)[:, None]
-            tokens_BLC = jnp.where(((place_L1 >= after) & (place_L1 < masked))[None], drawn, tokens_BLC)
-        else:
-            tokens_BLC = jax.checkpoint(iteration)(tokens_BLC)
+    def detached(tokens, shape, masked, after, k):
+        drawn = iteration(jax.lax.stop_gradient(tokens), shape, masked, after, k)
+        return jnp.where(((place_L1 >= after) & (place_L1 < masked))[None], drawn, tokens)
+
+    kept = jax.checkpoint(detached if truncation.detach_context else iteration, static_argnums=(1,))
+    for segment in plan.segments():
+        for part in segment.split(first):
+            tokens_BLC = mar.run(part, kept, tokens_BLC)
+            if part.first < first:
+                tokens_BLC = jax.lax.stop_gradient(tokens_BLC)
     return mar.to_raster(tokens_BLC, order_BL)

@@ -21,6 +21,8 @@ GUIDANCE_SCHEDULES = ("linear", "constant")
 Backbone = Callable[[Array, Array, Array, int | Array], Array]
 # (condition [B,R,D], the null condition's or None, guidance scale [], keys [B,R]) -> tokens [B,R,C]
 Draw = Callable[[Array, Array | None, Array, Array], Array]
+# (tokens [B,L,C], shape (V, R), masked before, masked after, number k) -> tokens
+Iteration = Callable[[Array, tuple[int, int], int | Array, int | Array, int | Array], Array]
 
 
 class Segment(NamedTuple):
@@ -31,6 +33,13 @@ class Segment(NamedTuple):
     first: int  # k of its first iteration
     masked: tuple[int, ...]  # m_k before each iteration
     after: tuple[int, ...]  # m_{k+1}
+
+    def split(self, k: int) -> list["Segment"]:
+        """Its iterations before k, and those from k on; what is empty is left out."""
+        at = min(max(k - self.first, 0), len(self.masked))
+        parts = (self.first, slice(0, at)), (self.first + at, slice(at, None))
+        found = [self._replace(first=first, masked=self.masked[own], after=self.after[own]) for first, own in parts]
+        return [part for part in found if part.masked]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,20 +192,21 @@ def generate(
     step_L = np.zeros(plan.num_tokens, np.uint8)
     for k, (first, end) in enumerate(zip(plan.masked_after, (plan.num_tokens, *plan.masked_after), strict=False)):
         step_L[first:end] = k
+
+    def iteration(tokens, shape, masked, after, k):
+        return iterate(backbone, draw, tokens, order_BL, conds, keys_BL, shape, masked, after, scales_N[k])
+
     for segment in plan.segments():
-        tokens_BLC = _run(segment, backbone, draw, tokens_BLC, order_BL, conds, keys_BL, scales_N)
+        tokens_BLC = run(segment, iteration, tokens_BLC)
     step_BL = jnp.broadcast_to(jnp.asarray(step_L)[None], order_BL.shape)
     return MarRollout(to_raster(tokens_BLC, order_BL), to_raster(step_BL, order_BL))
 
 
-def _run(segment: Segment, backbone, draw, tokens_BLC, order_BL, conds, keys_BL, scales_N) -> Array:
+def run(segment: Segment, iteration: Iteration, tokens_BLC: Array) -> Array:
+    """The iterations of a segment, compiled once."""
     shape, count = (segment.rows, segment.width), len(segment.masked)
-    scales = scales_N[segment.first : segment.first + count]
-
-    def one(tokens, now):
-        return iterate(backbone, draw, tokens, order_BL, conds, keys_BL, shape, *now), None
-
     if count == 1:
-        return one(tokens_BLC, (segment.masked[0], segment.after[0], scales[0]))[0]
+        return iteration(tokens_BLC, shape, segment.masked[0], segment.after[0], segment.first)
     counts = (jnp.array(values, jnp.int32) for values in (segment.masked, segment.after))
-    return jax.lax.scan(one, tokens_BLC, (*counts, scales))[0]
+    numbers = jnp.arange(segment.first, segment.first + count)
+    return jax.lax.scan(lambda tokens, now: (iteration(tokens, shape, *now), None), tokens_BLC, (*counts, numbers))[0]

@@ -78,7 +78,7 @@ class Wiring:
         steps = sorted(set(self.rewards) & set(judge_reward.WITHOUT_GRADIENT))
         if steps and not by_policy:
             raise UserError(f"reward {steps[0]!r} has no gradient; take it from rewards, or set gradient=policy")
-        self.plan = MarPlan(self.base.sizes.num_tokens, config.rollout.num_steps)
+        self.plan = MarPlan(self.base.sizes.num_tokens, **config.rollout)
         self.truncation, self.anchor = Truncation(**config.truncation), Anchor(**config.anchor)
         self.truncation.first(self.plan.num_steps)
         if self.anchor.kind != "none" and self.marval.settings.student != "full":

@@ -36,9 +36,9 @@ WHOLE = Truncation()
 PARAMS = {"see": jnp.float32(0.3), "scale": jnp.float32(0.8), "shift": jnp.float32(0.5)}
 
 
-def rolled(params, truncation=WHOLE):
+def rolled(params, truncation=WHOLE, plan=PLAN):
     keys = jax.random.split(jax.random.key(0), BATCH)
-    return reward_gradient.rollout(*networks(params), keys, CONDS, PLAN, CHANNELS, truncation)
+    return reward_gradient.rollout(*networks(params), keys, CONDS, plan, CHANNELS, truncation)
 
 
 def reward(params, truncation=WHOLE):
@@ -90,6 +90,15 @@ def test_a_detached_context_leaves_every_token_its_direct_path():
     assert np.abs(found["scale"] - exact["scale"]).max() > 1e-3
     assert np.all(np.abs(found["scale"]).max(-1) > 0)
     np.testing.assert_allclose(values, rolled(PARAMS, Truncation(detach_context=True)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("truncation", [WHOLE, Truncation(3), Truncation(detach_context=True)])
+def test_iterations_that_share_a_shape_have_the_same_gradient(truncation):
+    """Also where the first with a gradient is in the midst of a segment."""
+    alone, shared = (MarPlan(8, 5, bucket) for bucket in (1, 4))
+    assert [len(segment.masked) for segment in shared.segments()] == [1, 3, 1]
+    found, expected = (jax.jit(jax.jacobian(lambda p, x=x: rolled(p, truncation, x)))(PARAMS) for x in (shared, alone))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
 
 @pytest.mark.parametrize(
