@@ -47,7 +47,7 @@ def get_config(arg: str = ""):
             "iterations": 0,
             "updates": 1,
         },  # its clip acts from the second update on
-        anchor={"kind": "none", "weight": 0.0},
+        anchor={"kind": "none", "weight": 0.0, "by": "loss"},
         optimizer={
             "name": "adamw",
             "learning_rate": 1e-6 if published else 1e-4,

@@ -42,6 +42,7 @@ from maskrl_jax.tasks.task import Context, Task
 Array = jax.Array
 GRADIENTS = ("reward", "policy")
 ANCHORS = ("none", "gsim", "l2_ref")
+MEASURES = ("loss", "gradient")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +51,21 @@ class Anchor:
 
     kind: `gsim`: the distillation's loss on training pictures, its auxiliary network trained along; `l2_ref`: squared
       distance of the tokens to those of the student as it was, same noise; `none`.
-    weight: of that loss beside the reward.
+    weight: of that loss beside the reward; or with `by` gradient what its gradient's norm is of that of the reward's,
+      in every update (specs/marval.md section 10: to be set by this ratio, 0.1 to 1).
     """
 
     kind: str = "none"
     weight: float = 0.0
+    by: str = "loss"
 
     def __post_init__(self):
         if self.kind not in ANCHORS:
             raise unknown("anchor.kind", self.kind, ANCHORS)
         if self.weight < 0 or (self.kind == "none") != (self.weight == 0):
             raise ValueError(f"anchor.weight {self.weight} must be above 0 with an anchor, and 0 without one")
+        if self.by not in MEASURES:
+            raise unknown("anchor.by", self.by, MEASURES)
 
 
 class Wiring:
@@ -182,10 +187,11 @@ class Wiring:
                 metrics, extra = metrics | seen, extra | {"auxiliary": auxiliary}
             loss, anchored = jax.value_and_grad(self.anchor_loss)(state.params, frozen, auxiliary, ready)
             anchored = mean_gradients(anchored, ready["weight"], axis)
-            share = self.anchor.weight * optax.tree.norm(anchored) / (optax.tree.norm(grads) + 1e-12)
-            grads = jax.tree.map(lambda a, b: a + self.anchor.weight * b, grads, anchored)
+            weight, ratio = self.anchor.weight, optax.tree.norm(grads) / (optax.tree.norm(anchored) + 1e-12)
+            weight *= ratio if self.anchor.by == "gradient" else 1.0
+            grads = jax.tree.map(lambda a, b: a + weight * b, grads, anchored)
             metrics["train/anchor"] = axis.all_reduce((loss, ready["weight"]))
-            metrics["train/anchor_grad_share"] = (share, jnp.float32(1))
+            metrics["train/anchor_grad_share"] = (weight / (ratio + 1e-12), jnp.float32(1))
         state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
         metrics |= {f"train/{name}": (value, jnp.float32(1)) for name, value in info.items()}
         return state.replace(extra=extra), metrics
