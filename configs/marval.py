@@ -42,14 +42,14 @@ def get_config(arg: str = ""):
         },
         loss={
             "norm": "huber",
-            # 1 is as published; here pictures then lose their objects, also with all other settings as published.
+            # 1 is as published; here pictures then lose their objects, whatever the norm and whatever it is over.
             "kappa": 1.0 if published else 0.0,
             "radius": 1e-5,
             "weight": "sigma",
             "first": 20,
             "last": 970,
             "guidance": 1.2 if published else 2.0,
-            "over": "token" if published else "image",  # of a token, most of the gradient is of empty ground here
+            "over": "token" if published else "image",  # of a token it comes to a larger Fréchet distance
         },
         model={"form": "eps", "time": 755, "scale": "sigma"},
         optimizer={**adam, "ema_decay": 0.9999} if published else {**adam, "decay": "linear", "ema_decay": 0.99},
