@@ -40,7 +40,7 @@ class Arm:
     argument: str = ""
 
 
-ANCHORED = {"anchor.kind": "gsim", "anchor.weight": 0.3}
+ANCHORED = {"anchor.kind": "gsim", "anchor.weight": 1.0, "anchor.by": "gradient"}
 CLAIM = {
     "mar": Arm("mar"),
     "marval": Arm("marval"),
@@ -105,7 +105,7 @@ SCREEN = {
     "tuned, J 4 of 16": _tuned(truncation__iterations=4),
     "tuned, J 2 of 16": _tuned(truncation__iterations=2),
     "tuned, contexts detached": _tuned(truncation__detach_context=True),
-    "tuned, gsim": _tuned(anchor__kind="gsim", anchor__weight=0.3),
+    "tuned, gsim": _tuned(anchor__kind="gsim", anchor__weight=1.0, anchor__by="gradient"),
     "tuned, l2_ref": _tuned(anchor__kind="l2_ref", anchor__weight=10.0),
     "tuned by policy gradient": _tuned("policy"),
 }

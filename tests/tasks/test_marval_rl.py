@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import marval_rl as marval_rl_config
@@ -72,13 +73,17 @@ def test_the_distillation_as_an_anchor_trains_its_auxiliary_network_along():
     assert any(jax.tree.leaves(moved))
 
 
-def test_an_anchor_s_gradient_is_added():
-    """Plain descent from a student that has left its place: the anchor's share of the step is weight x its gradient."""
+@pytest.mark.parametrize(("by", "weight", "rtol"), [("loss", 0.5, 1e-7), ("gradient", 50.0, 1e-2)])
+def test_an_anchor_s_gradient_is_added(by, weight, rtol):
+    """Plain descent from a student that has left its place: the anchor's share of the step is weight x its gradient.
+
+    By gradient, that gradient is first made as long as the reward's.
+    """
     plain = {"name": "sgd", "learning_rate": 1.0, "b1": 0.0, "clip_norm": 0.0, "decay": "constant", "ema_decay": 0.0}
     network, frozen = networks()
     left = jax.tree.map(lambda x: 1.05 * x, network)
     steps = []
-    for anchor in ({"kind": "none", "weight": 0.0}, {"kind": "l2_ref", "weight": 0.5}):
+    for anchor in ({"kind": "none", "weight": 0.0}, {"kind": "l2_ref", "weight": weight, "by": by}):
         wiring = wiring_of(anchor=anchor, optimizer=plain)
         batch = request(wiring) | ({"pictures": pictures(wiring)} if anchor["weight"] else {})
         update = jax.jit(functools.partial(wiring.update, axis=ALONE))
@@ -91,7 +96,11 @@ def test_an_anchor_s_gradient_is_added():
     pull = jax.jit(jax.grad(held))(left)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(pull)) > 1e-3
     found = jax.tree.map(lambda alone, both: alone - both, *steps)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.5 * b, atol=2e-5), found, pull)
+    if by == "gradient":
+        reward = jax.tree.map(lambda start, end: start - end, left, steps[0])
+        assert optax.tree.norm(reward) > 1e-3  # what random networks have; small, so the weight is large
+        weight *= optax.tree.norm(reward) / optax.tree.norm(pull)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, weight * b, rtol=rtol, atol=2e-5), found, pull)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +109,7 @@ def test_an_anchor_s_gradient_is_added():
         ({"gradient": "both"}, "gradient"),
         ({"anchor": {"kind": "elastic", "weight": 1.0}}, "anchor.kind"),
         ({"anchor": {"weight": 1.0}}, "anchor.weight"),
+        ({"anchor": {"kind": "gsim", "weight": 1.0, "by": "length"}}, "anchor.by"),
         ({"truncation": {"iterations": 9}}, "exceeds"),
         ({"gradient": "policy", "truncation": {"iterations": 2}}, "truncation"),
         ({"rewards": {"compositional": 1.0}}, "no gradient"),
