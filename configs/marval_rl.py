@@ -39,6 +39,7 @@ def get_config(arg: str = ""):
         gradient="policy" if arg == "policy" else "reward",
         rollout={"num_steps": steps, "bucket": 64 if published else 16},  # fewer shapes compile sooner
         truncation={"iterations": 0, "detach_context": False},
+        smoothing=0.0,  # noise on the tokens that are scored
         policy={
             "deviation": 0.1,
             "group": 8,

@@ -32,6 +32,9 @@ Array = jax.Array
 MODES = ("full", "head_only")
 HEAD = (("denoiser", 1.0), ("", 0.0))  # rates of a network whose head alone is trained
 AUXILIARY, STUDENT_DRAW = 10, 20  # what a sample's key is folded with
+# The norm of the heads' gap, the part of the loss with mean 0 under exact scores, and squared errors of noise on the
+# student's samples: if the auxiliary network's is not below the teacher's, it does not follow the student.
+SEEN = ("gap", "implicit", "error_of_auxiliary", "error_of_teacher")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Wiring:
         return jnp.where(counted, each, 0).sum()
 
     def student_loss(self, params, auxiliary, teacher, z, z_auxiliary, z_teacher, draws, counted):
-        """Loss of the student's own rows, and what is logged; gradients reach the tokens through both heads.
+        """Loss of the student's own rows, and sums of SEEN; gradients reach the tokens through both heads.
 
         Neither the other networks nor what they see has a gradient of its own.
 
@@ -136,11 +139,14 @@ class Wiring:
         both = jnp.broadcast_to(state[None], (2, *state.shape)), jnp.broadcast_to(step[None], (2, *step.shape))
         guesses, _ = diffusion.split(self.network.head(teacher, *both, condition(teacher, z_teacher)))
         wanted = gsim.guided(guesses[1], guesses[0], self.gsim.guidance)
+        errors = [jnp.where(counted, jnp.square(guess - noise).mean(-1), 0).sum() for guess in (own, guesses[0])]
         own = jnp.where(counted[..., None], own, wanted)  # what is not counted adds nothing to an image's norm
         rows = gsim.row_losses(self.gsim, self.process, step, noise, own, wanted, tokens)
         gap = jnp.where(counted, jnp.linalg.norm(own - wanted, axis=-1), 0)
         implicit = jnp.where(counted, ((own - wanted) * (noise - own)).sum(-1), 0)
-        return jnp.where(counted if self.gsim.over == "token" else True, rows, 0).sum(), (gap.sum(), implicit.sum())
+        loss = jnp.where(counted if self.gsim.over == "token" else True, rows, 0).sum()
+        seen = (gap.sum(), implicit.sum(), *errors)
+        return loss, dict(zip(SEEN, seen, strict=True))
 
     def prepared(self, frozen: Any, batch: dict) -> dict:
         """Tokens of a batch in generation order, what is masked, and the teacher's conditions."""
@@ -204,12 +210,12 @@ class Wiring:
             others = (auxiliary.params, frozen["teacher"], z, z_auxiliary, ready["teacher"])
             return self.student_loss(params, *others, draws, ready["counted"])
 
-        (total, (gap, implicit)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        (total, seen), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         grads = mean_gradients(grads, ready["weight"], axis)
         extra = state.extra | {"auxiliary": auxiliary}
         state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
-        sums = {"train/loss": total, "train/gap": gap, "train/implicit": implicit}
-        metrics |= {name: axis.all_reduce((value, ready["weight"])) for name, value in sums.items()}
+        sums = {"loss": total} | seen
+        metrics |= {f"train/{name}": axis.all_reduce((value, ready["weight"])) for name, value in sums.items()}
         metrics |= {f"train/{name}": (value, jnp.float32(1)) for name, value in info.items()}
         return state.replace(extra=extra), metrics
 

@@ -43,6 +43,7 @@ Array = jax.Array
 GRADIENTS = ("reward", "policy")
 ANCHORS = ("none", "gsim", "l2_ref")
 MEASURES = ("loss", "gradient")
+SMOOTHING = 2  # what a sample's key is folded with for the noise under its score; 0 and 1 are order and tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,9 @@ class Wiring:
             raise UserError(f"reward {steps[0]!r} has no gradient; take it from rewards, or set gradient=policy")
         self.plan = MarPlan(self.base.sizes.num_tokens, **config.rollout)
         self.truncation, self.anchor = Truncation(**config.truncation), Anchor(**config.anchor)
+        self.smoothing = float(config.smoothing)
+        if self.smoothing < 0:
+            raise ValueError(f"smoothing {self.smoothing} must be at least 0")
         self.truncation.first(self.plan.num_steps)
         if self.anchor.kind != "none" and self.marval.settings.student != "full":
             raise UserError(
@@ -94,6 +98,8 @@ class Wiring:
         self.policy = Policy(noise, self.marval, self.plan, self.score, config.seed) if by_policy else None
         if by_policy and self.truncation != Truncation():
             raise UserError("truncation is of gradient=reward; a policy gradient has policy.iterations")
+        if by_policy and self.smoothing:
+            raise UserError("smoothing is of gradient=reward; a policy gradient has policy.deviation")
         # Rollouts of a prompt, and updates on each batch of them.
         self.group, self.updates = (noise.group, noise.updates) if by_policy else (1, 1)
         if by_policy:
@@ -134,6 +140,11 @@ class Wiring:
         draw = one_step_draw(self.marval, params, 1.0)
         model, channels = self.network.backbone(params), self.base.sizes.channels
         tokens = reward_gradient.rollout(model, draw, keys_B, [batch["cond"]], self.plan, channels, self.truncation)
+        if self.smoothing:
+            noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, SMOOTHING), tokens.shape[1:]))(
+                keys_B
+            )
+            tokens += self.smoothing * noise
         total, scores = self.score(frozen, tokens, batch["target"])
         sums = {f"reward/{name}": score.sum() for name, score in scores.items()}
         return -total.sum(), (sums, jnp.float32(len(keys_B)))

@@ -97,6 +97,8 @@ def test_an_update_moves_what_its_mode_says(begun, mode):
     state = jax.jit(wiring.init)(teacher)
     after, metrics = jax.jit(functools.partial(wiring.update, axis=ALONE))(state, frozen, batch_of(wiring))
     assert float(metrics["train/gap"][0]) > 0
+    errors = [float(metrics[f"train/error_of_{who}"][0]) for who in ("auxiliary", "teacher")]
+    assert errors[0] != errors[1] and min(errors) > 0
     for old, new in ((state, after), (state.extra["auxiliary"], after.extra["auxiliary"])):
         change = jax.tree.map(lambda a, b: b - a, old.params, new.params)["params"]
         assert largest(change["denoiser"]) > 0

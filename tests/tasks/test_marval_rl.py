@@ -103,6 +103,22 @@ def test_an_anchor_s_gradient_is_added(by, weight, rtol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, weight * b, rtol=rtol, atol=2e-5), found, pull)
 
 
+def test_smoothing_is_noise_on_the_tokens_that_are_scored():
+    """Of the standard deviation that was asked for, each sample with its own; the rollout stays the same."""
+
+    def noise(params, frozen, batch):
+        seen = []
+        for smoothing in (0.0, 0.3):
+            wiring = wiring_of(smoothing=smoothing)
+            wiring.score = lambda frozen, tokens, target: (seen.append(tokens) or tokens.mean((1, 2)), {})
+            wiring.by_reward(params, frozen, batch)
+        return seen[1] - seen[0]
+
+    found = jax.jit(noise)(*networks(), request(wiring_of())).reshape(ROWS, -1)
+    np.testing.assert_allclose(found.std(1), 0.3, rtol=0.15)
+    assert np.abs(np.corrcoef(found) - np.eye(ROWS)).max() < 0.3
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -112,6 +128,8 @@ def test_an_anchor_s_gradient_is_added(by, weight, rtol):
         ({"anchor": {"kind": "gsim", "weight": 1.0, "by": "length"}}, "anchor.by"),
         ({"truncation": {"iterations": 9}}, "exceeds"),
         ({"gradient": "policy", "truncation": {"iterations": 2}}, "truncation"),
+        ({"gradient": "policy", "smoothing": 0.1}, "smoothing"),
+        ({"smoothing": -0.1}, "smoothing"),
         ({"rewards": {"compositional": 1.0}}, "no gradient"),
         ({"policy": {"deviation": -1.0}}, "deviation"),
         ({"evaluation": {"steps": (4, 128)}}, "128"),
