@@ -67,7 +67,7 @@ SCREEN = {
     "squared norm": _student(loss__norm="squared", loss__weight="x0"),
     "frozen norm": _student(loss__norm="frozen"),
     "dmd": _student(loss__norm="dmd"),
-    "as published": _student(loss__kappa=1.0, loss__over="token", loss__guidance=1.2),
+    "as published": _student(loss__kappa=1.0, loss__guidance=1.2),
     # 2: the one-step form
     "t* 399": _student(model__time=399),
     "t* 600": _student(model__time=600),
@@ -80,8 +80,10 @@ SCREEN = {
     "weight kl, squared": _student(loss__norm="squared", loss__weight="kl"),
     "t up to 900": _student(loss__last=900),
     "t up to 990": _student(loss__last=990),
+    "t from 100": _student(loss__first=100),
     "r 1e-3": _student(loss__radius=1e-3),
     "r 1e-2": _student(loss__radius=1e-2),
+    "r 0.2": _student(loss__radius=0.2),
     # 4: trained parts
     "student's head alone": _student(distillation__student="head_only"),
     "auxiliary's head alone": _student(distillation__auxiliary="head_only"),
@@ -92,7 +94,7 @@ SCREEN = {
     "w 1.5": _student(loss__guidance=1.5),
     "w 3": _student(loss__guidance=3.0),
     # 6: norm, updates
-    "norm over a token": _student(loss__over="token"),
+    "norm over an image": _student(loss__over="image"),
     "2 auxiliary steps": _student(distillation__auxiliary_steps=2),
     "5 auxiliary steps": _student(distillation__auxiliary_steps=5),
     # As many updates of the student as the others.

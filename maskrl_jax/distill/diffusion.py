@@ -106,6 +106,11 @@ def noise_of_velocity(process: Process, state: Array, step: Array, velocity: Arr
     return _at(process.sigma, step) * state + _at(process.alpha, step) * velocity
 
 
+def start_of_velocity(process: Process, state: Array, step: Array, velocity: Array) -> Array:
+    """x_0 [..., C] = alpha_t x_t - sigma_t v of a predicted velocity, at any time."""
+    return _at(process.alpha, step) * state - _at(process.sigma, step) * velocity
+
+
 def velocity_error(process: Process, step: Array, noise_error: Array) -> Array:
     """Squared error [...] of a velocity, of that of the noise that it stands for: divided by alpha_t^2."""
     return noise_error / jnp.square(jnp.asarray(process.alpha)[step])

@@ -31,10 +31,7 @@ from maskrl_jax.tasks.task import Context, Task
 Array = jax.Array
 MODES = ("full", "head_only")
 HEAD = (("denoiser", 1.0), ("", 0.0))  # rates of a network whose head alone is trained
-AUXILIARY, STUDENT_DRAW = 10, 20  # what a sample's key is folded with
-# The norm of the heads' gap, the part of the loss with mean 0 under exact scores, and squared errors of noise on the
-# student's samples: if the auxiliary network's is not below the teacher's, it does not follow the student.
-SEEN = ("gap", "implicit", "error_of_auxiliary", "error_of_teacher")
+STUDENT_DRAW, AUXILIARY = 9, 10  # what a sample's key is folded with; each auxiliary step has the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +72,22 @@ class Wiring:
             raise UserError(f"loss.last {self.gsim.last} is beyond the {len(self.process)} times of the process")
         num_tokens = self.base.sizes.num_tokens
         continuous.check_steps(Evaluation(**config.evaluation), MarSampler(**config.sampler), num_tokens)
-        self.optimizer = self._optimizer(config.optimizer, self.settings.student)
-        self.auxiliary_optimizer = self._optimizer(config.auxiliary_optimizer, self.settings.auxiliary)
+        if self.one_step.time >= len(self.process):
+            raise UserError(f"model.time {self.one_step.time} is beyond the {len(self.process)} times of the process")
+        settings, updates = self.settings, config.num_steps - self.settings.warm_up  # of the student
+        if updates < 1:
+            raise UserError(f"num_steps {config.num_steps} must exceed distillation.warm_up {settings.warm_up}")
+        self.optimizer = self._optimizer(config.optimizer, settings.student, updates)
+        self.auxiliary_optimizer = self._optimizer(
+            config.auxiliary_optimizer, settings.auxiliary, config.num_steps, settings.auxiliary_steps
+        )
         self.tx, self.auxiliary_tx = (
             train_state.make_optimizer(one) for one in (self.optimizer, self.auxiliary_optimizer)
         )
 
-    def _optimizer(self, settings, mode):
+    def _optimizer(self, settings, mode, num_steps, updates_per_step=1):
         rates = HEAD if mode == "head_only" else ()
-        return train_state.optimizer_of({**settings, "rates": rates}, self.config.num_steps)
+        return train_state.optimizer_of({**settings, "rates": rates}, num_steps, updates_per_step)
 
     def init(self, teacher: Any) -> train_state.TrainState:
         """Student and auxiliary network start as copies of the teacher."""
@@ -92,20 +96,32 @@ class Wiring:
 
     def tokens(self, params: Any, condition: Array, zeta: Array) -> Array:
         """The student's tokens [..., C] of noise, at `head_condition` [..., W]."""
-        said = self.network.outputs if self.one_step.form == "x0" else self.network.head
-        head = lambda state, time: diffusion.split(said(params, state, time, condition))[0]  # noqa: E731
+        direct = self.one_step.form == "x0"
+        said = self.network.outputs if direct else self.network.head
+
+        def head(state, time):
+            out = diffusion.split(said(params, state, time, condition))[0]
+            if direct and self.base.sizes.prediction == "velocity":
+                times = jnp.full(state.shape[:-1], self.one_step.time)
+                return diffusion.start_of_velocity(self.process, state, times, out)
+            return out
+
         return self.one_step.draw(self.process, head, zeta)
 
     def draws(self, keys_B: Array, purpose: int) -> tuple[Array, Array, Array]:
-        """zeta and noise [M,B,L,C] and times int32 [M,B,L] of every repetition; an image's tokens may share a time."""
-        c, s = self.base.sizes, self.gsim
-        shape = (self.settings.repeats, c.num_tokens)
+        """zeta and noise [M,B,L,C] and times int32 [M,B,L] of every repetition; an image's tokens may share a time.
+
+        One time from each of M equal spans.
+        """
+        c, s, repeats = self.base.sizes, self.gsim, self.settings.repeats
+        shape, count = (repeats, c.num_tokens), s.last + 1 - s.first
 
         def one(key):
             key = jax.random.fold_in(key, purpose)
             zeta, noise = (jax.random.normal(jax.random.fold_in(key, i), (*shape, c.channels)) for i in range(2))
-            times = (shape[0], 1) if s.over == "image" else shape
-            step = jax.random.randint(jax.random.fold_in(key, 2), times, s.first, s.last + 1)
+            within = jax.random.uniform(jax.random.fold_in(key, 2), (repeats, 1) if s.over == "image" else shape)
+            share = (jnp.arange(repeats)[:, None] + within) / repeats
+            step = s.first + jnp.minimum((share * count).astype(jnp.int32), count - 1)
             return zeta, noise, jnp.broadcast_to(step, shape)
 
         return jax.vmap(one, out_axes=1)(keys_B)
@@ -123,11 +139,13 @@ class Wiring:
         return jnp.where(counted, each, 0).sum()
 
     def student_loss(self, params, auxiliary, teacher, z, z_auxiliary, z_teacher, draws, counted):
-        """Loss of the student's own rows, and sums of SEEN; gradients reach the tokens through both heads.
+        """Loss of the student's own rows, and sums for the log; gradients reach the tokens through both heads.
 
         Neither the other networks nor what they see has a gradient of its own.
 
-        z: of the student; z_auxiliary; z_teacher [2,B,L,D], the null condition's second.
+        z: of the student; z_auxiliary; z_teacher [2,B,L,D], the null condition's second. Logged are the length of the
+        heads' gap, the part of its square that is the auxiliary network's own error (mean 0 under exact scores, so it
+        tells how far that network lags), and the square.
         """
         zeta, noise, step = draws
         fixed = (auxiliary, teacher, z_auxiliary, z_teacher)
@@ -139,14 +157,12 @@ class Wiring:
         both = jnp.broadcast_to(state[None], (2, *state.shape)), jnp.broadcast_to(step[None], (2, *step.shape))
         guesses, _ = diffusion.split(self.network.head(teacher, *both, condition(teacher, z_teacher)))
         wanted = gsim.guided(guesses[1], guesses[0], self.gsim.guidance)
-        errors = [jnp.where(counted, jnp.square(guess - noise).mean(-1), 0).sum() for guess in (own, guesses[0])]
         own = jnp.where(counted[..., None], own, wanted)  # what is not counted adds nothing to an image's norm
         rows = gsim.row_losses(self.gsim, self.process, step, noise, own, wanted, tokens)
-        gap = jnp.where(counted, jnp.linalg.norm(own - wanted, axis=-1), 0)
+        gap = jnp.where(counted[..., None], own - wanted, 0)
         implicit = jnp.where(counted, ((own - wanted) * (noise - own)).sum(-1), 0)
         loss = jnp.where(counted if self.gsim.over == "token" else True, rows, 0).sum()
-        seen = (gap.sum(), implicit.sum(), *errors)
-        return loss, dict(zip(SEEN, seen, strict=True))
+        return loss, (jnp.linalg.norm(gap, axis=-1).sum(), -implicit.sum(), jnp.square(gap).sum())
 
     def prepared(self, frozen: Any, batch: dict) -> dict:
         """Tokens of a batch in generation order, what is masked, and the teacher's conditions."""
@@ -194,9 +210,14 @@ class Wiring:
     def warm_up(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
         """A step of the auxiliary network alone."""
         auxiliary, metrics = self.follow(state, self.prepared(frozen, batch), axis)
-        extra = state.extra | {"auxiliary": auxiliary}
-        bad = {"bad_steps": auxiliary.bad_steps, "bad_total": state.bad_total + (auxiliary.bad_steps > 0)}
-        return state.replace(step=state.step + 1, extra=extra, **bad), metrics
+        still = state.replace(step=state.step + 1, bad_steps=jnp.zeros_like(state.bad_steps))
+        return self._with(still, state.extra | {"auxiliary": auxiliary}, auxiliary), metrics
+
+    def _with(self, state: Any, extra: dict, auxiliary: Any) -> Any:
+        """A state that counts a bad gradient of either network."""
+        bad = auxiliary.bad_steps > 0
+        total = state.bad_total + (bad & (state.bad_steps == 0))
+        return state.replace(extra=extra, bad_steps=jnp.maximum(state.bad_steps, auxiliary.bad_steps), bad_total=total)
 
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
         """The auxiliary network first, then the student against it."""
@@ -210,14 +231,14 @@ class Wiring:
             others = (auxiliary.params, frozen["teacher"], z, z_auxiliary, ready["teacher"])
             return self.student_loss(params, *others, draws, ready["counted"])
 
-        (total, seen), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        (total, (gap, lag, square)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         grads = mean_gradients(grads, ready["weight"], axis)
         extra = state.extra | {"auxiliary": auxiliary}
         state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
-        sums = {"loss": total} | seen
-        metrics |= {f"train/{name}": axis.all_reduce((value, ready["weight"])) for name, value in sums.items()}
+        sums = {"loss": (total, ready["weight"]), "gap": (gap, ready["weight"]), "lag": (lag, square)}
+        metrics |= {f"train/{name}": axis.all_reduce(pair) for name, pair in sums.items()}
         metrics |= {f"train/{name}": (value, jnp.float32(1)) for name, value in info.items()}
-        return state.replace(extra=extra), metrics
+        return self._with(state, extra, auxiliary), metrics
 
 
 def phases(config: Any, parallel: Any) -> list[Phase]:

@@ -27,6 +27,7 @@ class Policy:
     Attributes:
       score: (frozen, tokens [B,L,C] in raster order, target) -> (reward [B], scores by name).
       seed: of the run; noise comes from it, the update's number and the sample's.
+      temperature: of the noise that is turned into tokens, as when the student is measured.
     """
 
     settings: ActionNoise
@@ -34,11 +35,12 @@ class Policy:
     plan: MarPlan
     score: Callable[[Any, Array, Array], tuple[Array, dict[str, Array]]]
     seed: int
+    temperature: float
 
     def rollout(self, params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
         """Sample with noise added to every token, and score; per-sample outputs."""
         keys_B, c = sample_keys(self.seed, ROLLOUT, batch["round"][0], batch["index"]), self.marval.base.sizes
-        mean = one_step_draw(self.marval, params, 1.0)
+        mean = one_step_draw(self.marval, params, self.temperature)
 
         def act(z, null, scale, keys_BR):
             noise = row_noise(keys_BR, ACTION, c.channels)
@@ -62,7 +64,7 @@ class Policy:
         """
         tokens, order_BL, keys_BL, cond = seen
         z = self.marval.network.backbone(params)(tokens, order_BL, cond, masked)
-        zeta = row_noise(keys_BL, 0, self.marval.base.sizes.channels)
+        zeta = self.temperature * row_noise(keys_BL, 0, self.marval.base.sizes.channels)
         return self.marval.tokens(params, self.marval.network.condition(params, z), zeta)
 
     def objective(self, params: Any, frozen: Any, batch: dict) -> tuple[Array, tuple[dict, Array]]:

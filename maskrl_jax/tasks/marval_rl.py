@@ -94,8 +94,14 @@ class Wiring:
             raise UserError(
                 "an anchor needs a student with a backbone of its own, distilled with distillation.student=full; set anchor.kind=none"
             )
+        sampler = MarSampler(**config.sampler)
+        self.temperature = sampler.temperature  # rollouts are made as the student is measured
         noise = ActionNoise(**config.policy)  # refused whether it is used or not
-        self.policy = Policy(noise, self.marval, self.plan, self.score, config.seed) if by_policy else None
+        self.policy = (
+            Policy(noise, self.marval, self.plan, self.score, config.seed, MarSampler(**config.sampler).temperature)
+            if by_policy
+            else None
+        )
         if by_policy and self.truncation != Truncation():
             raise UserError("truncation is of gradient=reward; a policy gradient has policy.iterations")
         if by_policy and self.smoothing:
@@ -107,7 +113,7 @@ class Wiring:
             if noise.iterations > self.plan.num_steps:
                 raise ValueError(f"policy.iterations {noise.iterations} exceeds the {self.plan.num_steps} of a rollout")
         num_tokens = self.base.sizes.num_tokens
-        continuous.check_steps(Evaluation(**config.evaluation), MarSampler(**config.sampler), num_tokens)
+        continuous.check_steps(Evaluation(**config.evaluation), sampler, num_tokens)
         gain.Goal(**config.aim)  # refused here rather than when training is over
         self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps, self.updates)
         self.tx = train_state.make_optimizer(self.optimizer)
@@ -137,7 +143,7 @@ class Wiring:
     def by_reward(self, params: Any, frozen: Any, batch: dict) -> tuple[Array, tuple[dict, Array]]:
         """Minus the sum of rewards of fresh rollouts, through them; the scores' sums, and the number of rollouts."""
         keys_B = sample_keys(self.config.seed, ROLLOUT, batch["round"][0], batch["index"])
-        draw = one_step_draw(self.marval, params, 1.0)
+        draw = one_step_draw(self.marval, params, self.temperature)
         model, channels = self.network.backbone(params), self.base.sizes.channels
         tokens = reward_gradient.rollout(model, draw, keys_B, [batch["cond"]], self.plan, channels, self.truncation)
         if self.smoothing:

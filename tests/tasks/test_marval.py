@@ -1,6 +1,8 @@
 """Stage `marval` on random weights: which network learns from what (specs/marval.md sections 5 and 15)."""
 
+import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import marval as marval_config
+from maskrl_jax import state as train_state
 from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.errors import UserError
 from maskrl_jax.parallel import Axis, Parallel
@@ -21,8 +24,7 @@ ALONE = Axis(1, Parallel("sharded", jax.local_devices()[:1]))
 def wiring_of(**changes):
     config = marval_config.get_config("smoke")
     config.batch_size, config.distillation.repeats = ROWS, 2
-    for name, value in changes.items():
-        config[name].update(value)
+    config.update(changes)
     return Wiring(config, conditioning_of(config.data.name, config.data.text_length))
 
 
@@ -90,6 +92,38 @@ def test_the_auxiliary_network_does_not_teach_the_student(begun):
     assert largest(jax.jit(jax.grad(after))(student)) == 0
 
 
+def test_rates_fall_over_the_updates_that_each_network_makes():
+    """The student's to 0 at the end of the run, without the warm-up; the auxiliary network's with all of its updates."""
+    falls = {"decay": "linear"}
+    changes = {"distillation": {"warm_up": 4, "auxiliary_steps": 3}, "optimizer": falls, "auxiliary_optimizer": falls}
+    wiring = wiring_of(num_steps=12, **changes)
+    for optimizer, updates in ((wiring.optimizer, 8), (wiring.auxiliary_optimizer, 36)):
+        rate = train_state.learning_rate(optimizer, 1.0)
+        assert float(rate(updates - 1)) > 0 and float(rate(updates)) == 0
+
+
+@pytest.mark.parametrize("over", ["token", "image"])
+def test_times_are_spread_over_the_repetitions(over):
+    wiring = wiring_of(distillation={"repeats": 4}, loss={"over": over, "first": 100, "last": 499})
+    times = np.asarray(wiring.draws(jax.random.split(jax.random.key(0), 3), STUDENT_DRAW)[2])
+    spans = np.broadcast_to(np.arange(4)[:, None, None], times.shape)
+    np.testing.assert_array_equal((times - 100) // 100, spans)
+    assert (times.min(-1) == times.max(-1)).all() == (over == "image")
+
+
+def test_a_velocity_is_turned_into_the_token_that_it_says():
+    """With a head that says v = alpha noise - sigma x_0 of a known token, one call gives that token."""
+    wiring = wiring_of(model={"form": "x0", "time": 700, "scale": "sigma"})
+    sizes = dataclasses.replace(wiring.base.sizes, prediction="velocity")
+    wiring.base = types.SimpleNamespace(sizes=sizes)
+    alpha, sigma = wiring.process.alpha[700], wiring.process.sigma[700]
+    zeta, token = (jax.random.normal(jax.random.key(i), (5, sizes.channels)) for i in range(2))
+    noise = (sigma * zeta - alpha * token) / sigma  # so that sigma zeta is the token with this noise
+    said = jnp.concatenate([alpha * noise - sigma * token, noise], -1)
+    wiring.network = types.SimpleNamespace(outputs=lambda *_: said)
+    np.testing.assert_allclose(wiring.tokens(None, None, zeta), token, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["full", "head_only"])
 def test_an_update_moves_what_its_mode_says(begun, mode):
     _, _, _, teacher, frozen = begun
@@ -97,8 +131,6 @@ def test_an_update_moves_what_its_mode_says(begun, mode):
     state = jax.jit(wiring.init)(teacher)
     after, metrics = jax.jit(functools.partial(wiring.update, axis=ALONE))(state, frozen, batch_of(wiring))
     assert float(metrics["train/gap"][0]) > 0
-    errors = [float(metrics[f"train/error_of_{who}"][0]) for who in ("auxiliary", "teacher")]
-    assert errors[0] != errors[1] and min(errors) > 0
     for old, new in ((state, after), (state.extra["auxiliary"], after.extra["auxiliary"])):
         change = jax.tree.map(lambda a, b: b - a, old.params, new.params)["params"]
         assert largest(change["denoiser"]) > 0
@@ -110,6 +142,8 @@ def test_an_update_moves_what_its_mode_says(begun, mode):
     [
         ({"distillation": {"student": "half"}}, "distillation.student"),
         ({"distillation": {"warm_up": -1}}, "warm_up"),
+        ({"distillation": {"warm_up": 12}}, "num_steps"),
+        ({"model": {"form": "x0", "time": 1000}}, "model.time"),
         ({"loss": {"last": 1000}}, "loss.last"),
         ({"loss": {"norm": "cubic"}}, "loss.norm"),
         ({"model": {"time": 999}}, "999"),
