@@ -42,7 +42,7 @@ def get_config(arg: str = ""):
         },
         loss={
             "norm": "huber",
-            # 1 is as published; here pictures then lose their objects, whatever the norm and whatever it is over.
+            # 1 is as published; pictures lost their objects with it here.
             "kappa": 1.0 if published else 0.0,
             "radius": 1e-5,
             "weight": "sigma",

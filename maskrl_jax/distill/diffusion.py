@@ -111,6 +111,13 @@ def start_of_velocity(process: Process, state: Array, step: Array, velocity: Arr
     return _at(process.alpha, step) * state - _at(process.sigma, step) * velocity
 
 
+def spread_times(key: Array, shape: tuple[int, ...], first: int, last: int) -> Array:
+    """Times int32 [M,...] in first..last, uniform, the m-th repetition's from the m-th of M equal spans (our choice)."""
+    spans = jnp.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    share, count = (spans + jax.random.uniform(key, shape)) / shape[0], last + 1 - first
+    return first + jnp.minimum((share * count).astype(jnp.int32), count - 1)
+
+
 def velocity_error(process: Process, step: Array, noise_error: Array) -> Array:
     """Squared error [...] of a velocity, of that of the noise that it stands for: divided by alpha_t^2."""
     return noise_error / jnp.square(jnp.asarray(process.alpha)[step])

@@ -104,12 +104,8 @@ class Wiring:
         A token's M times are uniform, as published, one in each M-th of the process: their mean varies less (ours).
         """
         c = self.sizes
-        shape, count = (repeats, c.num_tokens), len(self.process)
-
-        def times(key):
-            share = (jnp.arange(repeats)[:, None] + jax.random.uniform(jax.random.fold_in(key, 3), shape)) / repeats
-            return jnp.minimum((share * count).astype(jnp.int32), count - 1)
-
+        shape, last = (repeats, c.num_tokens), len(self.process) - 1
+        times = lambda key: diffusion.spread_times(jax.random.fold_in(key, 3), shape, 0, last)  # noqa: E731
         step = jax.vmap(times, out_axes=1)
         noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 4), (*shape, c.channels)), out_axes=1)
         return step(keys_B), noise(keys_B)

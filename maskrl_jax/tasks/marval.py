@@ -109,19 +109,15 @@ class Wiring:
         return self.one_step.draw(self.process, head, zeta)
 
     def draws(self, keys_B: Array, purpose: int) -> tuple[Array, Array, Array]:
-        """zeta and noise [M,B,L,C] and times int32 [M,B,L] of every repetition; an image's tokens may share a time.
-
-        One time from each of M equal spans.
-        """
-        c, s, repeats = self.base.sizes, self.gsim, self.settings.repeats
-        shape, count = (repeats, c.num_tokens), s.last + 1 - s.first
+        """zeta and noise [M,B,L,C] and times int32 [M,B,L] of every repetition; an image's tokens may share a time."""
+        c, s = self.base.sizes, self.gsim
+        shape = (self.settings.repeats, c.num_tokens)
 
         def one(key):
             key = jax.random.fold_in(key, purpose)
             zeta, noise = (jax.random.normal(jax.random.fold_in(key, i), (*shape, c.channels)) for i in range(2))
-            within = jax.random.uniform(jax.random.fold_in(key, 2), (repeats, 1) if s.over == "image" else shape)
-            share = (jnp.arange(repeats)[:, None] + within) / repeats
-            step = s.first + jnp.minimum((share * count).astype(jnp.int32), count - 1)
+            times = (shape[0], 1) if s.over == "image" else shape
+            step = diffusion.spread_times(jax.random.fold_in(key, 2), times, s.first, s.last)
             return zeta, noise, jnp.broadcast_to(step, shape)
 
         return jax.vmap(one, out_axes=1)(keys_B)
@@ -211,13 +207,7 @@ class Wiring:
         """A step of the auxiliary network alone."""
         auxiliary, metrics = self.follow(state, self.prepared(frozen, batch), axis)
         still = state.replace(step=state.step + 1, bad_steps=jnp.zeros_like(state.bad_steps))
-        return self._with(still, state.extra | {"auxiliary": auxiliary}, auxiliary), metrics
-
-    def _with(self, state: Any, extra: dict, auxiliary: Any) -> Any:
-        """A state that counts a bad gradient of either network."""
-        bad = auxiliary.bad_steps > 0
-        total = state.bad_total + (bad & (state.bad_steps == 0))
-        return state.replace(extra=extra, bad_steps=jnp.maximum(state.bad_steps, auxiliary.bad_steps), bad_total=total)
+        return _with(still, auxiliary), metrics
 
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
         """The auxiliary network first, then the student against it."""
@@ -233,12 +223,18 @@ class Wiring:
 
         (total, (gap, lag, square)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         grads = mean_gradients(grads, ready["weight"], axis)
-        extra = state.extra | {"auxiliary": auxiliary}
         state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
         sums = {"loss": (total, ready["weight"]), "gap": (gap, ready["weight"]), "lag": (lag, square)}
         metrics |= {f"train/{name}": axis.all_reduce(pair) for name, pair in sums.items()}
         metrics |= {f"train/{name}": (value, jnp.float32(1)) for name, value in info.items()}
-        return self._with(state, extra, auxiliary), metrics
+        return _with(state, auxiliary), metrics
+
+
+def _with(state: Any, auxiliary: Any) -> Any:
+    """The state with its auxiliary network; a bad gradient of either, or of both, counts once."""
+    total = state.bad_total + ((auxiliary.bad_steps > 0) & (state.bad_steps == 0))
+    bad = {"bad_steps": jnp.maximum(state.bad_steps, auxiliary.bad_steps), "bad_total": total}
+    return state.replace(extra=state.extra | {"auxiliary": auxiliary}, **bad)
 
 
 def phases(config: Any, parallel: Any) -> list[Phase]:

@@ -147,6 +147,7 @@ class MarvalRlGallery(MarvalGallery):
             if wiring.policy
             else f"of the reward through {kept} of {wiring.plan.num_steps} iterations"
             + ", contexts detached" * wiring.truncation.detach_context,
-            "anchor": f"{wiring.anchor.kind}, weight {wiring.anchor.weight:g}",
+            "noise on the tokens that are scored": f"{wiring.smoothing:g}",
+            "anchor": f"{wiring.anchor.kind}, weight {wiring.anchor.weight:g} by {wiring.anchor.by}",
         }
         bench.write(findings, config.num_steps, facts)

@@ -30,11 +30,12 @@ from maskrl_jax.rewards import mix
 from maskrl_jax.rl import reward_gradient
 from maskrl_jax.rl.action_noise import ActionNoise
 from maskrl_jax.rl.reward_gradient import Truncation
+from maskrl_jax.sampling import mar as sampling
 from maskrl_jax.sampling.mar import MarPlan
 from maskrl_jax.tasks import checks, continuous, generators, marval
 from maskrl_jax.tasks import kl_vae as kl_vae_task
 from maskrl_jax.tasks import mar as mar_task
-from maskrl_jax.tasks.continuous import MarSampler
+from maskrl_jax.tasks.continuous import MarSampler, row_noise
 from maskrl_jax.tasks.marval_gallery import MarvalRlGallery, one_step_draw, student_studio
 from maskrl_jax.tasks.marval_policy import Policy
 from maskrl_jax.tasks.task import Context, Task
@@ -43,7 +44,7 @@ Array = jax.Array
 GRADIENTS = ("reward", "policy")
 ANCHORS = ("none", "gsim", "l2_ref")
 MEASURES = ("loss", "gradient")
-SMOOTHING = 2  # what a sample's key is folded with for the noise under its score; 0 and 1 are order and tokens
+SMOOTHING = 1  # what a token's key is folded with for the noise under its score; with 0 it is drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +98,8 @@ class Wiring:
         sampler = MarSampler(**config.sampler)
         self.temperature = sampler.temperature  # rollouts are made as the student is measured
         noise = ActionNoise(**config.policy)  # refused whether it is used or not
-        self.policy = (
-            Policy(noise, self.marval, self.plan, self.score, config.seed, MarSampler(**config.sampler).temperature)
-            if by_policy
-            else None
-        )
+        parts = (noise, self.marval, self.plan, self.score, config.seed, self.temperature)
+        self.policy = Policy(*parts) if by_policy else None
         if by_policy and self.truncation != Truncation():
             raise UserError("truncation is of gradient=reward; a policy gradient has policy.iterations")
         if by_policy and self.smoothing:
@@ -147,10 +145,8 @@ class Wiring:
         model, channels = self.network.backbone(params), self.base.sizes.channels
         tokens = reward_gradient.rollout(model, draw, keys_B, [batch["cond"]], self.plan, channels, self.truncation)
         if self.smoothing:
-            noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, SMOOTHING), tokens.shape[1:]))(
-                keys_B
-            )
-            tokens += self.smoothing * noise
+            _, keys_BL = sampling.randomness(keys_B, self.plan.num_tokens)
+            tokens += self.smoothing * row_noise(keys_BL, SMOOTHING, channels)
         total, scores = self.score(frozen, tokens, batch["target"])
         sums = {f"reward/{name}": score.sum() for name, score in scores.items()}
         return -total.sum(), (sums, jnp.float32(len(keys_B)))

@@ -92,6 +92,17 @@ def test_the_auxiliary_network_does_not_teach_the_student(begun):
     assert largest(jax.jit(jax.grad(after))(student)) == 0
 
 
+def test_a_bad_gradient_of_the_auxiliary_network_counts_once(begun):
+    """In the warm-up, where the student does not learn, and after it, where the student's own is bad with it."""
+    wiring, _, _, teacher, frozen = begun
+    state = jax.jit(wiring.init)(teacher)
+    dead = state.extra["auxiliary"].replace(params=jax.tree.map(lambda x: jnp.nan * x, teacher))
+    state = state.replace(extra={"auxiliary": dead})
+    for step in (wiring.warm_up, wiring.update):
+        after, _ = jax.jit(functools.partial(step, axis=ALONE))(state, frozen, batch_of(wiring))
+        assert (int(after.bad_steps), int(after.bad_total)) == (1, 1)
+
+
 def test_rates_fall_over_the_updates_that_each_network_makes():
     """The student's to 0 at the end of the run, without the warm-up; the auxiliary network's with all of its updates."""
     falls = {"decay": "linear"}
@@ -130,7 +141,7 @@ def test_an_update_moves_what_its_mode_says(begun, mode):
     wiring = wiring_of(distillation={"student": mode, "auxiliary": mode}, loss={"guidance": 2.0})
     state = jax.jit(wiring.init)(teacher)
     after, metrics = jax.jit(functools.partial(wiring.update, axis=ALONE))(state, frozen, batch_of(wiring))
-    assert float(metrics["train/gap"][0]) > 0
+    assert float(metrics["train/gap"][0]) > 0 and float(metrics["train/lag"][1]) > 0
     for old, new in ((state, after), (state.extra["auxiliary"], after.extra["auxiliary"])):
         change = jax.tree.map(lambda a, b: b - a, old.params, new.params)["params"]
         assert largest(change["denoiser"]) > 0
