@@ -67,11 +67,11 @@ def embedded(arg: str):
 
 def model(smoke: bool = False) -> dict:
     """The network; the small one compiles quickly."""
-    shared = {"buffer": 8, "dropout": 0.0}
+    # A velocity needs less training than noise, whose errors late times divide by alpha.
+    shared = {"buffer": 8, "dropout": 0.0, "prediction": "velocity"}
     if smoke:
         return {"width": 32, "depth": 1, "heads": 2, "head_width": 32, "head_depth": 1, **shared}
     shared |= {"pooled_width": 256, "conv_stem": True, "relative_bias": True, "local_mixing": True}  # as MaskGIT here
-    shared |= {"prediction": "velocity"}  # needs less training than noise, whose errors late times divide by alpha
     return {"width": 128, "depth": 2, "heads": 4, "head_width": 128, "head_depth": 3, "unroll": 2, **shared}
 
 

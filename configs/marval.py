@@ -11,7 +11,8 @@ specs/marval.md says which numbers are published; those of the embedded task are
 
 from configs import mar, sizes
 
-STEPS = {"": 850, "smoke": 12, **dict.fromkeys(mar.PUBLISHED, 150_000)}  # 30 epochs of ImageNet in batches of 256
+REGRESSION = {"": 600, "smoke": 3, **dict.fromkeys(mar.PUBLISHED, 0)}
+STEPS = {"": 750, "smoke": 12, **dict.fromkeys(mar.PUBLISHED, 150_000)}  # 30 epochs of ImageNet in batches of 256
 
 
 def get_config(arg: str = ""):
@@ -20,7 +21,7 @@ def get_config(arg: str = ""):
     teacher = mar.get_config(arg)
     smoke, published = arg == "smoke", arg in mar.PUBLISHED
     parents = {"tokenizer": teacher.parents.tokenizer, "judge": teacher.parents.judge, "mar": teacher}
-    adam = {"name": "adamw", "learning_rate": 1e-5 if published else 4e-5, "b1": 0.0, "b2": 0.999}
+    adam = {"name": "adamw", "learning_rate": 1e-5, "b1": 0.0, "b2": 0.999}
     adam |= {"weight_decay": 0.0, "clip_norm": 3.0, "warmup_steps": 0, "decay": "constant"}
     # The teacher's sampler is the one that its own report chose.
     measured = {name: value for name, value in teacher.evaluation.items() if not name.startswith("tune")}
@@ -40,6 +41,8 @@ def get_config(arg: str = ""):
             "auxiliary_steps": 1,
             "warm_up": 1 if smoke else 1000 if published else 50,
         },
+        # Published: none, the student begins as a copy of the teacher.
+        regression={"updates": REGRESSION[arg], "chain_steps": 16, "radius": 0.01},
         loss={
             "norm": "huber",
             # 1 is as published; pictures lost their objects with it here.
@@ -54,6 +57,9 @@ def get_config(arg: str = ""):
         model={"form": "eps", "time": 755, "scale": "sigma"},
         optimizer={**adam, "ema_decay": 0.9999} if published else {**adam, "decay": "linear", "ema_decay": 0.99},
         auxiliary_optimizer=adam if published else {**adam, "learning_rate": 3e-4},
+        regression_optimizer=adam
+        if published
+        else {**teacher.optimizer.to_dict(), "warmup_steps": 0, "clip_norm": 3.0},
         # The temperature scales the noise that is turned into a token.
         sampler={"temperature": 1.0, "bucket": teacher.sampler.bucket},
         evaluation={**measured, "goal": 1.0},

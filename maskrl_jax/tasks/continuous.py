@@ -111,19 +111,24 @@ def row_noise(keys_BR: Array, place: Array | int, channels: int) -> Array:
     return jax.vmap(jax.vmap(one))(keys_BR)
 
 
+def guided_head(network: Network, params: Any, known: Array, scale: Array | float) -> Callable:
+    """(x_t [...,C], timestep) -> (noise, v) at the head's conditions [1 or 2,...,W]; a second is the null's."""
+
+    def head(state, timestep):
+        states = jnp.broadcast_to(state[None], (len(known), *state.shape))
+        guess, share = diffusion.split(network.head(params, states, timestep, known))
+        return (guess[0] if len(known) == 1 else guided(guess[1], guess[0], scale)), share[0]
+
+    return head
+
+
 def chain_draw(network: Network, params: Any, process: Process, temperature: Array | float, method: str) -> mar.Draw:
     """Draw rows by the teacher's chain; with a null condition every step is one doubled call of the head."""
 
     def draw(z: Array, null: Array | None, scale: Array, keys_BR: Array) -> Array:
         both = z[None] if null is None else jnp.stack([z, null])
-        known = network.condition(params, both)
+        head = guided_head(network, params, network.condition(params, both), scale)
         noise = functools.partial(row_noise, keys_BR, channels=network.model.config.channels)
-
-        def head(state, timestep):
-            states = jnp.broadcast_to(state[None], (len(known), *state.shape))
-            guess, share = diffusion.split(network.head(params, states, timestep, known))
-            return (guess[0] if null is None else guided(guess[1], guess[0], scale)), share[0]
-
         return diffusion.run_chain(process, head, noise(len(process)), noise, temperature, method)
 
     return draw

@@ -26,6 +26,7 @@ from maskrl_jax.tasks import kl_vae as kl_vae_task
 from maskrl_jax.tasks import mar as mar_task
 from maskrl_jax.tasks.continuous import MarSampler
 from maskrl_jax.tasks.marval_gallery import MarvalGallery, student_studio
+from maskrl_jax.tasks.marval_regression import Regression, Regressor
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
@@ -74,13 +75,23 @@ class Wiring:
         continuous.check_steps(Evaluation(**config.evaluation), MarSampler(**config.sampler), num_tokens)
         if self.one_step.time >= len(self.process):
             raise UserError(f"model.time {self.one_step.time} is beyond the {len(self.process)} times of the process")
-        settings, updates = self.settings, config.num_steps - self.settings.warm_up  # of the student
-        if updates < 1:
-            raise UserError(f"num_steps {config.num_steps} must exceed distillation.warm_up {settings.warm_up}")
-        self.optimizer = self._optimizer(config.optimizer, settings.student, updates)
+        settings, regression = self.settings, Regression(**config.regression)
+        self.warm_up_from, self.update_from = regression.updates, regression.updates + settings.warm_up
+        if config.num_steps <= self.update_from:
+            raise UserError(
+                f"num_steps {config.num_steps} must exceed regression.updates {regression.updates} "
+                f"and distillation.warm_up {settings.warm_up} together"
+            )
+        # Rates fall over a network's own updates.
+        self.optimizer = self._optimizer(config.optimizer, settings.student, config.num_steps - self.update_from)
         self.auxiliary_optimizer = self._optimizer(
-            config.auxiliary_optimizer, settings.auxiliary, config.num_steps, settings.auxiliary_steps
+            config.auxiliary_optimizer,
+            settings.auxiliary,
+            config.num_steps - self.warm_up_from,
+            settings.auxiliary_steps,
         )
+        by = self._optimizer(config.regression_optimizer, settings.student, regression.updates or 1)
+        self.regressor = Regressor(regression, by, self) if regression.updates else None
         self.tx, self.auxiliary_tx = (
             train_state.make_optimizer(one) for one in (self.optimizer, self.auxiliary_optimizer)
         )
@@ -92,7 +103,10 @@ class Wiring:
     def init(self, teacher: Any) -> train_state.TrainState:
         """Student and auxiliary network start as copies of the teacher."""
         auxiliary = train_state.create(jax.tree.map(jnp.copy, teacher), self.auxiliary_tx)
-        return train_state.create(jax.tree.map(jnp.copy, teacher), self.tx, extra={"auxiliary": auxiliary})
+        extra = {"auxiliary": auxiliary}
+        if self.regressor:
+            extra["regression"] = self.regressor.tx.init(teacher)
+        return train_state.create(jax.tree.map(jnp.copy, teacher), self.tx, extra=extra)
 
     def tokens(self, params: Any, condition: Array, zeta: Array) -> Array:
         """The student's tokens [..., C] of noise, at `head_condition` [..., W]."""
@@ -254,9 +268,9 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     teacher = jax.eval_shape(wiring.base.init, jax.random.key(0)).params
     frozen = {"tokenizer": kl_vae_task.abstract_codec(config.parents.tokenizer), "teacher": teacher}
     state = jax.eval_shape(wiring.init, teacher)
-    warm_up = Phase("warm-up", wiring.warm_up, (state, frozen, batch), kind="update")
-    update = Phase("update", wiring.update, (state, frozen, batch), kind="update")
-    return [warm_up, update] if wiring.settings.warm_up else [update]
+    programs = {"regression": wiring.regressor and wiring.regressor.update}
+    programs |= {"warm-up": wiring.warm_up if wiring.settings.warm_up else None, "update": wiring.update}
+    return [Phase(name, one, (state, frozen, batch), kind="update") for name, one in programs.items() if one]
 
 
 def studio(context: Context, params: Any) -> continuous.Studio:
@@ -277,6 +291,7 @@ def build(context: Context) -> Task:
     frozen = {"tokenizer": engine.tokenizer, "teacher": teacher}
     rows = parallel.rows(config.batch_size)
     warm_up, update = parallel.update(wiring.warm_up), parallel.update(wiring.update)
+    regress = parallel.update(wiring.regressor.update) if wiring.regressor else None
     gallery = MarvalGallery(context, wiring, engine, teacher)
 
     def batch(step):
@@ -285,8 +300,10 @@ def build(context: Context) -> Task:
         return {name: example[name] for name in ("image", "cond", "index", "round")}
 
     def step(state, batch):
-        phase = warm_up if int(batch["round"][0]) < wiring.settings.warm_up else update
-        return phase(state, frozen, batch)
+        number = int(batch["round"][0])
+        if number < wiring.warm_up_from:
+            return regress(state, frozen, batch)
+        return (warm_up if number < wiring.update_from else update)(state, frozen, batch)
 
     return Task(
         init=lambda key: parallel.init(wiring.init, context.parents["mar"].params),

@@ -104,11 +104,13 @@ def test_a_bad_gradient_of_the_auxiliary_network_counts_once(begun):
 
 
 def test_rates_fall_over_the_updates_that_each_network_makes():
-    """The student's to 0 at the end of the run, without the warm-up; the auxiliary network's with all of its updates."""
-    falls = {"decay": "linear"}
-    changes = {"distillation": {"warm_up": 4, "auxiliary_steps": 3}, "optimizer": falls, "auxiliary_optimizer": falls}
-    wiring = wiring_of(num_steps=12, **changes)
-    for optimizer, updates in ((wiring.optimizer, 8), (wiring.auxiliary_optimizer, 36)):
+    """The student's to 0 at the end of either phase that it learns in; the auxiliary network's with all of its updates."""
+    falls = {"decay": "linear", "warmup_steps": 0}
+    changes = {"distillation": {"warm_up": 4, "auxiliary_steps": 3}, "regression": {"updates": 2}}
+    optimizers = dict.fromkeys(("optimizer", "auxiliary_optimizer", "regression_optimizer"), falls)
+    wiring = wiring_of(num_steps=12, **changes, **optimizers)
+    found = (wiring.regressor.optimizer, 2), (wiring.optimizer, 6), (wiring.auxiliary_optimizer, 30)
+    for optimizer, updates in found:
         rate = train_state.learning_rate(optimizer, 1.0)
         assert float(rate(updates - 1)) > 0 and float(rate(updates)) == 0
 
@@ -135,6 +137,44 @@ def test_a_velocity_is_turned_into_the_token_that_it_says():
     np.testing.assert_allclose(wiring.tokens(None, None, zeta), token, atol=1e-5)
 
 
+def test_the_regression_teaches_the_student_alone_what_the_chain_ends_in(begun):
+    """One batch again and again: tokens come nearer to the chain's ends, and nothing but the student moves."""
+    _, _, _, teacher, frozen = begun
+    wiring = wiring_of(num_steps=20, regression={"updates": 8})
+    state = first = jax.jit(wiring.init)(teacher)
+    update, distances = jax.jit(functools.partial(wiring.regressor.update, axis=ALONE)), []
+    for _ in range(8):
+        state, metrics = update(state, frozen, batch_of(wiring))
+        distances.append(float(metrics["train/regression"][0] / metrics["train/regression"][1]))
+    assert distances[-1] < 0.8 * distances[0]
+    assert int(state.step) == 8
+    for kept in (lambda s: s.extra["auxiliary"], lambda s: s.opt_state):
+        jax.tree.map(np.testing.assert_array_equal, kept(first), kept(state))
+
+
+def test_the_chain_that_is_regressed_is_the_guided_teacher_s(begun):
+    """Step by step in numpy's order: x_0 of the guided noise, put back at the next earlier time with that noise."""
+    wiring, _, _, teacher, frozen = begun
+    wiring = wiring_of(loss={"guidance": 1.7}, regression={"updates": 1, "chain_steps": 3})
+    ready = jax.jit(wiring.prepared)(frozen, batch_of(wiring))
+    zeta = wiring.draws(ready["keys"], STUDENT_DRAW)[0]
+    found = jax.jit(wiring.regressor.ends)(teacher, ready["teacher"], zeta)
+
+    @jax.jit
+    def noise_at(x, time):
+        known = [wiring.network.condition(teacher, z)[None] for z in ready["teacher"]]
+        own, null = (jnp.split(wiring.network.head(teacher, x, time, z), 2, -1)[0] for z in known)
+        return null + 1.7 * (own - null)
+
+    x = zeta
+    alphas, sigmas = wiring.process.alpha, wiring.process.sigma
+    for time, before in ((999, 500), (500, 0), (0, None)):
+        noise = noise_at(x, jnp.int32(time))
+        start = (x - sigmas[time] * noise) / alphas[time]
+        x = start if before is None else alphas[before] * start + sigmas[before] * noise
+    np.testing.assert_allclose(found, x, atol=2e-3)
+
+
 @pytest.mark.parametrize("mode", ["full", "head_only"])
 def test_an_update_moves_what_its_mode_says(begun, mode):
     _, _, _, teacher, frozen = begun
@@ -153,7 +193,11 @@ def test_an_update_moves_what_its_mode_says(begun, mode):
     [
         ({"distillation": {"student": "half"}}, "distillation.student"),
         ({"distillation": {"warm_up": -1}}, "warm_up"),
-        ({"distillation": {"warm_up": 12}}, "num_steps"),
+        ({"distillation": {"warm_up": 9}}, "num_steps"),
+        ({"regression": {"updates": -1}}, "regression.updates"),
+        ({"regression": {"chain_steps": 1}}, "regression.chain_steps"),
+        ({"regression": {"radius": 0.0}}, "regression.radius"),
+        ({"regression": {"updates": 11}}, "num_steps"),
         ({"model": {"form": "x0", "time": 1000}}, "model.time"),
         ({"loss": {"last": 1000}}, "loss.last"),
         ({"loss": {"norm": "cubic"}}, "loss.norm"),
