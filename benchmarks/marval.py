@@ -47,7 +47,9 @@ CLAIM = {
     "marval_rl": Arm("marval_rl"),
     "marval_rl, anchor": Arm("marval_rl", ANCHORED),
 }
-SHORT = {"num_steps": 250, "evaluation.steps": "(16,)", "evaluation.group": 2}
+# The score matching alone, from a copy of the teacher, in small batches: 200 updates of the student.
+SHORT = {"num_steps": 250, "batch_size": 16, "regression.updates": 0, "optimizer.learning_rate": 4e-5}
+SHORT |= {"evaluation.steps": "(16,)", "evaluation.group": 2}
 
 
 def _student(**changes: Any) -> Arm:
@@ -60,7 +62,18 @@ def _tuned(argument: str = "", **changes: Any) -> Arm:
 
 
 SCREEN = {
-    "default": _student(),
+    "score matching alone": _student(),
+    "rate 1e-5": _student(optimizer__learning_rate=1e-5),
+    # 0, ours: how the student begins
+    "regression first": _student(regression__updates=250, num_steps=500),
+    "regression first, rate 1e-5": _student(regression__updates=250, num_steps=500, optimizer__learning_rate=1e-5),
+    "regression alone": _student(regression__updates=250, num_steps=251, distillation__warm_up=0),  # and one update
+    "regression of 8 steps": _student(
+        regression__updates=250, num_steps=251, distillation__warm_up=0, regression__chain_steps=8
+    ),
+    "regression, radius 1": _student(
+        regression__updates=250, num_steps=251, distillation__warm_up=0, regression__radius=1.0
+    ),
     # 1: the loss
     "kappa 1 (GSIM)": _student(loss__kappa=1.0),
     "kappa -0.4": _student(loss__kappa=-0.4),
@@ -196,7 +209,7 @@ def _numbers(arm: Arm, workdir: pathlib.Path) -> dict:
         "points": points,
         "reference": results["reference"][0]["setting"],
         "updates": lines[-1]["step"],
-        "seconds_an_update": float(np.median(seconds)),
+        "seconds_an_update": float(np.mean(seconds)),  # phases differ
         "sampler": results["facts"].get("sampler", results["facts"].get("sampler of the teacher")),
         "commit": results["facts"]["commit"],
         "machine": results["facts"]["machine"],

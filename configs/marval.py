@@ -1,6 +1,6 @@
 """MARVAL: MAR's diffusion chain distilled into one call of its head (arXiv 2511.15190, CVPR 2026).
 
-python -m maskrl_jax.main --config=configs/marval.py          # embedded task
+python -m maskrl_jax.main --config=configs/marval.py          # embedded task; half an hour on one core
 python -m maskrl_jax.main --config=configs/marval.py:smoke    # a few updates of everything: does it run?
 python -m maskrl_jax.main --config=configs/marval.py:base --dry_run=v5e:4x4   # published sizes, compile only
 python -m maskrl_jax.main --config=configs/marval.py:large --dry_run=v5e:4x4
@@ -11,7 +11,7 @@ specs/marval.md says which numbers are published; those of the embedded task are
 
 from configs import mar, sizes
 
-REGRESSION = {"": 600, "smoke": 3, **dict.fromkeys(mar.PUBLISHED, 0)}
+REGRESSION = {"": 600, "smoke": 1, **dict.fromkeys(mar.PUBLISHED, 0)}
 STEPS = {"": 750, "smoke": 12, **dict.fromkeys(mar.PUBLISHED, 150_000)}  # 30 epochs of ImageNet in batches of 256
 
 

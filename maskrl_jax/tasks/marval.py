@@ -41,7 +41,7 @@ class Distillation:
 
     student, auxiliary: `full`, a backbone and a head of its own, or `head_only`, on the teacher's backbone.
     repeats: M, noise draws of a token. auxiliary_steps: updates of the auxiliary network before each of the student.
-    warm_up: steps of the auxiliary network alone, on samples of the student as it begins.
+    warm_up: steps of the auxiliary network alone, on samples of the student as it is after any regression.
     """
 
     student: str = "full"
@@ -75,7 +75,8 @@ class Wiring:
         continuous.check_steps(Evaluation(**config.evaluation), MarSampler(**config.sampler), num_tokens)
         if self.one_step.time >= len(self.process):
             raise UserError(f"model.time {self.one_step.time} is beyond the {len(self.process)} times of the process")
-        settings, regression = self.settings, Regression(**config.regression)
+        # Runs of before regression could come first lack it.
+        settings, regression = self.settings, Regression(**config.get("regression", {}))
         self.warm_up_from, self.update_from = regression.updates, regression.updates + settings.warm_up
         if config.num_steps <= self.update_from:
             raise UserError(
@@ -90,8 +91,10 @@ class Wiring:
             config.num_steps - self.warm_up_from,
             settings.auxiliary_steps,
         )
-        by = self._optimizer(config.regression_optimizer, settings.student, regression.updates or 1)
-        self.regressor = Regressor(regression, by, self) if regression.updates else None
+        self.regressor = None
+        if regression.updates:
+            by = self._optimizer(config.regression_optimizer, settings.student, regression.updates)
+            self.regressor = Regressor(regression, by, self)
         self.tx, self.auxiliary_tx = (
             train_state.make_optimizer(one) for one in (self.optimizer, self.auxiliary_optimizer)
         )

@@ -1,7 +1,7 @@
 """How a student of stage `marval` may begin: it regresses what its teacher's chain makes of the same noise.
 
 Our choice (published: the student begins as a copy of the teacher); the recipe is that of knowledge distillation of a
-deterministic sampler (arXiv 2101.02388), a token at a time. What it leaves, the score matching after it mends.
+deterministic sampler (arXiv 2101.02388), a token at a time.
 """
 
 import dataclasses

@@ -67,9 +67,15 @@ def test_the_student_alone_learns_from_its_loss(begun, objective):
     assert largest(found[1:]) == 0
 
 
-def test_the_gradient_of_the_loss_is_whole(begun, objective):
+@pytest.mark.parametrize("prediction", ["velocity", "noise"])
+def test_the_gradient_of_the_loss_is_whole(begun, objective, prediction):
     """No path from the student to its loss is cut: along the gradient the loss moves as the gradient says."""
-    _, student, auxiliary, teacher, _ = begun
+    _, student, auxiliary, teacher, frozen = begun
+    if prediction == "noise":  # of the same weights
+        config = marval_config.get_config("smoke")
+        config.parents.mar.model.prediction = prediction
+        wiring = wiring_of(parents=config.parents)
+        objective = jax.jit(jax.value_and_grad(functools.partial(loss, wiring, frozen), argnums=(0, 1, 2)))
     slope = objective(student, auxiliary, teacher)[1][0]
     norm = float(jnp.sqrt(sum(jnp.square(x).sum() for x in jax.tree.leaves(slope))))
 
@@ -175,6 +181,17 @@ def test_the_chain_that_is_regressed_is_the_guided_teacher_s(begun):
     np.testing.assert_allclose(found, x, atol=2e-3)
 
 
+def test_a_regression_of_the_head_alone_moves_nothing_else(begun):
+    _, _, _, teacher, frozen = begun
+    wiring = wiring_of(distillation={"student": "head_only"})
+    state = jax.jit(wiring.init)(teacher)
+    after, _ = jax.jit(functools.partial(wiring.regressor.update, axis=ALONE))(state, frozen, batch_of(wiring))
+    for old, new in ((state.params, after.params), (state.ema, after.ema)):
+        change = jax.tree.map(lambda a, b: b - a, old, new)["params"]
+        assert largest(change.pop("denoiser")) > 0
+        assert largest(change) == 0
+
+
 @pytest.mark.parametrize("mode", ["full", "head_only"])
 def test_an_update_moves_what_its_mode_says(begun, mode):
     _, _, _, teacher, frozen = begun
@@ -193,7 +210,7 @@ def test_an_update_moves_what_its_mode_says(begun, mode):
     [
         ({"distillation": {"student": "half"}}, "distillation.student"),
         ({"distillation": {"warm_up": -1}}, "warm_up"),
-        ({"distillation": {"warm_up": 9}}, "num_steps"),
+        ({"distillation": {"warm_up": 11}}, "num_steps"),
         ({"regression": {"updates": -1}}, "regression.updates"),
         ({"regression": {"chain_steps": 1}}, "regression.chain_steps"),
         ({"regression": {"radius": 0.0}}, "regression.radius"),
@@ -208,3 +225,11 @@ def test_an_update_moves_what_its_mode_says(begun, mode):
 def test_bad_settings_are_refused(changes, named):
     with pytest.raises((ValueError, UserError), match=named):
         wiring_of(**changes)
+
+
+def test_a_run_of_before_regression_could_come_first_is_still_read():
+    config = marval_config.get_config("smoke")
+    for name in ("regression", "regression_optimizer"):
+        del config[name]
+    wiring = Wiring(config, conditioning_of(config.data.name, config.data.text_length))
+    assert wiring.regressor is None and wiring.update_from == config.distillation.warm_up
