@@ -57,7 +57,7 @@ def get_config(arg: str = ""):
         model={"form": "eps", "time": 755, "scale": "sigma"},
         optimizer={**adam, "ema_decay": 0.9999} if published else {**adam, "decay": "linear", "ema_decay": 0.99},
         auxiliary_optimizer=adam if published else {**adam, "learning_rate": 3e-4},
-        regression_optimizer=adam
+        regression_optimizer={**adam, "ema_decay": 0.9999}
         if published
         else {**teacher.optimizer.to_dict(), "warmup_steps": 0, "clip_norm": 3.0},
         # The temperature scales the noise that is turned into a token.

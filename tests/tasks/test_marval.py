@@ -155,7 +155,7 @@ def test_the_regression_teaches_the_student_alone_what_the_chain_ends_in(begun):
 
 
 def test_the_chain_that_is_regressed_is_the_guided_teacher_s(begun):
-    """Step by step in numpy's order: x_0 of the guided noise, put back at the next earlier time with that noise."""
+    """Step by step: x_0 of the guided noise, put back at the next earlier time with that noise."""
     wiring, _, _, teacher, frozen = begun
     wiring = wiring_of("velocity", loss={"guidance": 1.7}, regression={"updates": 1, "chain_steps": 3})
     ready = jax.jit(wiring.prepared)(frozen, batch_of(wiring))
