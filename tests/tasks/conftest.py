@@ -31,6 +31,7 @@ class Trained:
     parents: dict[str, Parent]
     reads: ConfigReads
     unused: dict[type, set[str]]  # fields of settings
+    measured: tuple[str, ...]  # what the reports of these runs left in the store; other tests add to it
 
 
 @contextlib.contextmanager
@@ -72,7 +73,8 @@ def trained(tmp_path_factory):
         patch.setattr(shapes, "SPLIT_SIZES", tiny.SPLIT_SIZES)
         runner.run(config, workdir, store)
         parents = runner.parents(config, store, {})
-    return Trained(store, workdir, config, parents, reads, unused)
+    measured = tuple(sorted(path.name for path in (root / "store" / "measured").iterdir()))
+    return Trained(store, workdir, config, parents, reads, unused, measured)
 
 
 @pytest.fixture(autouse=True, scope="module")
