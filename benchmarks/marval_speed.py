@@ -73,8 +73,7 @@ class Loops:
         if arm.inner:
             draws = continuous.chain_draws(self.engine.network, arm.inner, chosen.method)
         run = self.engine.program(plan, arm.guided, draws, pictures)
-        scales = plan.scales(chosen.guidance, chosen.guidance_schedule)
-        frozen = {"tokenizer": self.engine.tokenizer, "scales": scales, "temperature": np.float32(1)}
+        frozen = {"tokenizer": self.engine.tokenizer, "dials": chosen.dials(plan)}
         batch = {"cond": np.broadcast_to(self.null, (size, *self.null.shape)).astype(np.int32)}
         batch |= {"index": np.arange(size, dtype=np.int32), "seed": np.zeros(size, np.int32)}
         return run, self.teacher if arm.inner else self.student, frozen, batch

@@ -25,8 +25,9 @@ MODE = flags.DEFINE_string("mode", None, f"fixed sampler: {', '.join(MODES)}")
 SCHEDULE = flags.DEFINE_string("schedule", None, f"fixed sampler: {', '.join(SCHEDULES)}")
 GUMBEL = flags.DEFINE_float("gumbel", None, "modes confidence, uncertain: noise on the order")
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", None, "fixed sampler: divides the logits before a draw; MAR: of its noise"
+    "temperature", None, "fixed sampler: divides the logits before a draw; MAR and its students: of the noise"
 )
+FULL_NOISE = flags.DEFINE_integer("full_noise", None, "MAR: iterations that see fewer tokens keep temperature 1")
 GUIDANCE = flags.DEFINE_float("guidance", None, "fixed sampler and MAR: guidance scale, 1 is none")
 GUIDANCE_SCHEDULE = flags.DEFINE_string(
     "guidance_schedule", None, "fixed sampler: constant, linear or cosine; MAR: constant or linear"
@@ -41,7 +42,7 @@ OUT = flags.DEFINE_string("out", "samples.png", "picture to write: a row per pro
 ORDER = flags.DEFINE_string("order", None, "also draw in which order tokens appear, to this file")
 ASKED = (
     NUM_STEPS, MODE, SCHEDULE, GUMBEL, TEMPERATURE, GUIDANCE, GUIDANCE_SCHEDULE, THRESHOLD, FULL_STEPS, DIAL, INNER_STEPS,
-    METHOD,
+    METHOD, FULL_NOISE,
 )  # fmt: skip
 
 

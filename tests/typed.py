@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 
-SETTINGS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "1"}  # quick to compile, as tests/tasks
+SETTINGS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "1"}  # as tests/conftest.py
 ROOT = pathlib.Path(__file__).parent.parent
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from maskrl_jax.sampling import mar
-from maskrl_jax.sampling.mar import MarPlan
+from maskrl_jax.sampling.mar import Dials, MarPlan
 
 Array = jax.Array
 
@@ -43,6 +43,7 @@ def rollout(
     draw: mar.Draw,
     keys_B: Array,
     conds: list[Array],
+    dials_N: Dials,
     plan: MarPlan,
     channels: int,
     truncation: Truncation,
@@ -56,8 +57,11 @@ def rollout(
     tokens_BLC = jnp.zeros((*order_BL.shape, channels))
     first, place_L1 = truncation.first(plan.num_steps), jnp.arange(plan.num_tokens)[:, None]
 
-    def iteration(tokens, shape, masked, after, _):
-        return mar.iterate(backbone, draw, tokens, order_BL, conds, keys_BL, shape, masked, after, 1.0)
+    dials_N = jax.tree.map(jnp.asarray, dials_N)
+
+    def iteration(tokens, shape, masked, after, k):
+        dials = jax.tree.map(lambda x: x[k], dials_N)
+        return mar.iterate(backbone, draw, tokens, order_BL, conds, keys_BL, shape, masked, after, dials)
 
     def detached(tokens, shape, masked, after, k):
         drawn = iteration(jax.lax.stop_gradient(tokens), shape, masked, after, k)

@@ -19,10 +19,17 @@ Array = jax.Array
 GUIDANCE_SCHEDULES = ("linear", "constant")
 # (tokens [b,V,C], order [b,L], cond [b,...], masked) -> condition of the head [b,L,D]
 Backbone = Callable[[Array, Array, Array, int | Array], Array]
-# (condition [B,R,D], the null condition's or None, guidance scale [], keys [B,R]) -> tokens [B,R,C]
-Draw = Callable[[Array, Array | None, Array, Array], Array]
+# (condition [B,R,D], the null condition's or None, what the iteration draws with, keys [B,R]) -> tokens [B,R,C]
+Draw = Callable[[Array, Array | None, "Dials", Array], Array]
 # (tokens [B,L,C], shape (V, R), masked before, masked after, number k) -> tokens
 Iteration = Callable[[Array, tuple[int, int], int | Array, int | Array, int | Array], Array]
+
+
+class Dials(NamedTuple):
+    """What iterations draw with: float32 [N] of all of a plan's, [] of one."""
+
+    guidance: Array  # w of eps_null + w (eps - eps_null)
+    temperature: Array  # of the noise
 
 
 class Segment(NamedTuple):
@@ -75,18 +82,22 @@ class MarPlan:
             counts.append(left)
         return counts
 
-    def scales(self, guidance: float, schedule: str = "linear") -> np.ndarray:
-        """Guidance scale of each iteration, float32 [N], of eps_null + w (eps - eps_null).
+    def dials(
+        self, guidance: float = 1.0, schedule: str = "linear", temperature: float = 1.0, full_noise: int = 0
+    ) -> Dials:
+        """Guidance and temperature of each iteration.
 
-        `linear` grows from 1 with the share of tokens that are drawn; `constant`.
+        Args:
+          schedule: of the guidance: `linear` grows from 1 with the share of tokens that are drawn; `constant`.
+          full_noise: iterations that see fewer tokens than this keep temperature 1 (ours).
         """
         if schedule not in GUIDANCE_SCHEDULES:
             known = ", ".join(GUIDANCE_SCHEDULES)
             raise ValueError(f"guidance_schedule {schedule!r} is not one of {known}")
-        if schedule == "constant":
-            return np.full(self.num_steps, guidance, np.float32)
-        shares = np.array([(self.num_tokens - count) / self.num_tokens for count in self._scheduled()])
-        return (1 + (guidance - 1) * shares).astype(np.float32)
+        shares = 1 - np.array(self._scheduled()) / self.num_tokens
+        seen = self.num_tokens - np.array((self.num_tokens, *self.masked_after[:-1]))
+        scales = np.full(self.num_steps, guidance) if schedule == "constant" else 1 + (guidance - 1) * shares
+        return Dials(np.float32(scales), np.where(seen < full_noise, 1, temperature).astype(np.float32))
 
     def segments(self) -> list[Segment]:
         """Iterations in order, neighbours of one shape together."""
@@ -147,7 +158,7 @@ def iterate(
     shape: tuple[int, int],
     masked: int | Array,
     after: int | Array,
-    scale: float | Array,
+    dials: Dials,
 ) -> Array:
     """One iteration: tokens [B,L,C] with those in [after, masked) drawn.
 
@@ -155,7 +166,7 @@ def iterate(
       conds: the condition, and with guidance the null condition, each [B,...].
       keys_BL: a key for every token: it is drawn once, whatever the iteration.
       shape: (V, R).
-      scale: of guidance, for `draw`.
+      dials: of this iteration, for `draw`.
     """
     (rows, width), num_tokens = shape, order_BL.shape[1]
     seen_BVC = tokens_BLC[:, num_tokens - rows :]
@@ -164,7 +175,7 @@ def iterate(
     start = jnp.minimum(after, num_tokens - width)
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)  # noqa: E731
     z_BRD, *null = jnp.split(cut(z_bLD), len(conds))
-    drawn_BRC = draw(z_BRD, null[0] if null else None, jnp.float32(scale), cut(keys_BL))
+    drawn_BRC = draw(z_BRD, null[0] if null else None, dials, cut(keys_BL))
     place_R = start + jnp.arange(width)
     fresh_R1 = ((place_R >= after) & (place_R < masked))[:, None]
     kept_BRC = jnp.where(fresh_R1[None], drawn_BRC, cut(tokens_BLC))
@@ -176,7 +187,7 @@ def generate(
     draw: Draw,
     keys_B: Array,
     conds: Sequence[Array],
-    scales_N: Array,
+    dials_N: Dials,
     plan: MarPlan,
     channels: int,
 ) -> MarRollout:
@@ -184,17 +195,18 @@ def generate(
 
     Args:
       keys_B: a typed key a sample; order and noise come from it, and nothing else does.
-      conds: the condition [B,...] int32; two of them, the null condition last, are guided by `scales_N`.
+      conds: the condition [B,...] int32; two of them, the null condition last, are guided by `dials_N`.
     """
     order_BL, keys_BL = randomness(keys_B, plan.num_tokens)
-    scales_N = jnp.asarray(scales_N)
+    dials_N = jax.tree.map(jnp.asarray, dials_N)
     tokens_BLC = jnp.zeros((*order_BL.shape, channels))
     step_L = np.zeros(plan.num_tokens, np.uint8)
     for k, (first, end) in enumerate(zip(plan.masked_after, (plan.num_tokens, *plan.masked_after), strict=False)):
         step_L[first:end] = k
 
     def iteration(tokens, shape, masked, after, k):
-        return iterate(backbone, draw, tokens, order_BL, conds, keys_BL, shape, masked, after, scales_N[k])
+        dials = jax.tree.map(lambda x: x[k], dials_N)
+        return iterate(backbone, draw, tokens, order_BL, conds, keys_BL, shape, masked, after, dials)
 
     for segment in plan.segments():
         tokens_BLC = run(segment, iteration, tokens_BLC)

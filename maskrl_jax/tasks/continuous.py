@@ -22,7 +22,7 @@ from maskrl_jax.models.kl_vae import KLVAEConfig
 from maskrl_jax.models.mar import Mar, MarConfig
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.sampling import mar
-from maskrl_jax.sampling.mar import MarPlan
+from maskrl_jax.sampling.mar import Dials, MarPlan
 from maskrl_jax.tasks.kl_vae import LatentCodec
 
 Array = jax.Array
@@ -35,7 +35,10 @@ class MarSampler:
 
     num_steps: N iterations. inner_steps: of the chain in each. method: `ddpm` (published) or `ddim`.
     guidance, guidance_schedule: w of eps_null + w (eps - eps_null), 1 is none; `linear` or `constant`.
-    temperature: of the chain's noise. bucket: see `MarPlan`.
+    temperature: of the noise: the chain's, or what the one call of a student turns into a token.
+    full_noise: iterations that see fewer tokens than this keep temperature 1 (ours): the first tokens decide what a
+      picture is of, and less noise in the others blurs it less.
+    bucket: see `MarPlan`.
     """
 
     num_steps: int = 16
@@ -44,6 +47,7 @@ class MarSampler:
     guidance: float = 3.0
     guidance_schedule: str = "linear"
     temperature: float = 1.0
+    full_noise: int = 0
     bucket: int = 8
 
     def __post_init__(self):
@@ -51,14 +55,23 @@ class MarSampler:
             raise ValueError(f"sampler.method {self.method!r} is not one of {', '.join(diffusion.METHODS)}")
         if self.temperature <= 0:
             raise ValueError(f"sampler.temperature {self.temperature} must be above 0")
+        if self.full_noise < 0:
+            raise ValueError(f"sampler.full_noise {self.full_noise} must be at least 0")
         diffusion.respaced(DIFFUSION_STEPS, self.inner_steps)
-        MarPlan(max(self.num_steps, 1), self.num_steps, self.bucket).scales(self.guidance, self.guidance_schedule)
+        self.dials(MarPlan(max(self.num_steps, 1), self.num_steps, self.bucket))
 
     def in_words(self) -> str:
         return (
             f"{self.method}, {self.inner_steps} steps of the chain, guidance {self.guidance:g} "
-            f"({self.guidance_schedule}), temperature {self.temperature:g}"
+            f"({self.guidance_schedule}), {self.noise_in_words()}"
         )
+
+    def noise_in_words(self) -> str:
+        first = f", 1 of iterations that see fewer than {self.full_noise} tokens" if self.full_noise else ""
+        return f"temperature {self.temperature:g}{first}"
+
+    def dials(self, plan: MarPlan) -> Dials:
+        return plan.dials(self.guidance, self.guidance_schedule, self.temperature, self.full_noise)
 
     def plan(self, num_tokens: int) -> MarPlan:
         return MarPlan(num_tokens, self.num_steps, self.bucket)
@@ -122,14 +135,14 @@ def guided_head(network: Network, params: Any, known: Array, scale: Array | floa
     return head
 
 
-def chain_draw(network: Network, params: Any, process: Process, temperature: Array | float, method: str) -> mar.Draw:
+def chain_draw(network: Network, params: Any, process: Process, method: str) -> mar.Draw:
     """Draw rows by the teacher's chain; with a null condition every step is one doubled call of the head."""
 
-    def draw(z: Array, null: Array | None, scale: Array, keys_BR: Array) -> Array:
+    def draw(z: Array, null: Array | None, dials: Dials, keys_BR: Array) -> Array:
         both = z[None] if null is None else jnp.stack([z, null])
-        head = guided_head(network, params, network.condition(params, both), scale)
+        head = guided_head(network, params, network.condition(params, both), dials.guidance)
         noise = functools.partial(row_noise, keys_BR, channels=network.model.config.channels)
-        return diffusion.run_chain(process, head, noise(len(process)), noise, temperature, method)
+        return diffusion.run_chain(process, head, noise(len(process)), noise, dials.temperature, method)
 
     return draw
 
@@ -148,16 +161,16 @@ class Engine:
     null: np.ndarray
 
     @functools.cache  # noqa: B019 - as many entries as programs, for the life of the engine
-    def program(self, plan: MarPlan, is_guided: bool, draw_of: Callable[[Any, Mapping], mar.Draw], pictures: bool):
-        """Compile one plan; `draw_of(params, frozen)` draws rows. Without `pictures` it ends with the tokens."""
+    def program(self, plan: MarPlan, is_guided: bool, draw_of: Callable[[Any], mar.Draw], pictures: bool):
+        """Compile one plan; `draw_of(params)` draws rows. Without `pictures` it ends with the tokens."""
 
         def program(p, frozen, batch, axis):
             keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
             cond = batch["cond"]
             null = jnp.broadcast_to(jnp.asarray(self.null)[None], cond.shape)
             conds, channels = [cond, null] if is_guided else [cond], self.network.model.config.channels
-            draw, backbone = draw_of(p, frozen), self.network.backbone(p)
-            made = mar.generate(backbone, draw, keys_B, conds, frozen["scales"], plan, channels)
+            draw, backbone = draw_of(p), self.network.backbone(p)
+            made = mar.generate(backbone, draw, keys_B, conds, frozen["dials"], plan, channels)
             if not pictures:
                 return {"tokens": made.tokens}
             images = self.codec.decode(frozen["tokenizer"], made.tokens)
@@ -176,16 +189,12 @@ class Engine:
 def system(
     engine: Engine, params: Any, sampler: MarSampler, draw_of: Callable, is_guided: bool, name: str, label: str
 ) -> System:
-    """A network whose rows are drawn by `draw_of(params, frozen)`; the setting is the number of iterations."""
+    """A network whose rows are drawn by `draw_of(params)`; the setting is the number of iterations."""
 
     def generate(setting, cond, sample_ids, seed):
         plan = dataclasses.replace(sampler, num_steps=int(setting)).plan(engine.codec.config.num_tokens)
         program = engine.program(plan, is_guided, draw_of, True)
-        frozen = {
-            "tokenizer": engine.tokenizer,
-            "scales": plan.scales(sampler.guidance, sampler.guidance_schedule),
-            "temperature": np.float32(sampler.temperature),
-        }
+        frozen = {"tokenizer": engine.tokenizer, "dials": sampler.dials(plan)}
         return Generated(**engine.run(program, params, frozen, cond, sample_ids, seed))
 
     return System(name, label, generate)
@@ -201,7 +210,7 @@ def chain_system(engine: Engine, params: Any, sampler: MarSampler, name: str, la
 def chain_draws(network: Network, inner_steps: int, method: str) -> Callable:
     """One function for all systems of a chain, so that they share their programs."""
     process = diffusion.make_process(DIFFUSION_STEPS, inner_steps)
-    return lambda params, frozen: chain_draw(network, params, process, frozen["temperature"], method)
+    return lambda params: chain_draw(network, params, process, method)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +229,15 @@ class Studio:
     dataset: Any
     sampler: MarSampler
     system: Callable[[MarSampler], System]
-    takes: tuple[str, ...] = ("num_steps", "inner_steps", "method", "guidance", "guidance_schedule", "temperature")
+    takes: tuple[str, ...] = (
+        "num_steps",
+        "inner_steps",
+        "method",
+        "guidance",
+        "guidance_schedule",
+        "temperature",
+        "full_noise",
+    )
 
     def asked(self, flags: Mapping[str, Any], given: None) -> tuple[System, int, str]:
         """The system that flags of `sample` ask for, its iterations, and what it is in words."""
@@ -231,7 +248,7 @@ class Studio:
         sampler = dataclasses.replace(self.sampler, **flags)
         studio.check_steps(sampler.num_steps, self.engine.codec.config.num_tokens)
         made = self.system(sampler)
-        words = sampler.in_words() if "inner_steps" in self.takes else f"temperature {sampler.temperature:g}"
+        words = sampler.in_words() if "inner_steps" in self.takes else sampler.noise_in_words()
         return made, sampler.num_steps, f"{made.label}: {sampler.num_steps} iterations, {words}"
 
     def inpainting(self, picture: np.ndarray, box: list[int]) -> None:

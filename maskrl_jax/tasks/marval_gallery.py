@@ -18,12 +18,12 @@ from maskrl_jax.tasks.task import Context
 Array = jax.Array
 
 
-def one_step_draw(wiring: Any, params: Any, zeta_scale: Array | float) -> mar.Draw:
+def one_step_draw(wiring: Any, params: Any) -> mar.Draw:
     """Draw rows by one call of the student's head."""
     network, channels = wiring.network, wiring.base.sizes.channels
 
-    def draw(z: Array, null: Array | None, scale: Array, keys_BR: Array) -> Array:
-        zeta = zeta_scale * row_noise(keys_BR, 0, channels)
+    def draw(z: Array, null: Array | None, dials: mar.Dials, keys_BR: Array) -> Array:
+        zeta = dials.temperature * row_noise(keys_BR, 0, channels)
         return wiring.tokens(params, network.condition(params, z), zeta)
 
     return draw
@@ -32,7 +32,7 @@ def one_step_draw(wiring: Any, params: Any, zeta_scale: Array | float) -> mar.Dr
 @functools.cache
 def one_step_draws(wiring: Any):
     """One function for all systems of a wiring, so that they share their programs."""
-    return lambda params, frozen: one_step_draw(wiring, params, frozen["temperature"])
+    return lambda params: one_step_draw(wiring, params)
 
 
 def one_step_system(
@@ -49,7 +49,7 @@ def student_studio(
     params = context.parallel.replicate(params)
     system = lambda chosen: one_step_system(engine, wiring, params, chosen, "fixed", label)  # noqa: E731
     held_out, sampler = generators.dataset_of(context, "validation"), MarSampler(**context.config.sampler)
-    return continuous.Studio(engine, held_out, sampler, system, takes=("num_steps", "temperature"))
+    return continuous.Studio(engine, held_out, sampler, system, takes=("num_steps", "temperature", "full_noise"))
 
 
 def chain_of_teacher(context: Context, engine: continuous.Engine, teacher: Any, name: str) -> tuple[System, MarSampler]:

@@ -11,7 +11,7 @@ from maskrl_jax.keys import ROLLOUT, sample_keys
 from maskrl_jax.rl import action_noise, advantages, surrogate
 from maskrl_jax.rl.action_noise import ActionNoise
 from maskrl_jax.sampling import mar
-from maskrl_jax.sampling.mar import MarPlan
+from maskrl_jax.sampling.mar import Dials, MarPlan
 from maskrl_jax.tasks import marval
 from maskrl_jax.tasks.continuous import row_noise
 from maskrl_jax.tasks.marval_gallery import one_step_draw
@@ -27,7 +27,7 @@ class Policy:
     Attributes:
       score: (frozen, tokens [B,L,C] in raster order, target) -> (reward [B], scores by name).
       seed: of the run; noise comes from it, the update's number and the sample's.
-      temperature: of the noise that is turned into tokens, as when the student is measured.
+      dials: of the plan's iterations, as when the student is measured.
     """
 
     settings: ActionNoise
@@ -35,36 +35,36 @@ class Policy:
     plan: MarPlan
     score: Callable[[Any, Array, Array], tuple[Array, dict[str, Array]]]
     seed: int
-    temperature: float
+    dials: Dials
 
     def rollout(self, params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
         """Sample with noise added to every token, and score; per-sample outputs."""
         keys_B, c = sample_keys(self.seed, ROLLOUT, batch["round"][0], batch["index"]), self.marval.base.sizes
-        mean = one_step_draw(self.marval, params, self.temperature)
+        mean = one_step_draw(self.marval, params)
 
-        def act(z, null, scale, keys_BR):
+        def act(z, null, dials, keys_BR):
             noise = row_noise(keys_BR, ACTION, c.channels)
-            return mean(z, null, scale, keys_BR) + self.settings.deviation * noise
+            return mean(z, null, dials, keys_BR) + self.settings.deviation * noise
 
         made = mar.generate(
             self.marval.network.backbone(params),
             act,
             keys_B,
             [batch["cond"]],
-            self.plan.scales(1.0),
+            self.dials,
             self.plan,
             c.channels,
         )
         return {"tokens": made.tokens} | self.score(frozen, made.tokens, batch["target"])[1]
 
-    def means(self, params: Any, seen: tuple, masked: Array) -> Array:
+    def means(self, params: Any, seen: tuple, masked: Array, temperature: Array) -> Array:
         """What the student draws without noise for every token [B,L,C], as it sees the grid with `masked` tokens left.
 
         seen: (tokens [B,L,C] in generation order, order, keys of every token, condition).
         """
         tokens, order_BL, keys_BL, cond = seen
         z = self.marval.network.backbone(params)(tokens, order_BL, cond, masked)
-        zeta = self.temperature * row_noise(keys_BL, 0, self.marval.base.sizes.channels)
+        zeta = temperature * row_noise(keys_BL, 0, self.marval.base.sizes.channels)
         return self.marval.tokens(params, self.marval.network.condition(params, z), zeta)
 
     def objective(self, params: Any, frozen: Any, batch: dict) -> tuple[Array, tuple[dict, Array]]:
@@ -78,6 +78,7 @@ class Policy:
         seen = (mar.to_order(batch["tokens"], order_BL), order_BL, keys_BL, batch["cond"])
         noise, place_L = row_noise(keys_BL, ACTION, self.marval.base.sizes.channels), jnp.arange(plan.num_tokens)
         before, after = jnp.array((plan.num_tokens, *plan.masked_after[:-1])), jnp.array(plan.masked_after)
+        temperatures = jnp.asarray(self.dials.temperature)
         count = settings.iterations or plan.num_steps
         shuffled = jax.random.permutation(batch["choice"], plan.num_steps)[:count]
 
@@ -85,8 +86,9 @@ class Policy:
 
         @jax.checkpoint
         def iteration(params, k):
-            mean = self.means(params, seen, before[k])
-            reference = self.means(frozen["student"], seen, before[k]) if settings.kl else mean
+            now = (seen, before[k], temperatures[k])
+            mean = self.means(params, *now)
+            reference = self.means(frozen["student"], *now) if settings.kl else mean
             drawn = jnp.broadcast_to((place_L >= after[k]) & (place_L < before[k]), order_BL.shape).astype(jnp.float32)
             terms = (*action_noise.log_densities(settings, mean, seen[0], noise), batch["advantage"][:, None], drawn)
             clipped, _ = surrogate.clip_fraction(*terms, low=low, high=high)

@@ -96,9 +96,9 @@ class Wiring:
                 "an anchor needs a student with a backbone of its own, distilled with distillation.student=full; set anchor.kind=none"
             )
         sampler = MarSampler(**config.sampler)
-        self.temperature = sampler.temperature  # rollouts are made as the student is measured
+        self.dials = sampler.dials(self.plan)  # rollouts are made as the student is measured
         noise = ActionNoise(**config.policy)  # refused whether it is used or not
-        parts = (noise, self.marval, self.plan, self.score, config.seed, self.temperature)
+        parts = (noise, self.marval, self.plan, self.score, config.seed, self.dials)
         self.policy = Policy(*parts) if by_policy else None
         if by_policy and self.truncation != Truncation():
             raise UserError("truncation is of gradient=reward; a policy gradient has policy.iterations")
@@ -141,9 +141,11 @@ class Wiring:
     def by_reward(self, params: Any, frozen: Any, batch: dict) -> tuple[Array, tuple[dict, Array]]:
         """Minus the sum of rewards of fresh rollouts, through them; the scores' sums, and the number of rollouts."""
         keys_B = sample_keys(self.config.seed, ROLLOUT, batch["round"][0], batch["index"])
-        draw = one_step_draw(self.marval, params, self.temperature)
+        draw = one_step_draw(self.marval, params)
         model, channels = self.network.backbone(params), self.base.sizes.channels
-        tokens = reward_gradient.rollout(model, draw, keys_B, [batch["cond"]], self.plan, channels, self.truncation)
+        tokens = reward_gradient.rollout(
+            model, draw, keys_B, [batch["cond"]], self.dials, self.plan, channels, self.truncation
+        )
         if self.smoothing:
             _, keys_BL = sampling.randomness(keys_B, self.plan.num_tokens)
             tokens += self.smoothing * row_noise(keys_BL, SMOOTHING, channels)

@@ -25,7 +25,7 @@ def networks(params):
         total = jnp.where(seen, tokens, 0).sum((1, 2))
         return jnp.tanh(params["see"] * total + cond)[:, None, None] * jnp.ones((1, length, 1))
 
-    def draw(z, null, scale, keys):
+    def draw(z, null, dials, keys):
         noise = jax.vmap(jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), (CHANNELS,))))(keys)
         return params["scale"] * noise + z * params["shift"]
 
@@ -38,7 +38,7 @@ PARAMS = {"see": jnp.float32(0.3), "scale": jnp.float32(0.8), "shift": jnp.float
 
 def rolled(params, truncation=WHOLE, plan=PLAN):
     keys = jax.random.split(jax.random.key(0), BATCH)
-    return reward_gradient.rollout(*networks(params), keys, CONDS, plan, CHANNELS, truncation)
+    return reward_gradient.rollout(*networks(params), keys, CONDS, plan.dials(), plan, CHANNELS, truncation)
 
 
 def reward(params, truncation=WHOLE):
@@ -54,7 +54,7 @@ def gradient(params, truncation=WHOLE):
 def plain(params):
     """The same rollout without checkpoints."""
     keys = jax.random.split(jax.random.key(0), BATCH)
-    made = mar.generate(*networks(params), keys, CONDS, PLAN.scales(1.0), PLAN, CHANNELS)
+    made = mar.generate(*networks(params), keys, CONDS, PLAN.dials(), PLAN, CHANNELS)
     return jnp.sin(made.tokens).sum() + (made.tokens[:, 0] * made.tokens[:, -1]).sum()
 
 

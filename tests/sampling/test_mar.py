@@ -40,7 +40,7 @@ def test_iterations_are_the_reference_s(folder):
     config, state, inputs, outputs = fixtures.load(folder)
     ar, sizes = config["ar"], fixtures.mar_sizes(config)
     plan = MarPlan(sizes.num_tokens, ar["num_iter"])
-    scales = plan.scales(ar["cfg"], ar["cfg_schedule"])
+    dials_N = plan.dials(ar["cfg"], ar["cfg_schedule"], ar["temperature"])
     model, params = Mar(sizes), jax.tree.map(jnp.asarray, params_of(state, sizes))
     process = diffusion.make_process(1000, int(config["ctor"]["num_sampling_steps"]))
     order, cond = jnp.asarray(np.int32(inputs["orders"])), jnp.asarray(np.int32(inputs["labels"]))
@@ -62,21 +62,21 @@ def test_iterations_are_the_reference_s(folder):
         first = jnp.asarray(by_place(inputs[f"ar_iter{k}.init_noise"]))
         noise = jnp.asarray(np.stack([by_place(x) for x in inputs[f"ar_iter{k}.step_noise"]]))
 
-        def draw(z, null, scale, places_BR, first=first, noise=noise):
+        def draw(z, null, dials, places_BR, first=first, noise=noise):
             known, empty = (model.apply(params, x, method="head_condition") for x in (z, null))
 
             def head(x, timestep):
                 outs = (model.apply(params, x, timestep, c, method="denoise") for c in (known, empty))
                 (guess, share), (other, _) = (diffusion.split(out) for out in outs)
-                return other + scale * (guess - other), share
+                return other + dials.guidance * (guess - other), share
 
             at = lambda x: jnp.take_along_axis(x, places_BR[..., None], axis=1)  # noqa: E731
-            return diffusion.run_chain(process, head, at(first), lambda i: at(noise[i]), ar["temperature"])
+            return diffusion.run_chain(process, head, at(first), lambda i: at(noise[i]), dials.temperature)
 
         backbone = lambda *arguments: model.apply(params, *arguments, method="backbone")  # noqa: E731
-        shape, scale = (sizes.num_tokens - now, width), scales[k]
+        shape, dials = (sizes.num_tokens - now, width), mar.Dials(dials_N.guidance[k], dials_N.temperature[k])
         with jax.default_matmul_precision("highest"):
-            step = functools.partial(mar.iterate, backbone, draw, shape=shape, masked=now, after=after, scale=scale)
+            step = functools.partial(mar.iterate, backbone, draw, shape=shape, masked=now, after=after, dials=dials)
             found = jax.jit(step)(tokens, order, conds, order)
         wanted = outputs[f"ar_iter{k}.sampled"][: batch * width].reshape(batch, width, -1)
         got = np.asarray(mar.to_raster(found, order))[rows, places]
@@ -103,12 +103,20 @@ def test_counts_of_many_iterations():
 
 
 def test_guidance_grows_with_what_is_drawn():
-    scales = MarPlan(256, 4).scales(3.0)
+    scales = MarPlan(256, 4).dials(3.0).guidance
     np.testing.assert_allclose(scales[0], 1 + 2 * 20 / 256)
     np.testing.assert_allclose(scales[-1], 1 + 2 * 255 / 256)
-    np.testing.assert_array_equal(MarPlan(256, 4).scales(3.0, "constant"), 3.0)
+    np.testing.assert_array_equal(MarPlan(256, 4).dials(3.0, "constant").guidance, 3.0)
     with pytest.raises(ValueError, match="cosine"):
-        MarPlan(256, 4).scales(3.0, "cosine")
+        MarPlan(256, 4).dials(3.0, "cosine")
+
+
+def test_the_first_tokens_keep_their_noise():
+    """Of 16 iterations over 64 tokens three see fewer than 3 tokens, and of 8 two."""
+    np.testing.assert_allclose(MarPlan(64, 16).dials(temperature=0.3, full_noise=3).temperature, [1] * 3 + [0.3] * 13)
+    np.testing.assert_allclose(MarPlan(64, 8).dials(temperature=0.3, full_noise=3).temperature, [1] * 2 + [0.3] * 6)
+    np.testing.assert_allclose(MarPlan(64, 8).dials(temperature=0.3).temperature, 0.3)
+    np.testing.assert_allclose(MarPlan(64, 8).dials().temperature, 1)
 
 
 @pytest.mark.parametrize("bucket", [1, 8, 32])
@@ -138,9 +146,9 @@ def fake_backbone(tokens, order, cond, masked):
     return jnp.broadcast_to(parts[:, None], (*order.shape, 3))
 
 
-def fake_draw(z, null, scale, keys):
+def fake_draw(z, null, dials, keys):
     own = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), (CHANNELS,))))(keys)
-    guidance = 0.0 if null is None else scale * (z[..., 2:] - null[..., 2:])
+    guidance = 0.0 if null is None else dials.guidance * (z[..., 2:] - null[..., 2:])
     return own + z[..., 1:2] + guidance + 0.01 * z[..., :1]
 
 
@@ -148,7 +156,7 @@ def fake_draw(z, null, scale, keys):
 def made(keys, plan, guidance=1.0, first=0):
     cond = first + jnp.arange(len(keys), dtype=jnp.int32)
     conds = [cond] if guidance == 1 else [cond, jnp.full_like(cond, NULL)]
-    return mar.generate(fake_backbone, fake_draw, keys, conds, plan.scales(guidance), plan, CHANNELS)
+    return mar.generate(fake_backbone, fake_draw, keys, conds, plan.dials(guidance), plan, CHANNELS)
 
 
 def keys(count=3, seed=0):

@@ -14,12 +14,6 @@ from maskrl_jax.data import shapes
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.tasks.task import Context, Parent, Task
 
-QUICK = {
-    # These tests wait for the compiler, not for its programs.
-    "jax_disable_most_optimizations": True,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -35,9 +29,12 @@ class Trained:
 
 
 @contextlib.contextmanager
-def quick_compilation(store):
-    """Compile fast, and every program of these tests once, into the cache that the command line uses too."""
-    settings = QUICK | {"jax_compilation_cache_dir": f"{store}/jax_cache"}
+def shared_compilation(store):
+    """Compile every program of these tests once, into the cache that the command line uses too."""
+    settings = {
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_compilation_cache_dir": f"{store}/jax_cache",
+    }
     earlier = {name: jax.config.values[name] for name in settings}
     _configure(settings)
     yield
@@ -67,7 +64,7 @@ def trained(tmp_path_factory):
     reads = ConfigReads()
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        for context in (quick_compilation(store), see_one_device(), reads.recorded()):
+        for context in (shared_compilation(store), see_one_device(), reads.recorded()):
             stack.enter_context(context)
         unused = stack.enter_context(field_uses(*SETTINGS))
         patch.setattr(shapes, "SPLIT_SIZES", tiny.SPLIT_SIZES)
@@ -78,9 +75,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick(trained):
+def shared(trained):
     """Compile as `trained` does."""
-    with quick_compilation(trained.store):
+    with shared_compilation(trained.store):
         yield
 
 

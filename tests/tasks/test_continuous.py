@@ -50,7 +50,9 @@ def test_a_head_that_predicts_noise_is_the_network():
     np.testing.assert_array_equal(out[..., :CHANNELS], 0.5)
 
 
-@pytest.mark.parametrize("bad", [{"method": "euler"}, {"temperature": 0.0}, {"inner_steps": 0}, {"num_steps": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"method": "euler"}, {"temperature": 0.0}, {"full_noise": -1}, {"inner_steps": 0}, {"num_steps": 0}]
+)
 def test_bad_samplers_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad)) if "inner_steps" not in bad else "steps"):
         MarSampler(**bad)

@@ -16,6 +16,7 @@ from maskrl_jax.tasks.marval_rl import Wiring
 from tests.continuous import images, random_networks
 
 ROWS = 4
+RATE = 30.0  # random networks feel little of a reward, and a step is seen through the rounding of the parameters
 ALONE = Axis(1, Parallel("sharded", jax.local_devices()[:1]))
 
 
@@ -73,22 +74,29 @@ def test_the_distillation_as_an_anchor_trains_its_auxiliary_network_along():
     assert any(jax.tree.leaves(moved))
 
 
+@functools.cache
+def descended(kind, weight, by="loss"):
+    """(wiring, batch, parameters after one step of plain descent, through the last iteration) of a moved student."""
+    anchor = {"kind": kind, "weight": weight, "by": by}
+    plain = {"name": "sgd", "learning_rate": RATE, "b1": 0.0, "clip_norm": 0.0, "decay": "constant", "ema_decay": 0.0}
+    wiring = wiring_of(anchor=anchor, optimizer=plain, truncation={"iterations": 1})
+    network, frozen = networks()
+    left = jax.tree.map(lambda x: 1.05 * x, network)
+    batch = request(wiring) | ({"pictures": pictures(wiring)} if weight else {})
+    update = jax.jit(functools.partial(wiring.update, axis=ALONE))
+    return wiring, batch, update(jax.jit(wiring.init)(left, network), frozen, batch)[0].params
+
+
 @pytest.mark.parametrize(("by", "weight", "rtol"), [("loss", 0.5, 1e-7), ("gradient", 50.0, 1e-2)])
 def test_an_anchor_s_gradient_is_added(by, weight, rtol):
     """Plain descent from a student that has left its place: the anchor's share of the step is weight x its gradient.
 
     By gradient, that gradient is first made as long as the reward's.
     """
-    rate = 30.0  # random networks feel little of a reward, and a step is seen through the rounding of the parameters
-    plain = {"name": "sgd", "learning_rate": rate, "b1": 0.0, "clip_norm": 0.0, "decay": "constant", "ema_decay": 0.0}
     network, frozen = networks()
     left = jax.tree.map(lambda x: 1.05 * x, network)
-    steps = []
-    for anchor in ({"kind": "none", "weight": 0.0}, {"kind": "l2_ref", "weight": weight, "by": by}):
-        wiring = wiring_of(anchor=anchor, optimizer=plain)
-        batch = request(wiring) | ({"pictures": pictures(wiring)} if anchor["weight"] else {})
-        update = jax.jit(functools.partial(wiring.update, axis=ALONE))
-        steps.append(update(jax.jit(wiring.init)(left, network), frozen, batch)[0].params)
+    _, _, alone = descended("none", 0.0)
+    wiring, batch, both = descended("l2_ref", weight, by)
 
     def held(params):
         ready = wiring.marval.prepared(frozen, batch["pictures"])
@@ -96,9 +104,9 @@ def test_an_anchor_s_gradient_is_added(by, weight, rtol):
 
     pull = jax.jit(jax.grad(held))(left)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(pull)) > 1e-3
-    found = jax.tree.map(lambda alone, both: (alone - both) / rate, *steps)
+    found = jax.tree.map(lambda x, y: (x - y) / RATE, alone, both)
     if by == "gradient":
-        reward = jax.tree.map(lambda start, end: (start - end) / rate, left, steps[0])
+        reward = jax.tree.map(lambda start, end: (start - end) / RATE, left, alone)
         assert optax.tree.norm(reward) > 1e-4  # small, so the weight is large
         weight *= optax.tree.norm(reward) / optax.tree.norm(pull)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, weight * b, rtol=rtol, atol=2e-5), found, pull)
