@@ -40,12 +40,12 @@ class Arm:
     argument: str = ""
 
 
-ANCHORED = {"anchor.kind": "gsim", "anchor.weight": 1.0, "anchor.by": "gradient"}
+FREE = {"anchor.kind": "none", "anchor.weight": 0.0}
 CLAIM = {
     "mar": Arm("mar"),
     "marval": Arm("marval"),
     "marval_rl": Arm("marval_rl"),
-    "marval_rl, anchor": Arm("marval_rl", ANCHORED),
+    "marval_rl, no anchor": Arm("marval_rl", FREE),
 }
 # The score matching alone, from a copy of the teacher, in small batches: 200 updates of the student.
 SHORT = {"num_steps": 250, "batch_size": 16, "regression.updates": 0, "optimizer.learning_rate": 4e-5}
@@ -57,7 +57,8 @@ def _student(**changes: Any) -> Arm:
 
 
 def _tuned(argument: str = "", **changes: Any) -> Arm:
-    own = {"num_steps": 40, "evaluation.steps": "(16,)", "evaluation.group": 2, "eval_every": 0}
+    own = FREE | {"truncation.detach_context": False, "num_steps": 30, "batch_size": 32}
+    own |= {"evaluation.steps": "(16,)", "evaluation.group": 2, "eval_every": 0}
     return Arm("marval_rl", own | {name.replace("__", "."): value for name, value in changes.items()}, argument)
 
 

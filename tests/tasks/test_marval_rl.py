@@ -22,7 +22,8 @@ ALONE = Axis(1, Parallel("sharded", jax.local_devices()[:1]))
 
 def wiring_of(**changes):
     config = marval_rl_config.get_config("smoke")
-    config.batch_size, config.policy.group = ROWS, 2
+    config.batch_size, config.policy.group, config.truncation.detach_context = ROWS, 2, False
+    config.anchor.update({"kind": "none", "weight": 0.0, "by": "loss"})
     config.update(changes)
     return Wiring(config, conditioning_of(config.data.name, config.data.text_length))
 
