@@ -15,7 +15,7 @@ import sys
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -98,6 +98,7 @@ class Loops:
 
 def main(_: list[str]) -> None:
     """Measure, batch size by batch size; write after each."""
+    logging.set_verbosity(logging.WARNING)
     loops = Loops(WORKDIR.value)
     chains = [(inner, guided) for inner in INNER.value for guided in (True, False)]
     arms = [Arm(n, inner, guided) for n in STEPS.value for inner, guided in (*chains, (0, False))]
