@@ -105,6 +105,7 @@ class MarvalGallery:
             f"runs {best.inner_steps} calls of the teacher's head or one of the student's",
             "sampler of the teacher": best.in_words(),
             "how it was chosen": CHOICE,
+            "noise of the student": self.sampler.noise_in_words(),
         }
         bench.write(findings, config.num_steps, facts)
 
@@ -143,6 +144,7 @@ class MarvalRlGallery(MarvalGallery):
             f"{best.inner_steps} of the teacher's",
             "sampler of the teacher": best.in_words(),
             "how it was chosen": CHOICE,
+            "noise of the student": self.sampler.noise_in_words(),
             "gradient": f"of the policy, noise {wiring.policy.settings.deviation:g}"
             if wiring.policy
             else f"of the reward through {kept} of {wiring.plan.num_steps} iterations"
