@@ -166,19 +166,21 @@ class Bench:
         return chosen
 
     def measure(self, system: System, settings: Sequence[float]) -> list[Point]:
-        """The points of one system's curve; those of a system with an identity are measured once for all runs."""
+        """The points of one system's curve; those of a system with an identity are measured once for all runs.
+
+        Whatever runs call it: a student's base is the teacher of what is tuned.
+        """
         s = self.settings
         protocol = self.protocol(s.prompts, keep=s.keep)
-        held_equal = measured.identity(
-            dataclasses.asdict(protocol), self.scorer.identity, system.name, system.label, system.identity
-        )
+        held_equal = measured.identity(dataclasses.asdict(protocol), self.scorer.identity, system.identity)
 
         def point(setting):
             made = functools.partial(measure.measure, system, setting, protocol, self.scorer)
             if not system.identity:
                 return made()
             key = measured.identity(held_equal, setting)
-            return measure.unpack(measured.once(self.measured_dir, system.name, key, lambda: measure.pack(made())))
+            found = measure.unpack(measured.once(self.measured_dir, "point", key, lambda: measure.pack(made())))
+            return dataclasses.replace(found, system=system.name, label=system.label)
 
         progress, points = writers.Progress(f"measuring {system.label}", len(settings)), []
         for setting in settings:

@@ -137,6 +137,10 @@ def test_a_system_with_an_identity_is_measured_once_for_all_runs(bench, systems,
     for one, other in zip(first, again, strict=True):
         assert one.to_json() == other.to_json()
         jax.tree.map(np.testing.assert_array_equal, (one.per_sample, one.kept), (other.per_sample, other.kept))
+    # A run may call it something else.
+    other = bench.measure(dataclasses.replace(known, name="teacher", label="its teacher"), (16,))[0]
+    assert len(seen) == calls and (other.system, other.label) == ("teacher", "its teacher")
+    np.testing.assert_array_equal(other.per_prompt("judge"), first[1].per_prompt("judge"))
     changes = (
         (bench, dataclasses.replace(known, identity="b")),  # other parameters
         (bench, dataclasses.replace(known, identity="")),  # none to be known by
