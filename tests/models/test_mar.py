@@ -199,8 +199,8 @@ def test_the_encoder_s_cost_follows_what_is_visible(tokens, buffer, width, steps
 
     def generate(params, keys_B, cond):
         backbone = functools.partial(model.apply, params, method="backbone")
-        draw = lambda z, null, scale, keys: z[..., : sizes.channels]  # noqa: E731
-        return mar.generate(backbone, draw, keys_B, [cond], plan.scales(1.0), plan, sizes.channels).tokens
+        draw = lambda z, null, dials, keys: z[..., : sizes.channels]  # noqa: E731
+        return mar.generate(backbone, draw, keys_B, [cond], plan.dials(), plan, sizes.channels).tokens
 
     arguments = params, jax.random.split(jax.random.key(0), 1), jnp.zeros(1, jnp.int32)
     if bucket == 1:  # without a loop, the compiler's own count is that of all iterations

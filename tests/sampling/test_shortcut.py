@@ -217,9 +217,10 @@ def test_a_frozen_feature_stays_and_a_linear_one_goes_on():
     plan = make_plan(_config(), N)
     frozen = _parts(advance=lambda f, *_: f)
     _, memory = _decode(plan, _even(1), parts=frozen)
-    np.testing.assert_array_equal(memory.features, shortcut.empty_features(_parts(), COND, NULL, plan, N, MASK))
+    first = shortcut.empty_features(_parts(), COND, NULL, plan, N, MASK)
+    np.testing.assert_allclose(memory.features, first, rtol=1e-5, atol=1e-6)  # another program rounds otherwise
     rollout, memory = _decode(plan, refresh.scheduled((0, 1), STEPS), extrapolate=True)
-    parts, first = _parts(), shortcut.empty_features(_parts(), COND, NULL, plan, N, MASK)
+    parts = _parts()
     after = jnp.where(jnp.asarray(rollout.commit_step) == 0, rollout.ids, MASK)
     second = parts.features(
         jnp.tile(after, (2, 1)), jnp.full(12, plan.timestep[1]), jnp.concatenate([COND, jnp.full(6, 3)])
