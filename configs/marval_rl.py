@@ -19,7 +19,7 @@ def get_config(arg: str = ""):
     """Sizes: default, `policy`, `smoke`; `base`, `large`, `huge` are networks of the published sizes."""
     sizes.check(arg, tuple(STEPS))
     smoke, published, policy = arg == "smoke", arg in mar.PUBLISHED, arg == "policy"
-    # Of the embedded task, ours: a student that only follows the judge soon paints what the judge likes.
+    # Ours: near its distillation, lest it paint what the judge likes, and no gradient through the chain of iterations.
     held = not published and not policy
     student = marval.get_config("" if policy else arg)
     parents = {**student.parents, "marval": student}

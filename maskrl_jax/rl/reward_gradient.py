@@ -57,11 +57,8 @@ def rollout(
     tokens_BLC = jnp.zeros((*order_BL.shape, channels))
     first, place_L1 = truncation.first(plan.num_steps), jnp.arange(plan.num_tokens)[:, None]
 
-    dials_N = jax.tree.map(jnp.asarray, dials_N)
-
     def iteration(tokens, shape, masked, after, k):
-        dials = jax.tree.map(lambda x: x[k], dials_N)
-        return mar.iterate(backbone, draw, tokens, order_BL, conds, keys_BL, shape, masked, after, dials)
+        return mar.iterate(backbone, draw, tokens, order_BL, conds, keys_BL, shape, masked, after, dials_N.at(k))
 
     def detached(tokens, shape, masked, after, k):
         drawn = iteration(jax.lax.stop_gradient(tokens), shape, masked, after, k)

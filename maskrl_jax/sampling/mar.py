@@ -31,6 +31,10 @@ class Dials(NamedTuple):
     guidance: Array  # w of eps_null + w (eps - eps_null)
     temperature: Array  # of the noise
 
+    def at(self, k: int | Array) -> "Dials":
+        """Those of iteration k."""
+        return Dials(*(jnp.asarray(x)[k] for x in self))
+
 
 class Segment(NamedTuple):
     """Iterations of one shape: the encoder sees the last `rows` tokens, and `width` of them are drawn at once."""
@@ -198,15 +202,13 @@ def generate(
       conds: the condition [B,...] int32; two of them, the null condition last, are guided by `dials_N`.
     """
     order_BL, keys_BL = randomness(keys_B, plan.num_tokens)
-    dials_N = jax.tree.map(jnp.asarray, dials_N)
     tokens_BLC = jnp.zeros((*order_BL.shape, channels))
     step_L = np.zeros(plan.num_tokens, np.uint8)
     for k, (first, end) in enumerate(zip(plan.masked_after, (plan.num_tokens, *plan.masked_after), strict=False)):
         step_L[first:end] = k
 
     def iteration(tokens, shape, masked, after, k):
-        dials = jax.tree.map(lambda x: x[k], dials_N)
-        return iterate(backbone, draw, tokens, order_BL, conds, keys_BL, shape, masked, after, dials)
+        return iterate(backbone, draw, tokens, order_BL, conds, keys_BL, shape, masked, after, dials_N.at(k))
 
     for segment in plan.segments():
         tokens_BLC = run(segment, iteration, tokens_BLC)

@@ -36,8 +36,7 @@ class MarSampler:
     num_steps: N iterations. inner_steps: of the chain in each. method: `ddpm` (published) or `ddim`.
     guidance, guidance_schedule: w of eps_null + w (eps - eps_null), 1 is none; `linear` or `constant`.
     temperature: of the noise: the chain's, or what the one call of a student turns into a token.
-    full_noise: iterations that see fewer tokens than this keep temperature 1 (ours): the first tokens decide what a
-      picture is of, and less noise in the others blurs it less.
+    full_noise: iterations that see fewer tokens than this keep temperature 1 (ours).
     bucket: see `MarPlan`.
     """
 

@@ -78,7 +78,6 @@ class Policy:
         seen = (mar.to_order(batch["tokens"], order_BL), order_BL, keys_BL, batch["cond"])
         noise, place_L = row_noise(keys_BL, ACTION, self.marval.base.sizes.channels), jnp.arange(plan.num_tokens)
         before, after = jnp.array((plan.num_tokens, *plan.masked_after[:-1])), jnp.array(plan.masked_after)
-        temperatures = jnp.asarray(self.dials.temperature)
         count = settings.iterations or plan.num_steps
         shuffled = jax.random.permutation(batch["choice"], plan.num_steps)[:count]
 
@@ -86,7 +85,7 @@ class Policy:
 
         @jax.checkpoint
         def iteration(params, k):
-            now = (seen, before[k], temperatures[k])
+            now = (seen, before[k], self.dials.at(k).temperature)
             mean = self.means(params, *now)
             reference = self.means(frozen["student"], *now) if settings.kl else mean
             drawn = jnp.broadcast_to((place_L >= after[k]) & (place_L < before[k]), order_BL.shape).astype(jnp.float32)

@@ -74,7 +74,7 @@ def test_iterations_are_the_reference_s(folder):
             return diffusion.run_chain(process, head, at(first), lambda i: at(noise[i]), dials.temperature)
 
         backbone = lambda *arguments: model.apply(params, *arguments, method="backbone")  # noqa: E731
-        shape, dials = (sizes.num_tokens - now, width), mar.Dials(dials_N.guidance[k], dials_N.temperature[k])
+        shape, dials = (sizes.num_tokens - now, width), dials_N.at(k)
         with jax.default_matmul_precision("highest"):
             step = functools.partial(mar.iterate, backbone, draw, shape=shape, masked=now, after=after, dials=dials)
             found = jax.jit(step)(tokens, order, conds, order)
