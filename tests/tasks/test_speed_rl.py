@@ -179,8 +179,9 @@ def test_a_run_leaves_report_samples_and_every_tag(trained):
 
 
 def test_the_curve_of_the_base_is_measured_once_for_both_reports(trained):
-    steps = tiny.get_config("speed_rl").evaluation.steps
-    assert len(fnmatch.filter(trained.measured, "point-*.npz")) == len(steps) == 2
+    settings = tiny.get_config("speed_rl").evaluation
+    # Besides, the untrained head once for each dial.
+    assert len(fnmatch.filter(trained.measured, "point-*.npz")) == len(settings.steps) + len(settings.dials) == 3
     # The gate of the tiny run reads the base's quality.
     assert fnmatch.filter(trained.measured, "reference-*.npz")
 
