@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from maskrl_jax.convert.mar import params_of
+from maskrl_jax.models.google_maskgit import GoogleMaskGITConfig
 from maskrl_jax.models.mar import Mar, MarConfig
 from maskrl_jax.models.maskgit_port import PortConfig
 
@@ -35,9 +36,35 @@ def every_configuration(family: str) -> pytest.MarkDecorator:
 
 def load(folder: pathlib.Path) -> tuple[dict, dict, dict, dict]:
     """Return (config, state, inputs, outputs); a file that a family does not have is an empty dict."""
-    files = (folder / f"{name}.safetensors" for name in ("state", "inputs", "outputs"))
-    state, inputs, outputs = (load_file(file) if file.exists() else {} for file in files)
-    return json.loads((folder / "config.json").read_text()), state, inputs, outputs
+    config = json.loads((folder / "config.json").read_text())
+    return config, *(_arrays(folder / name) for name in ("state", "inputs", "outputs"))
+
+
+def _arrays(stem: pathlib.Path) -> dict:
+    """Read `<stem>.safetensors` or `<stem>.npz`."""
+    packed, zipped = (stem.with_name(f"{stem.name}.{kind}") for kind in ("safetensors", "npz"))
+    if packed.exists():
+        return load_file(packed)
+    return dict(np.load(zipped)) if zipped.exists() else {}
+
+
+def close(found, wanted, config: dict, name: str) -> None:
+    """Compare within 1e-4 of the output's scale, or 5 times the reference's own rounding error where that is known."""
+    wanted = np.asarray(wanted)
+    known = config.get("fp32_vs_fp64", {}).get(name, {}).get("max_abs_err_fp32_vs_fp64", np.inf)
+    scale = np.abs(wanted).max()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=min(5 * known, 1e-4 * scale), err_msg=name)
+
+
+def round_trip(params_of, state_of, state: dict, config) -> dict:
+    """Parameters of a state dict, which must come back from them byte for byte."""
+    params = params_of(state, config)
+    back = state_of(params, config)
+    assert back.keys() == state.keys()
+    for name, array in back.items():
+        assert (array.dtype, array.shape) == (state[name].dtype, state[name].shape), name
+        assert array.tobytes() == state[name].tobytes(), name
+    return params
 
 
 def port_sizes(ctor: dict) -> PortConfig:
@@ -76,3 +103,24 @@ def mar_head(config: dict, state: dict, condition: np.ndarray):
     model, params = Mar(sizes), params_of(state, sizes)
     known = model.apply(params, condition, method="head_condition")
     return lambda x, timestep: model.apply(params, x, timestep, known, method="denoise")
+
+
+def google_sizes(config: dict) -> GoogleMaskGITConfig:
+    """Return the sizes of a Flax original from its constructor's arguments."""
+    made = config["ctor"]
+    assert made["vocab_size"] == config["codebook_size"] + config["num_class"] + 1
+    return GoogleMaskGITConfig(
+        num_tokens=made["max_position_embeddings"] - 1,
+        codebook_size=config["codebook_size"],
+        num_classes=config["num_class"],
+        width=made["hidden_size"],
+        depth=made["num_hidden_layers"],
+        heads=made["num_attention_heads"],
+        mlp_width=made["intermediate_size"],
+    )
+
+
+def google_inputs(rows: np.ndarray, sizes: GoogleMaskGITConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return (ids [B,N], classes [B]) of a Flax original's sequences, whose MASK is the last row or -1."""
+    image, cond = np.int32(rows[..., 1:]), np.int32(rows[..., 0]) - sizes.codebook_size
+    return np.where((image == sizes.vocab - 1) | (image == -1), sizes.mask_id, image), cond

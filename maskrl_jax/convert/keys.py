@@ -1,18 +1,50 @@
-"""A state dict of which every key is taken once: what was not asked for, or does not fit, is refused."""
+"""State dicts of others as parameters of ours, and back, from one description of what goes where.
 
-from collections.abc import Mapping
+A description is a function (Keys, ...) -> parameters that asks for every array of the state dict by name and shape.
+`read` runs it on a state dict; `write` runs it on places that are still empty and fills them from the parameters, so
+that the two directions cannot disagree. In a description arrays may be transposed, indexed and, as they come,
+reshaped (all are views); `Keys.stack`, `join` and `tied` are there for what is no view.
+"""
 
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
 import numpy as np
 
 
+def read(describe: Callable[..., dict], state: Mapping[str, np.ndarray], *sizes: Any) -> dict:
+    """Return {"params": describe(keys, *sizes)}, float32, of a state dict of which every key is taken once.
+
+    Raises:
+      ValueError: one line that names the key that is missing, left over or of the wrong shape.
+    """
+    keys = Keys(state)
+    params = describe(keys, *sizes)
+    keys.finish()
+    return {"params": params}
+
+
+def write(describe: Callable[..., dict], params: Mapping, *sizes: Any) -> dict[str, np.ndarray]:
+    """Return the state dict, float32, of which `read` makes these {"params": ...}.
+
+    Raises:
+      ValueError: one line that names the parameter that is missing, left over or of the wrong shape.
+    """
+    places = _Places()
+    places.fill({"params": describe(places, *sizes)}, params, "")
+    return places.state
+
+
 class Keys:
-    """A state dict of which every key is taken once."""
+    """A state dict of which every key is taken once: what was not asked for, or does not fit, is refused."""
 
     def __init__(self, state: Mapping[str, np.ndarray]):
         self.left = dict(state)
 
     def take(self, name: str, *shape: int | None) -> np.ndarray:
-        """Return an array of this shape; None stands for any length."""
+        """Return an array of this shape; None stands for any length (not where `write` is wanted)."""
         if name not in self.left:
             raise ValueError(f"the state lacks {name}")
         array = np.asarray(self.left.pop(name), np.float32)
@@ -21,6 +53,22 @@ class Keys:
             wanted = ", ".join("*" if n is None else str(n) for n in shape)
             raise ValueError(f"{name} has shape {list(array.shape)}, not [{wanted}]")
         return array
+
+    def tied(self, names: Sequence[str], *shape: int) -> np.ndarray:
+        """Return an array that the state holds under several names."""
+        first, *others = (self.take(name, *shape) for name in names)
+        for name, array in zip(names[1:], others, strict=True):
+            if not np.array_equal(array, first):
+                raise ValueError(f"{name} is not the same as {names[0]}")
+        return first
+
+    def stack(self, trees: Sequence[Any]) -> Any:
+        """Return trees of one structure as one, whose arrays have a leading axis of trees: for `nn.scan`."""
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *trees)
+
+    def join(self, arrays: Sequence[np.ndarray], axis: int = 0) -> np.ndarray:
+        """Return arrays one after the other."""
+        return np.concatenate(arrays, axis)
 
     def linear(self, name: str, inputs: int, outputs: int | None, separator: str = ".") -> dict:
         """Return a Dense layer of a Linear one, whose weight is [out, in]."""
@@ -42,3 +90,63 @@ class Keys:
             first, *others = sorted(self.left)
             more = f" and {len(others)} other keys" if others else ""
             raise ValueError(f"the state holds {first}{more} without a place")
+
+
+class _Places(Keys):
+    """Empty arrays for a state dict to be: what is filled in through the views that the calls return is in `state`."""
+
+    def __init__(self):
+        super().__init__({})
+        self.state = {}
+
+    def take(self, name: str, *shape: int) -> np.ndarray:
+        if name in self.state:
+            raise ValueError(f"{name} is taken twice")
+        self.state[name] = np.empty(shape, np.float32)
+        return self.state[name]
+
+    def tied(self, names, *shape):
+        return _Parts([self.take(name, *shape) for name in names], shape, lambda array: [array] * len(names))
+
+    def stack(self, trees):
+        return jax.tree.map(lambda *places: _Parts(places, (len(places), *places[0].shape), list), *trees)
+
+    def join(self, arrays, axis=0):
+        lengths = [place.shape[axis] for place in arrays]
+        shape = list(arrays[0].shape)
+        shape[axis] = sum(lengths)
+        return _Parts(arrays, tuple(shape), lambda array: np.split(array, np.cumsum(lengths)[:-1], axis))
+
+    def fill(self, places: Any, values: Any, path: str) -> None:
+        """Write parameters into the places of a description, both nested alike."""
+        if isinstance(places, Mapping):
+            for name in sorted(places.keys() ^ values.keys()):
+                lost = f"lack {path}{name}" if name in places else f"hold {path}{name} without a place"
+                raise ValueError(f"the parameters {lost}")
+            for name, place in places.items():
+                self.fill(place, values[name], f"{path}{name}/")
+            return
+        array = np.asarray(values, np.float32)
+        if array.shape != tuple(places.shape):
+            raise ValueError(f"{path[:-1]} has shape {list(array.shape)}, not {list(places.shape)}")
+        if isinstance(places, _Parts):
+            for place, part in zip(places.places, places.cut(array), strict=True):
+                self.fill(place, part, path)
+            return
+        if not any(_root(places) is array for array in self.state.values()):
+            raise TypeError(f"the description of {path[:-1]} makes a copy; only views lead back to the state")
+        places[...] = array
+
+
+def _root(view: np.ndarray) -> np.ndarray:
+    """The array that a view looks at."""
+    return view if view.base is None else _root(view.base)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """A parameter that lies in several places: `cut` gives each its own part."""
+
+    places: Sequence[Any]
+    shape: tuple[int, ...]
+    cut: Callable[[np.ndarray], Sequence[np.ndarray]]

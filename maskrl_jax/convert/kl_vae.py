@@ -1,4 +1,4 @@
-"""Weights of the reference's KL-VAE as parameters of ours (specs/mar.md sections 2 and 9).
+"""Weights of the reference's KL-VAE as parameters of ours, and back (specs/mar.md sections 2 and 9).
 
 Strict as in `maskgit_port`: a ValueError of one line names the key that is missing, left over or misshapen.
 """
@@ -7,89 +7,26 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from maskrl_jax.convert.keys import Keys
-from maskrl_jax.models.conv_autoencoder import ConvSizes
+from maskrl_jax.convert.conv_autoencoder import decoder_params, encoder_params
+from maskrl_jax.convert.keys import Keys, read, write
 from maskrl_jax.models.kl_vae import KLVAEConfig
-
-ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "proj_out"}
 
 
 def params_of(state: Mapping[str, np.ndarray], config: KLVAEConfig) -> dict:
     """Map a state dict to the variables of `KLVAE(config)` of form `conv`, float32; kernels arrive as [out,in,h,w]."""
-    keys, channels = Keys(state), config.channels
-    params = {
-        "encoder": _encoder(keys, config.conv, 2 * channels),
-        "decoder": _decoder(keys, config.conv, channels),
+    return read(_params, state, config)
+
+
+def state_of(params: Mapping, config: KLVAEConfig) -> dict[str, np.ndarray]:
+    """Map variables of `KLVAE(config)` of form `conv` to the reference's state dict: the inverse of `params_of`."""
+    return write(_params, params, config)
+
+
+def _params(keys: Keys, config: KLVAEConfig) -> dict:
+    channels = config.channels
+    return {
+        "encoder": encoder_params(keys, config.conv, 2 * channels),
+        "decoder": decoder_params(keys, config.conv, channels),
         "quant": keys.conv("quant_conv", 2 * channels, 2 * channels, 1),
         "post_quant": keys.conv("post_quant_conv", channels, channels, 1),
     }
-    keys.finish()
-    return {"params": params}
-
-
-def _encoder(keys: Keys, sizes: ConvSizes, out: int) -> dict:
-    channels = sizes.width
-    params = {"conv_in": keys.conv("encoder.conv_in", 3, channels)}
-    for level in range(len(sizes.multipliers)):
-        attended = level in sizes.encoder_attention
-        blocks, channels = _level(keys, "encoder.down", sizes, level, sizes.blocks, channels, attended)
-        params |= blocks
-        if level < len(sizes.multipliers) - 1:
-            params[f"level_{level}_down"] = keys.conv(f"encoder.down.{level}.downsample.conv", channels, channels)
-    params["middle"] = _middle(keys, "encoder.mid", channels)
-    params["norm_out"] = keys.norm("encoder.norm_out", channels)
-    params["conv_out"] = keys.conv("encoder.conv_out", channels, out)
-    return params
-
-
-def _decoder(keys: Keys, sizes: ConvSizes, inputs: int) -> dict:
-    channels = sizes.width * sizes.multipliers[-1]
-    params = {"conv_in": keys.conv("decoder.conv_in", inputs, channels)}
-    params["middle"] = _middle(keys, "decoder.mid", channels)
-    for level in reversed(range(len(sizes.multipliers))):
-        attended = level in sizes.decoder_attention
-        blocks, channels = _level(keys, "decoder.up", sizes, level, sizes.blocks + 1, channels, attended)
-        params |= blocks
-        if level:
-            params[f"level_{level}_up"] = keys.conv(f"decoder.up.{level}.upsample.conv", channels, channels)
-    params["norm_out"] = keys.norm("decoder.norm_out", channels)
-    params["conv_out"] = keys.conv("decoder.conv_out", channels, 3)
-    return params
-
-
-def _level(
-    keys: Keys, name: str, sizes: ConvSizes, level: int, count: int, channels: int, attended: bool
-) -> tuple[dict, int]:
-    """Take the blocks of a level, and its attentions: (parameters, channels after it)."""
-    params, wide = {}, sizes.width * sizes.multipliers[level]
-    for index in range(count):
-        params[f"level_{level}_block_{index}"] = _block(keys, f"{name}.{level}.block.{index}", channels, wide)
-        channels = wide
-        if attended:
-            params[f"level_{level}_attention_{index}"] = _attention(keys, f"{name}.{level}.attn.{index}", wide)
-    return params, wide
-
-
-def _middle(keys: Keys, name: str, channels: int) -> dict:
-    return {
-        "block_1": _block(keys, f"{name}.block_1", channels, channels),
-        "attention": _attention(keys, f"{name}.attn_1", channels),
-        "block_2": _block(keys, f"{name}.block_2", channels, channels),
-    }
-
-
-def _block(keys: Keys, name: str, inputs: int, outputs: int) -> dict:
-    block = {
-        "norm1": keys.norm(f"{name}.norm1", inputs),
-        "conv1": keys.conv(f"{name}.conv1", inputs, outputs),
-        "norm2": keys.norm(f"{name}.norm2", outputs),
-        "conv2": keys.conv(f"{name}.conv2", outputs, outputs),
-    }
-    if inputs != outputs:
-        block["shortcut"] = keys.conv(f"{name}.nin_shortcut", inputs, outputs, 1)
-    return block
-
-
-def _attention(keys: Keys, name: str, channels: int) -> dict:
-    parts = {ours: keys.conv(f"{name}.{theirs}", channels, channels, 1) for ours, theirs in ATTENTION.items()}
-    return {"norm": keys.norm(f"{name}.norm", channels), **parts}

@@ -1,4 +1,4 @@
-"""Weights of the reference's MAR as parameters of ours (specs/mar.md section 9).
+"""Weights of the reference's MAR as parameters of ours (specs/mar.md section 9), and back.
 
 Strict as in `maskgit_port`: a ValueError of one line names the key that is missing, left over or misshapen.
 """
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from maskrl_jax.convert.keys import Keys
+from maskrl_jax.convert.keys import Keys, read, write
 from maskrl_jax.models.mar import FREQUENCIES, MarConfig
 
 
@@ -17,11 +17,23 @@ def params_of(state: Mapping[str, np.ndarray], config: MarConfig) -> dict:
     Linear weights arrive as [out, in], the rows of qkv as query, key, value. The null vector becomes the last row of
     the table of classes.
     """
+    return read(_params, state, config)
+
+
+def state_of(params: Mapping, config: MarConfig) -> dict[str, np.ndarray]:
+    """Map the variables of a `Mar(config)` of published form to the reference's state dict, float32.
+
+    The inverse of `params_of`: what the published network has no place for (`conv_stem`, `pooled_width`,
+    `relative_bias`, `local_mixing`) is refused by name.
+    """
+    return write(_params, params, config)
+
+
+def _params(keys: Keys, config: MarConfig) -> dict:
     c, d = config, config.width
-    keys = Keys(state)
     classes = keys.take("class_emb.weight", c.cond_vocab - 1, d)
-    params = {
-        "conditions": {"embedding": np.concatenate([classes, keys.take("fake_latent", 1, d)])},
+    return {
+        "conditions": {"embedding": keys.join([classes, keys.take("fake_latent", 1, d)])},
         "mask": keys.take("mask_token", 1, 1, d)[0, 0],
         "encoder_places": keys.take("encoder_pos_embed_learned", 1, c.buffer + c.num_tokens, d)[0],
         "decoder_places": keys.take("decoder_pos_embed_learned", 1, c.buffer + c.num_tokens, d)[0],
@@ -35,8 +47,6 @@ def params_of(state: Mapping[str, np.ndarray], config: MarConfig) -> dict:
         "decoder_blocks": {"blocks": _blocks(keys, "decoder_blocks", c)},
         "denoiser": _head(keys, "diffloss.net", c),
     }
-    keys.finish()
-    return {"params": params}
 
 
 def _blocks(keys: Keys, name: str, config: MarConfig) -> dict:
@@ -55,7 +65,7 @@ def _blocks(keys: Keys, name: str, config: MarConfig) -> dict:
                 "mlp_out": keys.linear(f"{stem}.mlp.fc2", hidden, d),
             }
         )
-    return {part: {x: np.stack([b[part][x] for b in blocks]) for x in blocks[0][part]} for part in blocks[0]}
+    return keys.stack(blocks)
 
 
 def _head(keys: Keys, name: str, config: MarConfig) -> dict:

@@ -1,50 +1,54 @@
-"""Weights of the PyTorch reproduction of MaskGIT as the parameters of `MaskGITPort`."""
+"""Weights of the PyTorch reproduction of MaskGIT as the parameters of `MaskGITPort`, and back."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from maskrl_jax.convert.keys import Keys
+from maskrl_jax.convert.keys import Keys, read, write
+from maskrl_jax.models.maskgit_port import PortConfig
 
 
-def params_of(state: Mapping[str, np.ndarray], depth: int) -> dict:
-    """Map a state dict of the reference to the parameters of a `MaskGITPort` of `depth` blocks, float32.
+def params_of(state: Mapping[str, np.ndarray], config: PortConfig) -> dict:
+    """Map a state dict of the reference to the variables of `MaskGITPort(config)`, float32.
 
-    Strict: every key has one place and every place its key, with shapes that agree with each other. The reference
+    Strict: every key has one place and every place its key, with the shapes of the config. The reference
     stores Linear weights as [out, in] and the rows of in_proj as query, key, value, in the order of our qkv.
 
     Raises:
       ValueError: one line that names the key that is missing, left over or of the wrong shape.
     """
-    keys = Keys(state)
-    tokens = keys.take("tok_emb.weight", None, None)
-    vocab, width = tokens.shape
-    position = keys.take("pos_emb", 1, None, width)[0]
+    return read(_params, state, config)
+
+
+def state_of(params: Mapping, config: PortConfig) -> dict[str, np.ndarray]:
+    """Map variables of `MaskGITPort(config)` to the reference's state dict, float32: the inverse of `params_of`."""
+    return write(_params, params, config)
+
+
+def _params(keys: Keys, config: PortConfig) -> dict:
+    c, d = config, config.width
+    length, vocab = c.num_tokens + c.cond_length, c.null_class + 1
     params = {
-        "tokens": tokens,
-        "position": position,
-        "bias": keys.take("bias", len(position), vocab),
-        "first": _stage(keys, "first_layer", width),
-        "entry": keys.linear("first_layer.6", width, width),
-        "last": _stage(keys, "last_layer", width),
+        "tokens": keys.take("tok_emb.weight", vocab, d),
+        "position": keys.take("pos_emb", 1, length, d)[0],
+        "bias": keys.take("bias", length, vocab),
+        "first": _stage(keys, "first_layer", d),
+        "entry": keys.linear("first_layer.6", d, d),
+        "last": _stage(keys, "last_layer", d),
     }
-    hidden = None  # the first block tells, the others must agree
-    for i in range(depth):
+    for i in range(c.depth):
         attention, mlp = (f"transformer.layers.{i}.{part}" for part in (0, 1))
-        mlp_in = keys.linear(f"{mlp}.fn.net.0", width, hidden)
-        hidden = len(mlp_in["bias"])
         params[f"blocks_{i}"] = {
-            "norm_attention": keys.norm(f"{attention}.norm", width),
+            "norm_attention": keys.norm(f"{attention}.norm", d),
             "attention": {
-                "qkv": keys.linear(f"{attention}.fn.mha.in_proj", width, 3 * width, separator="_"),
-                "out": keys.linear(f"{attention}.fn.mha.out_proj", width, width),
+                "qkv": keys.linear(f"{attention}.fn.mha.in_proj", d, 3 * d, separator="_"),
+                "out": keys.linear(f"{attention}.fn.mha.out_proj", d, d),
             },
-            "norm_mlp": keys.norm(f"{mlp}.norm", width),
-            "mlp_in": mlp_in,
-            "mlp_out": keys.linear(f"{mlp}.fn.net.3", hidden, width),
+            "norm_mlp": keys.norm(f"{mlp}.norm", d),
+            "mlp_in": keys.linear(f"{mlp}.fn.net.0", d, c.mlp_width),
+            "mlp_out": keys.linear(f"{mlp}.fn.net.3", c.mlp_width, d),
         }
-    keys.finish()
-    return {"params": params}
+    return params
 
 
 def _stage(keys: Keys, name: str, width: int) -> dict:

@@ -1,4 +1,4 @@
-"""Weights of the reference's shortcut networks as parameters of ours (shortcut spec, section 3, last paragraph).
+"""Weights of the reference's shortcut networks as parameters of ours, and back (shortcut spec, section 3, last paragraph).
 
 Strict as in `maskgit_port`: a ValueError of one line names the key that is missing, left over or misshapen.
 """
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from maskrl_jax.convert.keys import Keys
+from maskrl_jax.convert.keys import Keys, read, write
 from maskrl_jax.models.dimoo_shortcut import DimooShortcutConfig
 from maskrl_jax.models.shortcut import TIME_WIDTH, ShortcutConfig
 
@@ -18,10 +18,32 @@ def params_of(state: Mapping[str, np.ndarray], config: ShortcutConfig) -> dict:
     The frozen tables E and P are no part of the state. Linear weights arrive as [out,in], the rows of in_proj
     as query, key, value. Without controls (our form of that ablation) the keys of the cross-attention are absent.
     """
+    return read(_params, state, config)
+
+
+def state_of(params: Mapping, config: ShortcutConfig) -> dict[str, np.ndarray]:
+    """Map variables of `Shortcut(config)` to a state dict of the MaskGIT form: the inverse of `params_of`."""
+    return write(_params, params, config)
+
+
+def dimoo_params_of(state: Mapping[str, np.ndarray], config: DimooShortcutConfig) -> dict:
+    """Map a state dict of the DiMOO form to the variables of `DimooShortcut(config)`, float32.
+
+    Without controls the first self block is read from the names of the cross block that it replaces (our
+    assumption: no state dict of that ablation is published).
+    """
+    return read(_dimoo_params, state, config)
+
+
+def dimoo_state_of(params: Mapping, config: DimooShortcutConfig) -> dict[str, np.ndarray]:
+    """Map variables of `DimooShortcut(config)` to a state dict of the DiMOO form: the inverse of `dimoo_params_of`."""
+    return write(_dimoo_params, params, config)
+
+
+def _params(keys: Keys, config: ShortcutConfig) -> dict:
     if config.local_mixing:
         raise ValueError("published shortcut weights have no local_mixing; set it to False")
     c, h = config, config.inner
-    keys = Keys(state)
     params = _around(keys, c)
     for index in range(c.n_block):
         block = params[f"block_{index}"] = {}
@@ -40,18 +62,11 @@ def params_of(state: Mapping[str, np.ndarray], config: ShortcutConfig) -> dict:
     params["norm_tail"] = keys.norm("last_layer.0", h)
     params["tail"] = keys.linear("last_layer.1", h, h)
     params["norm_out"] = keys.norm("last_layer.3", h)
-    keys.finish()
-    return {"params": params}
+    return params
 
 
-def dimoo_params_of(state: Mapping[str, np.ndarray], config: DimooShortcutConfig) -> dict:
-    """Map a state dict of the DiMOO form to the variables of `DimooShortcut(config)`, float32.
-
-    Without controls the first self block is read from the names of the cross block that it replaces (our
-    assumption: no state dict of that ablation is published).
-    """
+def _dimoo_params(keys: Keys, config: DimooShortcutConfig) -> dict:
     c, h = config, config.inner
-    keys = Keys(state)
     params = _around(keys, c)
     sizes = {
         "query": ("q_proj", h, h),
@@ -72,8 +87,7 @@ def dimoo_params_of(state: Mapping[str, np.ndarray], config: DimooShortcutConfig
             for name, (key, inputs, outputs) in sizes.items():
                 block[name] = {"kernel": keys.take(f"{stem}.{key}.weight", outputs, inputs).T}
     params["norm_out"] = {"scale": keys.take("ln_f.weight", h)}
-    keys.finish()
-    return {"params": params}
+    return params
 
 
 def _around(keys: Keys, config: ShortcutConfig | DimooShortcutConfig) -> dict:

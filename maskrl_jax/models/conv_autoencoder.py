@@ -22,6 +22,7 @@ class ConvSizes:
     blocks: int = 2  # of a level of the encoder
     encoder_attention: tuple[int, ...] = (4,)  # levels whose encoder blocks are each followed by attention
     decoder_attention: tuple[int, ...] = ()
+    dtype: str = "float32"  # of the convolutions; norms, softmax and the last layers are float32
 
     def __post_init__(self):
         for name in ("multipliers", "encoder_attention", "decoder_attention"):
@@ -42,54 +43,64 @@ class ConvSizes:
         return 2 ** (len(self.multipliers) - 1)
 
 
-def conv(features: int, size: int = 3, name: str | None = None, stride: int = 1) -> nn.Conv:
+def conv(features: int, size: int = 3, name: str | None = None, stride: int = 1, dtype: str = "float32") -> nn.Conv:
     """A convolution that keeps the grid; with a stride it takes no padding of its own."""
     padding = "SAME" if stride == 1 else "VALID"
-    return nn.Conv(features, (size, size), strides=stride, padding=padding, name=name)
+    return nn.Conv(features, (size, size), strides=stride, padding=padding, dtype=jnp.dtype(dtype), name=name)
 
 
 def norm(name: str | None = None) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, epsilon=1e-6, name=name)
+    return nn.GroupNorm(GROUPS, epsilon=1e-6, dtype=jnp.float32, name=name)
+
+
+def doubled(x: Array) -> Array:
+    """Every cell of [B,H,W,C] four times: nearest-neighbour upsampling."""
+    return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
 class ResBlock(nn.Module):
     """Two normed convolutions on a residual stream."""
 
     features: int
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = conv(self.features, name="conv1")(nn.swish(norm("norm1")(x)))
-        y = conv(self.features, name="conv2")(nn.swish(norm("norm2")(y)))
+        y = conv(self.features, name="conv1", dtype=self.dtype)(nn.swish(norm("norm1")(x)))
+        y = conv(self.features, name="conv2", dtype=self.dtype)(nn.swish(norm("norm2")(y)))
         if x.shape[-1] != self.features:
-            x = conv(self.features, 1, name="shortcut")(x)
+            x = conv(self.features, 1, name="shortcut", dtype=self.dtype)(x)
         return x + y
 
 
 class CellAttention(nn.Module):
     """One head of attention among all cells of a grid."""
 
+    dtype: str = "float32"
+
     @nn.compact
     def __call__(self, x: Array) -> Array:
         batch, height, width, channels = x.shape
         y = norm("norm")(x)
         query, key, value = (
-            conv(channels, 1, name=name)(y).reshape(batch, height * width, 1, channels)
+            conv(channels, 1, name=name, dtype=self.dtype)(y).reshape(batch, height * width, 1, channels)
             for name in ("query", "key", "value")
         )
         mixed = jax.nn.dot_product_attention(query, key, value)
-        return x + conv(channels, 1, name="out")(mixed.reshape(x.shape))
+        return x + conv(channels, 1, name="out", dtype=self.dtype)(mixed.reshape(x.shape))
 
 
 class Middle(nn.Module):
     """Block, attention, block at the coarsest level."""
 
     features: int
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = ResBlock(self.features, name="block_1")(x)
-        return ResBlock(self.features, name="block_2")(CellAttention(name="attention")(x))
+        x = ResBlock(self.features, self.dtype, name="block_1")(x)
+        x = CellAttention(self.dtype, name="attention")(x)
+        return ResBlock(self.features, self.dtype, name="block_2")(x)
 
 
 class ConvEncoder(nn.Module):
@@ -101,16 +112,16 @@ class ConvEncoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         s = self.sizes
-        x = conv(s.width, name="conv_in")(x)
+        x = conv(s.width, name="conv_in", dtype=s.dtype)(x)
         for level, multiplier in enumerate(s.multipliers):
             for index in range(s.blocks):
-                x = ResBlock(s.width * multiplier, name=f"level_{level}_block_{index}")(x)
+                x = ResBlock(s.width * multiplier, s.dtype, name=f"level_{level}_block_{index}")(x)
                 if level in s.encoder_attention:
-                    x = CellAttention(name=f"level_{level}_attention_{index}")(x)
+                    x = CellAttention(s.dtype, name=f"level_{level}_attention_{index}")(x)
             if level < len(s.multipliers) - 1:
                 padded = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
-                x = conv(x.shape[-1], name=f"level_{level}_down", stride=2)(padded)
-        x = Middle(x.shape[-1], name="middle")(x)
+                x = conv(x.shape[-1], name=f"level_{level}_down", stride=2, dtype=s.dtype)(padded)
+        x = Middle(x.shape[-1], s.dtype, name="middle")(x)
         return conv(self.out, name="conv_out")(nn.swish(norm("norm_out")(x)))
 
 
@@ -122,13 +133,13 @@ class ConvDecoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         s = self.sizes
-        x = conv(s.width * s.multipliers[-1], name="conv_in")(x)
-        x = Middle(x.shape[-1], name="middle")(x)
+        x = conv(s.width * s.multipliers[-1], name="conv_in", dtype=s.dtype)(x)
+        x = Middle(x.shape[-1], s.dtype, name="middle")(x)
         for level, multiplier in reversed(list(enumerate(s.multipliers))):
             for index in range(s.blocks + 1):
-                x = ResBlock(s.width * multiplier, name=f"level_{level}_block_{index}")(x)
+                x = ResBlock(s.width * multiplier, s.dtype, name=f"level_{level}_block_{index}")(x)
                 if level in s.decoder_attention:
-                    x = CellAttention(name=f"level_{level}_attention_{index}")(x)
+                    x = CellAttention(s.dtype, name=f"level_{level}_attention_{index}")(x)
             if level:
-                x = conv(x.shape[-1], name=f"level_{level}_up")(x.repeat(2, axis=1).repeat(2, axis=2))
+                x = conv(x.shape[-1], name=f"level_{level}_up", dtype=s.dtype)(doubled(x))
         return conv(3, name="conv_out")(nn.swish(norm("norm_out")(x)))

@@ -1,6 +1,6 @@
 """Layers that several model families share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -125,14 +125,16 @@ class Attention(nn.Module):
 
     heads: int
     dtype: jnp.dtype = jnp.float32
+    kernel_init: Callable = nn.linear.default_kernel_init
 
     @nn.compact
     def __call__(self, x_BSD: Array, bias: Array | None = None) -> Array:
         batch, length, width = x_BSD.shape
-        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(_rows(x_BSD))
+        qkv = nn.Dense(3 * width, dtype=self.dtype, kernel_init=self.kernel_init, name="qkv")(_rows(x_BSD))
         query, key, value = jnp.split(qkv.reshape(batch, length, 3 * self.heads, -1), 3, axis=2)
         mixed = jax.nn.dot_product_attention(query, key, value, bias)
-        return nn.Dense(width, dtype=self.dtype, name="out")(_rows(mixed.reshape(x_BSD.shape))).reshape(x_BSD.shape)
+        out = nn.Dense(width, dtype=self.dtype, kernel_init=self.kernel_init, name="out")
+        return out(_rows(mixed.reshape(x_BSD.shape))).reshape(x_BSD.shape)
 
 
 class Block(nn.Module):
