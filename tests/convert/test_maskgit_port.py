@@ -1,5 +1,6 @@
 """The mapping from the reference's names is strict; tests/models/test_maskgit_port.py checks its numbers."""
 
+import dataclasses
 import re
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskrl_jax.convert.maskgit_port import params_of
+from maskrl_jax.convert.maskgit_port import params_of, state_of
 from maskrl_jax.models.maskgit_port import MaskGITPort, PortConfig
 
 CONFIG = PortConfig(num_tokens=4, codebook_size=5, num_classes=2, width=6, depth=2, heads=2, mlp_width=7)
@@ -30,22 +31,22 @@ def state():
     return {name: np.full(shape, i, np.float32) for i, (name, shape) in enumerate(shapes.items())}
 
 
-def refused(state, message, depth=2):
+def refused(state, message, **sizes):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        params_of(state, depth)
+        params_of(state, dataclasses.replace(CONFIG, **sizes))
 
 
 def test_parameters_fit_the_model_and_every_key_has_one_place():
     ids, cond = jnp.zeros((1, 4), jnp.int32), jnp.zeros(1, jnp.int32)
     expected = jax.eval_shape(MaskGITPort(CONFIG).init, jax.random.key(0), ids, cond)
-    found = params_of(state(), CONFIG.depth)
+    found = params_of(state(), CONFIG)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
     assert sorted(x.flat[0] for x in jax.tree.leaves(found)) == list(range(len(state())))
 
 
 def test_linear_weights_are_transposed():
     weight = np.arange(108, dtype=np.float32).reshape(18, 6)
-    kernel = params_of(state() | {QKV: weight}, 2)["params"]["blocks_1"]["attention"]["qkv"]["kernel"]
+    kernel = params_of(state() | {QKV: weight}, CONFIG)["params"]["blocks_1"]["attention"]["qkv"]["kernel"]
     np.testing.assert_array_equal(kernel, weight.T)
 
 
@@ -55,7 +56,7 @@ def test_missing_key_is_named(name):
 
 
 def test_deeper_model_misses_the_next_block():
-    refused(state(), "the state lacks transformer.layers.2.1.fn.net.0.weight", depth=3)
+    refused(state(), "the state lacks transformer.layers.2.0.norm.weight", depth=3)
 
 
 def test_keys_left_over_are_named():
@@ -70,8 +71,8 @@ def test_keys_left_over_are_named():
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("tok_emb.weight", (9,), "[9], not [*, *]"),
-        ("pos_emb", (5, 6), "[5, 6], not [1, *, 6]"),
+        ("tok_emb.weight", (9,), "[9], not [9, 6]"),
+        ("pos_emb", (5, 6), "[5, 6], not [1, 5, 6]"),
         ("bias", (9,), "[9], not [5, 9]"),
         (QKV, (6, 18), "[6, 18], not [18, 6]"),
         ("last_layer.4.weight", (5,), "[5], not [6]"),
@@ -80,3 +81,14 @@ def test_keys_left_over_are_named():
 )
 def test_wrong_shape_is_named(name, shape, message):
     refused(state() | {name: np.zeros(shape)}, f"{name} has shape {message}")
+
+
+def test_state_of_other_sizes_is_refused():
+    refused(state(), "tok_emb.weight has shape [9, 6], not [11, 6]", codebook_size=7)
+
+
+def test_parameters_lead_back_to_the_state():
+    made = {name: np.random.default_rng(0).normal(size=x.shape).astype(np.float32) for name, x in state().items()}
+    back = state_of(params_of(made, CONFIG), CONFIG)
+    assert back.keys() == made.keys()
+    jax.tree.map(np.testing.assert_array_equal, back, made)

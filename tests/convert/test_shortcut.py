@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskrl_jax.convert.shortcut import dimoo_params_of, params_of
+from maskrl_jax.convert.shortcut import dimoo_params_of, dimoo_state_of, params_of
+from maskrl_jax.convert.shortcut import state_of as maskgit_state_of
 from maskrl_jax.models.dimoo_shortcut import DimooShortcut, DimooShortcutConfig
 from maskrl_jax.models.shortcut import Shortcut, ShortcutConfig
 
@@ -27,6 +28,7 @@ AROUND = {
 }
 MODELS = {"maskgit": Shortcut, "dimoo": DimooShortcut}
 MAPPED = {"maskgit": params_of, "dimoo": dimoo_params_of}
+BACK = {"maskgit": maskgit_state_of, "dimoo": dimoo_state_of}
 VARIANTS = [
     (form, options)
     for form in MODELS
@@ -100,6 +102,17 @@ def test_parameters_fit_the_model_and_every_key_has_one_place(form, options):
     found = MAPPED[form](state, config_of(form, **options))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
     assert {x.flat[0] for x in jax.tree.leaves(found)} == set(range(len(state)))
+
+
+@pytest.mark.parametrize(("form", "options"), VARIANTS)
+def test_parameters_lead_back_to_the_state(form, options):
+    config = config_of(form, **options)
+    state = state_of(form, **options)
+    if not options.get("controls", True) and form == "maskgit":
+        state = {name: x for name, x in state.items() if "cross" not in name}
+    back = BACK[form](MAPPED[form](state, config), config)
+    assert back.keys() == state.keys()
+    jax.tree.map(np.testing.assert_array_equal, back, state)
 
 
 def test_rows_of_in_proj_are_query_key_value():

@@ -90,7 +90,7 @@ def test_logits_of_features_agree_with_and_without_the_class_slot():
 
 @pytest.mark.parametrize("slots", [1, 5, 8])
 def test_features_of_another_length_are_refused(slots):
-    with pytest.raises(ValueError, match=f"^features of {slots} positions; the model has the class and 6$"):
+    with pytest.raises(ValueError, match=f"^features of {slots} positions; the model has the class and 6"):
         made()[0].apply(made()[1], jnp.zeros((2, slots, 8)), method="logits")
 
 

@@ -146,5 +146,5 @@ def test_unknown_entropy_losses_and_pictures_of_half_cells_are_refused():
     with pytest.raises(ValueError, match="^entropy loss 'hard' is not one of softmax, argmax$"):
         quantiser_losses(jnp.zeros((1, 1)), jnp.zeros((2, 1)), target="hard")
     model, params = small()
-    with pytest.raises(ValueError, match="^images of 7 x 12 pixels do not fall into patches of 2$"):
+    with pytest.raises(ValueError, match="^images of 7 x 12 pixels do not fall into patches of 2"):
         model.apply(params, IMAGES[:, :7], method="encode")

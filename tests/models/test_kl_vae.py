@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskrl_jax.convert.kl_vae import params_of
+from maskrl_jax.convert.kl_vae import params_of, state_of
 from maskrl_jax.models.conv_autoencoder import ConvSizes
 from maskrl_jax.models.kl_vae import KLVAE, KLVAEConfig
 
@@ -31,7 +31,7 @@ def test_the_convolutional_form_is_the_reference_s(folder):
         coarse(made["decoder_attn_resolutions"]),
     )
     model = KLVAE(KLVAEConfig("conv", made["resolution"], sizes.patch, made["embed_dim"], conv=sizes))
-    params = params_of(state, model.config)
+    params = fixtures.round_trip(params_of, state_of, state, model.config)
     images = (inputs["image"].transpose(0, 2, 3, 1) + 1) / 2
     with jax.default_matmul_precision("highest"):
         moments = jax.jit(lambda x: model.apply(params, x, method="encode"))(images)

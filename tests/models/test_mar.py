@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from maskrl_jax import program
-from maskrl_jax.convert.mar import params_of
+from maskrl_jax.convert.mar import params_of, state_of
 from maskrl_jax.models.mar import Mar, MarConfig
 from maskrl_jax.sampling import mar
 from maskrl_jax.sampling.mar import MarPlan, to_order, to_raster
@@ -63,8 +63,9 @@ def test_backbone_is_the_reference_s(folder):
     order, cond = np.int32(inputs["orders"]), np.int32(inputs["labels"])
     tokens = to_order(jnp.asarray(outputs["tokens"]), order)[:, config["n_masked"] :]
     apply = jax.jit(functools.partial(Mar(sizes).apply, method="backbone"), static_argnums=4)
+    params = fixtures.round_trip(params_of, state_of, state, sizes)
     with jax.default_matmul_precision("highest"):
-        z = to_raster(apply(params_of(state, sizes), tokens, order, cond, config["n_masked"]), order)
+        z = to_raster(apply(params, tokens, order, cond, config["n_masked"]), order)
     np.testing.assert_allclose(
         z, outputs["z"], rtol=0, atol=5 * config["fp32_vs_fp64"]["z"]["max_abs_err_fp32_vs_fp64"]
     )

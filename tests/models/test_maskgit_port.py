@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskrl_jax.convert.maskgit_port import params_of
+from maskrl_jax.convert.maskgit_port import params_of, state_of
 from maskrl_jax.models.maskgit_port import SIZES, MaskGITPort, PortConfig
 
 CONFIG = PortConfig(num_tokens=9, codebook_size=6, num_classes=3, width=8, depth=2, heads=2, mlp_width=16)
@@ -28,7 +28,8 @@ def reference(folder):
     cond = np.int32(np.where(inputs["drop_label"], made["nclass"], inputs["y"]))
     errors = {name: value["max_abs_err_fp32_vs_fp64"] for name, value in config["fp32_vs_fp64"].items()}
     tolerances = {name: min(5 * error, 1e-4) for name, error in errors.items()}
-    return model, params_of(state, made["depth"]), (ids, cond), outputs, tolerances
+    params = fixtures.round_trip(params_of, state_of, state, model.config)
+    return model, params, (ids, cond), outputs, tolerances
 
 
 @fixtures.every_configuration("maskgit_pt_transformer")

@@ -104,5 +104,5 @@ def test_sizes_below_one_are_refused(name):
 
 def test_pictures_that_do_not_fall_into_cells_are_refused():
     model, params = small()
-    with pytest.raises(ValueError, match="^images of 8 x 7 pixels do not fall into patches of 2$"):
+    with pytest.raises(ValueError, match="^images of 8 x 7 pixels do not fall into patches of 2"):
         model.apply(params, IMAGES[:, :, :7], method="encode")

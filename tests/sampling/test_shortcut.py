@@ -293,7 +293,7 @@ def test_parity_with_the_official_sampler(folder, monkeypatch):
     ctor, sampler = config["ctor"], config["sampler"]
     sizes = fixtures.port_sizes(ctor)
     own = {name.removeprefix("vit."): x for name, x in state.items() if name.startswith("vit.")}
-    base, params = MaskGITPort(sizes), convert_port.params_of(own, sizes.depth)
+    base, params = MaskGITPort(sizes), convert_port.params_of(own, sizes)
     counts = schedules.increments(sampler["sched_mode"], sizes.num_tokens, sampler["steps"])
     np.testing.assert_array_equal(counts, outputs["schedule"])
     plan = _published_plan(sampler, sizes.num_tokens)
