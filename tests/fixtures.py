@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -103,6 +104,16 @@ def mar_head(config: dict, state: dict, condition: np.ndarray):
     model, params = Mar(sizes), params_of(state, sizes)
     known = model.apply(params, condition, method="head_condition")
     return lambda x, timestep: model.apply(params, x, timestep, known, method="denoise")
+
+
+def random_params(model, *arguments, scale: float = 0.3) -> dict:
+    """Normal parameters of a model, norms' gains about 1; nothing is compiled."""
+    shapes, rng = jax.eval_shape(model.init, jax.random.key(0), *arguments), np.random.default_rng(0)
+
+    def draw(path, x):
+        return np.float32((path[-1].key == "scale") + scale * rng.normal(size=x.shape))
+
+    return jax.tree.map_with_path(draw, shapes)
 
 
 def google_sizes(config: dict) -> GoogleMaskGITConfig:
