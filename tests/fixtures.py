@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from maskrl_jax.convert.mar import params_of
 from maskrl_jax.models.google_maskgit import GoogleMaskGITConfig
+from maskrl_jax.models.halton import HaltonConfig
 from maskrl_jax.models.mar import Mar, MarConfig
 from maskrl_jax.models.maskgit_port import PortConfig
 
@@ -135,3 +136,18 @@ def google_inputs(rows: np.ndarray, sizes: GoogleMaskGITConfig) -> tuple[np.ndar
     """Return (ids [B,N], classes [B]) of a Flax original's sequences, whose MASK is the last row or -1."""
     image, cond = np.int32(rows[..., 1:]), np.int32(rows[..., 0]) - sizes.codebook_size
     return np.where((image == sizes.vocab - 1) | (image == -1), sizes.mask_id, image), cond
+
+
+def halton_sizes(made: dict) -> HaltonConfig:
+    """Return the sizes of a reference Halton transformer from its constructor's arguments."""
+    assert made["proj"] == 1
+    return HaltonConfig(
+        num_tokens=made["input_size"] ** 2,
+        codebook_size=made["codebook_size"],
+        num_classes=made["nclass"],
+        width=made["hidden_dim"],
+        depth=made["depth"],
+        heads=made["heads"],
+        mlp_width=made["mlp_dim"],
+        registers=made["register"],
+    )

@@ -16,7 +16,7 @@ Array = jax.Array
 MODES = ("confidence", "halton", "random", "threshold", "uncertain", "entropy")
 NOISY = ("confidence", "uncertain")
 ORDERED = ("halton", "random")  # a sample's order is drawn once, from its key
-NOISE_ENDS = ("after", "at")
+NOISE_ENDS = ("after", "at", "ahead")
 OPEN_ENDED = ("threshold", "uncertain", "entropy")  # may commit more than the plan's counts
 GIVEN = 255  # commit step of tokens that were given, not sampled
 
@@ -30,8 +30,14 @@ class SamplerConfig:
     max_steps: int = 16
     schedule: str = "cosine"
     gumbel: float = 4.5  # modes confidence, uncertain: noise scale at the first step; falls linearly
-    noise_ends: str = "after"  # noise 0 `after` the last step, 1 - s/T, or `at` it, 1 - s/(T-1), as in sampler A
+    # Noise is 0 `after` the last step, 1 - s/T, or at it: `at`, 1 - s/(T-1), as in sampler A; `ahead`, 1 - (s+1)/T, as
+    # in sampler B.
+    noise_ends: str = "after"
     temperature: float = 1.0  # divides the logits before the draw
+    factors: tuple[float, float] = (1.0, 1.0)  # multiply them, at the first and the last step, as in sampler C
+    factor_power: float = 1.0
+    factor_warmup: int = 0  # steps at which the factor is halved
+    randomize: bool = True  # mode halton: every sample begins elsewhere in the order
     guidance: float = 1.0  # 1 = no guidance
     guidance_schedule: str = "constant"
     threshold: float = 0.9  # modes threshold, uncertain: commit at probability >= this; entropy: at nats <= this
@@ -45,6 +51,9 @@ class SamplerConfig:
             raise ValueError(f"noise_ends {self.noise_ends!r} is not one of {', '.join(NOISE_ENDS)}")
         if self.temperature <= 0:
             raise ValueError(f"temperature {self.temperature} must be positive")
+        object.__setattr__(self, "factors", tuple(self.factors))
+        if len(self.factors) != 2 or min(self.factors) <= 0:
+            raise ValueError(f"factors {self.factors} on the logits must be two positive numbers")
         if self.gumbel < 0:
             raise ValueError(f"gumbel {self.gumbel} is a noise scale; it must be at least 0")
         if self.mode in ("threshold", "uncertain") and not 0 < self.threshold <= 1:
@@ -62,10 +71,13 @@ class Plan(flax.struct.PyTreeNode):
     guidance: Array  # float32 [S]
     timestep: Array  # int32 [S], 63 down to 0
     order: Array  # int32 [N], rank of every position (Halton)
-    temperature: Array  # float32 []
+    temperature: Array  # float32 [S], divides the logits
     threshold: Array  # float32 []
     mode: str = flax.struct.field(pytree_node=False)
     guide: bool = flax.struct.field(pytree_node=False)
+    roll: bool = flax.struct.field(pytree_node=False, default=True)  # whether a sample rolls the order
+    # Tokens left masked after each step by how many were at the start, int32 [S,N+1]; None: in proportion.
+    left: Array | None = None
 
 
 class Rollout(flax.struct.PyTreeNode):
@@ -98,11 +110,15 @@ def make_plan(config: SamplerConfig, num_tokens: int) -> Plan:
     last = np.arange(steps) / max(steps - 1, 1)
     side = round(num_tokens**0.5)
 
-    def pad(table, dtype):
-        return np.pad(np.asarray(table, dtype), (0, config.max_steps - steps))
+    def pad(table, dtype, mode="constant"):
+        table = np.asarray(table, dtype)
+        return np.pad(table, [(0, config.max_steps - steps), *[(0, 0)] * (table.ndim - 1)], mode)
 
+    shares = config.schedule.removeprefix("shares-")
+    ends = {"after": progress, "at": last, "ahead": np.arange(1, steps + 1) / steps}[config.noise_ends]
+    factors = schedules.factor_table(config.factors, config.factor_power, config.factor_warmup, steps)
     order = schedules.halton_order(side) if config.mode == "halton" else np.arange(num_tokens)
-    noise = config.gumbel * (1 - (last if config.noise_ends == "at" else progress)) * (config.mode in NOISY)
+    noise = config.gumbel * (1 - ends) * (config.mode in NOISY)
     return Plan(
         num_steps=np.int32(steps),
         masked_after=pad(left, np.int32),
@@ -110,10 +126,12 @@ def make_plan(config: SamplerConfig, num_tokens: int) -> Plan:
         guidance=pad(schedules.guidance_table(config.guidance_schedule, config.guidance, last), np.float32),
         timestep=pad(np.ceil(64 * (1 - progress)) - 1, np.int32),
         order=np.argsort(order).astype(np.int32),
-        temperature=np.float32(config.temperature),
+        temperature=pad(np.float32(config.temperature) / factors, np.float32, "edge"),
         threshold=np.float32(config.threshold),
         mode=config.mode,
         guide=config.guidance != 1.0,
+        roll=config.randomize,
+        left=None if shares == config.schedule else pad(schedules.shares_left(shares, num_tokens, steps), np.int32),
     )
 
 
@@ -125,13 +143,16 @@ def decode(
     plan: Plan,
     given_BN: Array,
     mask_id: int,
+    first_step: int = 0,
 ) -> Rollout:
     """Fill every MASK of `given_BN` int32 [B,N]; tokens that are not MASK never change (inpainting).
 
     A while loop: it stops after the plan's steps, or when no sample has a masked token left, which is
-    how the threshold modes save calls. Given tokens shrink every step's share in proportion.
+    how the threshold modes save calls. Given tokens shrink every step's share in proportion. `first_step` leaves out
+    steps before it: an editor that keeps much of a picture begins where that much would be known.
     Published: order by confidence with Gumbel noise (arXiv 2202.04200), Halton order (arXiv 2503.17076). Our choice:
-    the noise of step s is scale (1 - s/T) unless `noise_ends` asks for the published law of sampler A; threshold, entropy and uncertain, with the plan's counts as the least to commit.
+    the noise of step s is scale (1 - s/T) unless `noise_ends` asks for the published law of sampler A or B; threshold,
+    entropy and uncertain, with the plan's counts as the least to commit.
     `uncertain` spends those on the places of highest entropy: what is settled there makes the rest certain, where the
     surest tokens tell nothing new.
     """
@@ -142,11 +163,11 @@ def decode(
         timestep_B, scale_B = (jnp.full((batch,), table[step]) for table in (plan.timestep, plan.guidance))
         return branch(ids_BN, timestep_B, cond, scale_B), memory, jnp.bool_(True)
 
-    return fill(predict, (), keys_B, plan, given_BN, mask_id)[0]
+    return fill(predict, (), keys_B, plan, given_BN, mask_id, first_step)[0]
 
 
 def fill(
-    predict: Predict, memory: Any, keys_B: Array, plan: Plan, given_BN: Array, mask_id: int
+    predict: Predict, memory: Any, keys_B: Array, plan: Plan, given_BN: Array, mask_id: int, first_step: int = 0
 ) -> tuple[Rollout, Any]:
     """Run the loop of `decode` with logits from wherever `predict` takes them; returns its last memory besides."""
     chex.assert_rank([given_BN, keys_B], [2, 1])
@@ -159,7 +180,7 @@ def fill(
     def body(carry):
         return call(predict, keys_B, plan, start_B, mask_id, carry)
 
-    carry = jax.lax.while_loop(running, body, begin(given_BN, memory))
+    carry = jax.lax.while_loop(running, body, begin(given_BN, memory).replace(step=jnp.int32(first_step)))
     return finish(carry), carry.memory
 
 
@@ -177,13 +198,12 @@ def finish(carry: Carry) -> Rollout:
 def call(predict: Predict, keys_B: Array, plan: Plan, start_B: Array, mask_id: int, carry: Carry) -> Carry:
     """One step: predict, draw a token everywhere, commit the plan's count; `start_B` [B] were masked at the start."""
     step, ids_BN = carry.step, carry.ids
-    num_tokens = ids_BN.shape[1]
     masked_BN = ids_BN == mask_id
     logits, memory, is_full = predict(carry.memory, step, ids_BN, carry.commit_step)
-    logp_BNK = jax.nn.log_softmax(logits / plan.temperature)
+    logp_BNK = jax.nn.log_softmax(logits / plan.temperature[step])
     drawn_BN, confidence_BN = draws.draw_tokens(draws.step_keys(keys_B, step, draws.TOKENS), logp_BNK)
     left_B = masked_BN.sum(-1)
-    target_B = jnp.minimum(plan.masked_after[step] * start_B // num_tokens, jnp.maximum(left_B - 1, 0))
+    target_B = _target(plan, step, start_B, left_B, ids_BN.shape[1])
     priority_BN = _priority(plan, keys_B, step, confidence_BN, logp_BNK)
     sure_BN, level_B = _sureness(plan, confidence_BN, logp_BNK)
     never = jnp.zeros(left_B.shape, bool)  # the plan's last count commits all
@@ -197,9 +217,21 @@ def call(predict: Predict, keys_B: Array, plan: Plan, start_B: Array, mask_id: i
     )
 
 
+def _target(plan: Plan, step: Array, start_B: Array, left_B: Array, num_tokens: int) -> Array:
+    """How many tokens stay masked after a step, int32 [B], of `start_B` at the start and `left_B` now."""
+    most_B = jnp.maximum(left_B - 1, 0)
+    if plan.left is None:
+        return jnp.minimum(plan.masked_after[step] * start_B // num_tokens, most_B)
+    # Sampler B keeps one masked, and draws it anew, until the last step.
+    wanted_B = plan.left[step, start_B]
+    return jnp.maximum(jnp.minimum(wanted_B, most_B), jnp.minimum(wanted_B, jnp.minimum(left_B, 1)))
+
+
 def _priority(plan: Plan, keys_B: Array, step: Array, confidence_BN: Array, logp_BNK: Array) -> Array:
     """Order in which masked positions are committed, [B,N] float32, highest first."""
     num_tokens = confidence_BN.shape[1]
+    if plan.mode == "halton" and not plan.roll:
+        return jnp.broadcast_to(-plan.order.astype(jnp.float32)[None], confidence_BN.shape)
     if plan.mode == "halton":
         # Every sample rolls the list by its own offset (`randomize` of the published sampler).
         roll = jax.vmap(lambda key: jax.random.randint(key, (1,), 0, num_tokens))(

@@ -11,7 +11,9 @@ _SHARES = {
     "square": lambda r: 1 - r * r,
 }
 _OF_STEPS = _SHARES | {"root": lambda r: 1 - math.sqrt(r)}
-SCHEDULES = (*_SHARES, *(f"steps-{mode}" for mode in _OF_STEPS))  # shares left; shares of each step (`increments`)
+# Shares left; shares of each step (`increments`); the published Halton sampler's (`halton_left`).
+SCHEDULES = (*_SHARES, *(f"steps-{mode}" for mode in _OF_STEPS), "halton")
+_PUBLISHED = ("cosine", "uniform", "pow<exponent>", "log", "exp")  # of sampler B, as `shares-<name>`
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -23,16 +25,23 @@ def masked_after(schedule: str, num_tokens: int, num_steps: int) -> np.ndarray:
     arccos 2/pi*arccos(r), linear 1-r, square 1-r^2. Cosine and Halton's arccos are published; here arccos is the
     share left, not the share of each step as in the sampler of that name in section 3. Linear, square: our choice.
     A whole N * gamma stays whole, as on the clock (specs/speed_rl.md 4.1); the official float32 loses one token
-    there (cosine, r = 2/3). `steps-<mode>` are the published sampler A's increments instead.
+    there (cosine, r = 2/3). As published instead: `steps-<mode>` are sampler A's increments, `halton` sampler C's
+    counts, and `shares-<method>` sampler B's float32 shares (`shares_left`), which may end with steps that leave one
+    token.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
+    if schedule not in SCHEDULES and not schedule.startswith("shares-"):
+        raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}, shares-<method>")
     if not 1 <= num_steps <= num_tokens:
         raise ValueError(f"num_steps {num_steps} must lie in 1..{num_tokens}, the number of image tokens")
     if schedule.startswith("steps-"):
         return num_tokens - np.cumsum(
             increments(schedule.removeprefix("steps-"), num_tokens, num_steps), dtype=np.int32
         )
+    if schedule == "halton":
+        return halton_left(num_tokens, num_steps)
+    if schedule.startswith("shares-"):
+        table = shares_left(schedule.removeprefix("shares-"), num_tokens, num_steps)[:, num_tokens]
+        return np.minimum(table, np.maximum(num_tokens - np.arange(1, num_steps + 1), 1)).astype(np.int32)
     masked, table = num_tokens, []
     for step in range(1, num_steps):
         share = _SHARES[schedule](step / num_steps)
@@ -62,6 +71,67 @@ def increments(mode: str, num_tokens: int, num_steps: int) -> np.ndarray:
     if counts[-1] < 1:
         raise ValueError(f"{num_steps} steps are too many for {num_tokens} tokens by schedule {mode!r} in increments")
     return counts
+
+
+def share_left(method: str, ratio: np.ndarray, total: float | np.ndarray) -> np.ndarray:
+    """Share of `total` tokens that stays masked at a ratio in (0,1] of all steps, float32, clipped to [1e-6, 1].
+
+    The published sampler B's (specs/maskgit.md section 4): cosine cos(pi r/2), uniform 1-r, pow<a> 1-r^a,
+    log -log2(r)/log2(total), exp 1-2^(-log2(total)(1-r)). `ratio` and `total` broadcast. float32 as published: a
+    rounding away from a whole number decides some counts.
+    """
+    r, bits = np.float32(ratio), np.log2(np.maximum(np.float32(total), 1))
+    if method == "cosine":
+        share = np.cos(r * np.float32(np.pi) * np.float32(0.5))
+    elif method == "uniform":
+        share = 1 - r
+    elif method.startswith("pow") and _is_number(method[3:]):
+        share = 1 - r ** np.float32(method[3:])
+    elif method == "log":
+        share = -np.log2(r) / np.maximum(bits, np.float32(1e-30))
+    elif method == "exp":
+        share = 1 - np.float32(2) ** (-bits * (1 - r))
+    else:
+        raise ValueError(f"schedule {method!r} of shares is not one of {', '.join(_PUBLISHED)}")
+    return np.clip(share, np.float32(1e-6), np.float32(1))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
+
+
+def shares_left(method: str, num_tokens: int, num_steps: int) -> np.ndarray:
+    """Tokens that the published sampler B masks again after each of T steps, of 0..N masked at the start: int32 [T,N+1].
+
+    floor(U share_left(r)) at r = (s+1)/T, at least 1 (at most what is masked less 1, which the loop sees to); 0 after
+    the last step, whose tokens are all kept.
+    """
+    total = np.arange(num_tokens + 1, dtype=np.float32)[None]
+    ratio = np.arange(1, num_steps + 1, dtype=np.float32)[:, None] / np.float32(num_steps)
+    left = np.maximum(np.floor(total * share_left(method, ratio, total)), 1).astype(np.int32)
+    return np.where(ratio < 1, left, 0)
+
+
+def halton_left(num_tokens: int, num_steps: int) -> np.ndarray:
+    """Tokens still masked after each of T steps of the published sampler C, int32 [T] (specs/maskgit.md section 5).
+
+    N - max(s+1, floor(N (1 - 2/pi arccos((s+1)/T)))), in float32: most tokens come in the last steps.
+    """
+    ratio = np.arange(1, num_steps + 1, dtype=np.float32) / np.float32(num_steps)
+    share = 1 - np.arccos(ratio) / np.float32(np.pi / 2)
+    return num_tokens - np.maximum(np.arange(1, num_steps + 1), np.floor(share * num_tokens)).astype(np.int32)
+
+
+def factor_table(ends: tuple[float, float], power: float, warmup: int, num_steps: int) -> np.ndarray:
+    """Factor on the logits at each of T steps, float32 [T], of the published sampler C (specs/maskgit.md section 5).
+
+    Linear between its ends, to a power, and half of that at the first `warmup` steps.
+    """
+    table = np.linspace(*ends, num_steps, dtype=np.float32) ** np.float32(power)
+    return np.where(np.arange(num_steps) < warmup, table / 2, table).astype(np.float32)
 
 
 def guidance_table(schedule: str, scale: float, progress: np.ndarray) -> np.ndarray:

@@ -87,6 +87,8 @@ def test_steps_without_a_token_each_are_refused(num_steps):
 def test_unknown_names_are_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'cubic' is not one of cosine, arccos, linear, square"):
         schedules.masked_after("cubic", 16, 4)
+    with pytest.raises(ValueError, match="'cubic' of shares is not one of cosine, uniform"):
+        schedules.masked_after("shares-cubic", 16, 4)
     with pytest.raises(ValueError, match="'cubic' is not one of constant, linear, cosine"):
         schedules.guidance_table("cubic", 2.0, np.zeros(1))
 
@@ -154,6 +156,50 @@ def test_increments_and_full_steps_of_the_official_code(folder):
             continue
         seen += 1
     assert seen == len(outputs)
+
+
+@fixtures.every_configuration("gmaskgit_schedule")
+def test_shares_of_the_flax_original(folder):
+    _, _, inputs, outputs = fixtures.load(folder)
+    for name, wanted in outputs.items():
+        method, total = re.fullmatch(r"(\w[\w.]*)_total(\d+)", name).groups()
+        np.testing.assert_allclose(schedules.share_left(method, inputs["ratio"], int(total)), wanted, atol=1e-6)
+
+
+@fixtures.every_configuration("halton_schedule")
+def test_order_and_counts_of_the_official_halton_sampler(folder):
+    for name, wanted in fixtures.load(folder)[3].items():
+        if found := re.fullmatch(r"order_grid(\d+)", name):
+            np.testing.assert_array_equal(schedules.halton_order(int(found[1])), wanted @ [int(found[1]), 1], name)
+        else:
+            side, steps = map(int, re.fullmatch(r"tokens_grid(\d+)_steps(\d+)", name).groups())
+            left = schedules.masked_after("halton", side**2, steps)
+            np.testing.assert_array_equal(-np.diff(left, prepend=side**2), wanted, name)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "counts"),
+    [
+        (256, "5 15 24 31 39 45 48 49"),
+        (256, "3 6 11 15 18 22 26 28 30 31 33 33"),
+        (256, "2 3 7 8 11 13 15 16 19 20 22 23 23 25 24 25"),
+        (1024, "9 26 43 60 74 88 101 112 120 126 132 133"),
+    ],
+)
+def test_published_cosine_shares(num_tokens, counts):
+    """specs/maskgit.md section 4; of 12 steps the eighth leaves 127 of 256, where cos 60 degrees is below 1/2."""
+    wanted = [int(count) for count in counts.split()]
+    left = schedules.masked_after("shares-cosine", num_tokens, len(wanted))
+    np.testing.assert_array_equal(-np.diff(left, prepend=num_tokens), wanted)
+
+
+@pytest.mark.parametrize("method", ["cosine", "uniform", "pow0.5", "pow3", "log", "exp"])
+def test_published_shares_fall_and_keep_one_until_the_last_step(method):
+    table = schedules.shares_left(method, 64, 12)
+    assert (table.shape, table.dtype) == ((12, 65), np.int32)
+    assert (np.diff(table, axis=0) <= 0).all()
+    assert (table[:-1] >= 1).all() and (table[-1] == 0).all()
+    assert (table <= np.maximum(np.arange(65), 1)[None]).all()
 
 
 @pytest.mark.parametrize("bad", [("sine", 16, 4), ("arccos", 16, 0), ("linear", 4, 8), ("root", 9, 9)])
