@@ -4,16 +4,25 @@ python -m maskrl_jax.main --config=configs/maskgit.py          # shapes with cap
 python -m maskrl_jax.main --config=configs/maskgit.py:full     # trained longer, about half an hour
 python -m maskrl_jax.main --config=configs/maskgit.py:digits   # handwritten digits by class
 python -m maskrl_jax.main --config=configs/maskgit.py:tfds-cifar10   # any TFDS set of labelled images, by class
+python -m maskrl_jax.main --config=configs/maskgit.py:port512 --dry_run=v5e:4x4   # ImageNet at published sizes, compile
+    # only: port256, port512 (form A of specs/maskgit.md), google256, google512 (form B). Their weights are published:
+    # docs/published_weights.md
 """
 
 from configs import judge, sizes, tokenizer
 
 STEPS = {"": 2400, "full": 5000, "smoke": 40, "digits": 2500, "digits-smoke": 40}
+PUBLISHED = {f"{form}{size}": (form, size) for form in ("port", "google") for size in (256, 512)}
 
 
 def get_config(arg: str = ""):
-    """Sizes: default, `full`, `smoke`; `digits` and `tfds-<set>` for class-conditioned sets."""
-    steps = STEPS.get(sizes.check(arg, tuple(STEPS), tfds=True), 50_000)
+    """Sizes: default, `full`, `smoke`; `digits` and `tfds-<set>` for sets with classes; published ones: see above."""
+    steps = STEPS.get(sizes.check(arg, (*STEPS, *PUBLISHED), tfds=True), 50_000)
+    return published(arg) if arg in PUBLISHED else embedded(arg, steps)
+
+
+def embedded(arg: str, steps: int):
+    """Our own network."""
     parent = sizes.parent(arg)
     return sizes.run(
         "maskgit",
@@ -87,3 +96,34 @@ def tuning(arg: str = "") -> dict:
         "tune_guidance": (1.0, 1.3, 1.7, 2.2),
         "tune_temperature": (1.0, 0.7, 0.5, 0.35),
     }
+
+
+def published(arg: str):
+    """ImageNet (specs/maskgit.md sections 1, 3, 4 and 6): networks, samplers and optimisers as published.
+
+    Batches and lengths are those of 256 pixels; our trainer's law of masking (exact counts) is that of form A.
+    """
+    form, size = PUBLISHED[arg]
+    config = embedded("", 755_200 if form == "port" else 1_500_000)
+    config.name, config.save_every = f"configs/maskgit.py:{arg}", 5000
+    config.data.name = "imagenet2012"
+    config.parents.tokenizer = tokenizer.get_config(("taming" if form == "port" else "google") + str(size))
+    config.parents.judge.data.update({"name": "imagenet2012", "image_size": size})
+    config.parents.judge.model.update({"kind": "class", "num_classes": 1000, "patch": size // 8})
+    config.model = {"form": form, "width": 768, "depth": 24, "heads": 16, "mlp_width": 3072}
+    config.model.update({"remat": True, "dtype": "bfloat16"})
+    config.optimizer = {"name": "adamw", "learning_rate": 1e-4, "b1": 0.9, "b2": 0.96, "decay": "constant"}
+    config.optimizer.update({"weight_decay": 1e-5 if form == "port" else 0.045, "ema_decay": 0.9999})
+    config.optimizer.update({"warmup_steps": 2500 if form == "port" else 5000})
+    if form == "port":
+        config.batch_size, config.optimizer.clip_norm = 512, 1.0
+        config.sampler.update({"num_steps": 8 if size == 256 else 15, "max_steps": 32, "schedule": "steps-arccos"})
+        config.sampler.update({"gumbel": 4.5 if size == 256 else 7.0, "guidance": 4.0 if size == 256 else 3.8})
+        config.sampler.update({"guidance_schedule": "linear", "noise_ends": "at"})
+        config.evaluation.update({"steps": (8, 9, 11, 13, 15, 32), "glance_steps": 15})
+    else:
+        config.batch_size, config.cond_drop = 256, 0.0
+        config.sampler.update({"num_steps": 8 if size == 256 else 12, "max_steps": 16, "schedule": "shares-cosine"})
+        config.sampler.update({"gumbel": 4.5, "guidance": 1.0, "noise_ends": "ahead"})
+        config.evaluation.update({"steps": (8, 12, 16), "glance_steps": 8, "tune_guidance": (1.0,)})
+    return config

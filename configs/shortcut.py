@@ -107,21 +107,9 @@ def published_scale():
     config = embedded("")
     config.name = "configs/shortcut.py:maskgit512"
     config.num_steps, config.batch_size, config.log_every, config.save_every = STEPS["maskgit512"], 64, 1, 50
-    base = config.parents.maskgit
-    for tokenizer in (config.parents.tokenizer, base.parents.tokenizer):
-        tokenizer.model.update({"image_size": 512, "patch": 16, "codebook_size": 1024, "code_width": 256})
-    for data in (config.data, base.data):
-        data.name = "imagenet2012"
-    for judge in (config.parents.judge, base.parents.judge):
-        judge.data.name, judge.data.image_size = "imagenet2012", 512
-        judge.model.update({"kind": "class", "num_classes": 1000, "patch": 64})
-    base.model = {"form": "port", "width": 768, "depth": 24, "heads": 16, "mlp_width": 3072}
-    base.model.update({"remat": True, "dtype": "bfloat16"})
-    base.sampler.update(
-        {"num_steps": 15, "max_steps": 32, "schedule": "steps-arccos", "gumbel": 7.0, "temperature": 1.0}
-    )
-    base.sampler.update({"guidance": 3.8, "guidance_schedule": "linear", "noise_ends": "at"})
-    base.evaluation.update({"steps": (8, 9, 11, 13, 15, 32), "glance_steps": 15})
+    base = maskgit.get_config("port512")
+    config.parents = {"tokenizer": base.parents.tokenizer, "judge": base.parents.judge, "maskgit": base}
+    config.data = base.data
     config.model.update({"heads": 16, "zero_init_out": False, "local_mixing": False, "kv_prenorm": False})
     config.model.update({"dtype": "bfloat16", "remat": True})
     config.teacher.update({"num_steps": (15,), "pairs": 1, "epochs": 1})

@@ -4,18 +4,31 @@ python -m maskrl_jax.main --config=configs/tokenizer.py          # shapes, about
 python -m maskrl_jax.main --config=configs/tokenizer.py:digits   # scikit-learn's handwritten digits
 python -m maskrl_jax.main --config=configs/tokenizer.py:tfds-cifar10   # or any other TFDS set of labelled images
 
+python -m maskrl_jax.convert --from=taming last.ckpt --out=runs/published/taming256   # published weights; taming512, google256, google512
+
 Expected of shapes: 35.7 dB, and the exact verifier finds every reconstruction right.
 """
 
 from configs import sizes
 
 STEPS = {"": 1000, "digits": 1500, "smoke": 60, "digits-smoke": 60}
+# Networks whose weights are published, at the sizes of picture that MaskGIT uses them for; they are not trained here.
+PUBLISHED = {f"{form}{size}": (form, size) for form in ("taming", "google") for size in (256, 512)}
 
 
 def get_config(arg: str = ""):
-    """Sizes: default, `smoke`; `digits` and `tfds-<set>` for other sets."""
-    steps = STEPS.get(sizes.check(arg, tuple(STEPS), tfds=True), 20_000)
-    name = sizes.data_set(arg)
+    """Sizes: default, `smoke`; `digits` and `tfds-<set>` for other sets; `taming<pixels>` and `google<pixels>`."""
+    steps = STEPS.get(sizes.check(arg, (*STEPS, *PUBLISHED), tfds=True), 20_000)
+    name = "imagenet2012" if arg in PUBLISHED else sizes.data_set(arg)
+    config = embedded(arg, steps, name)
+    if arg in PUBLISHED:
+        form, size = PUBLISHED[arg]
+        config.model = {"form": form, "image_size": size, "codebook_size": 1024, "code_width": 256}
+    return config
+
+
+def embedded(arg: str, steps: int, name: str):
+    """Our own network."""
     return sizes.run(
         "tokenizer",
         "configs/tokenizer.py" + (f":{arg}" if arg else ""),

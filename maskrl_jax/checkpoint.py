@@ -66,6 +66,12 @@ class Checkpoints:
         self._manager.close()
 
 
+def save_params(workdir: str, step: int, params: Any, extra: Any) -> None:
+    """Write parameters from elsewhere where `load_params` finds them: no optimizer, so nothing can go on from there."""
+    with ocp.CheckpointManager(_folder(workdir)) as manager:
+        manager.save(step, args=ocp.args.StandardSave({"ema": params, **({"extra": extra} if extra else {})}))
+
+
 def load_params(workdir: str) -> tuple[Any, Any]:
     """Return (params, extra) of the newest checkpoint as numpy: the moving average, for use as a parent.
 

@@ -14,26 +14,30 @@ MISTYPED = (flags.Error, UserError, AttributeError, ImportError, KeyError, OSErr
 
 
 def run(
-    work: Callable[[], None], check: Callable[[], None] = lambda: None, mistakes: tuple[type[Exception], ...] = ()
+    work: Callable[..., None],
+    check: Callable[[], None] = lambda: None,
+    mistakes: tuple[type[Exception], ...] = (),
+    arguments: int = 0,
 ) -> None:
-    """Parse the flags, `check` them, and call `work`.
+    """Parse the flags, `check` them, and call `work` with the `arguments` that are no flags.
 
     A UserError, and of `work` also what is in `mistakes`, is one line on stderr.
     """
 
-    def main(_: list[str]) -> None:
+    def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
-            work()
+            work(*argv[1:])
         except (UserError, *mistakes) as error:
             sys.exit(f"error: {_reason(error)}")
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
-            if len(rest) > 1:
-                raise UserError(f"expected flags only, got {' '.join(rest[1:])!r}; see --help")
+            if len(rest) != 1 + arguments:
+                wanted = f"{arguments} argument beside the flags" if arguments else "flags only"
+                raise UserError(f"expected {wanted}, got {' '.join(rest[1:])!r}; see --help")
             check()
             return rest
         except MISTYPED as error:

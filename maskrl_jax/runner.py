@@ -136,6 +136,15 @@ def _stage(config, workdir, store, seconds):
             stored.finish(workdir, config.num_steps, trained_id)
 
 
+def keep(config: ConfigDict, workdir: str, store: str, parents: dict[str, str], params: Any, extra: Any) -> None:
+    """Leave in workdir what a trained stage leaves, of parameters from elsewhere; `parents` are workdirs by name."""
+    with stored.lock(workdir):
+        stored.write(os.path.join(workdir, stored.CONFIG), json.dumps(stored.plain(config), indent=1, sort_keys=True))
+        stored.write_places(workdir, parents, store)
+        checkpoint.save_params(workdir, config.num_steps, params, extra)
+        stored.finish(workdir, config.num_steps, measured.identity(params, extra))
+
+
 def _trained_id(workdir: str) -> str:
     """Identify what stages above would start from."""
     return measured.identity(*checkpoint.load_params(workdir))

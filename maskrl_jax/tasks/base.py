@@ -10,15 +10,14 @@ from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.evaluate.systems import Engine
 from maskrl_jax.models.judge import Judge, JudgeConfig
-from maskrl_jax.models.maskgit_port import PortConfig
+from maskrl_jax.models.maskgit import MaskGITConfig
 from maskrl_jax.rewards import energy_distance, mix
 from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.rewards.alarm import AlarmConfig
 from maskrl_jax.rl.token_terms import Model
 from maskrl_jax.sampling.maskgit import SamplerConfig
-from maskrl_jax.tasks import checks, generators
+from maskrl_jax.tasks import checks, codecs, generators
 from maskrl_jax.tasks import maskgit as maskgit_task
-from maskrl_jax.tasks import tokenizer as tokenizer_task
 from maskrl_jax.tasks.task import Context
 
 Array = jax.Array
@@ -34,13 +33,13 @@ class Base:
         self.config, self.trained_with, self.null = config, base, conditioning.null
         checks.same_tokenizer(config.parents.tokenizer, base.parents.tokenizer)
         self.sizes = generators.model_config(base, base.parents.tokenizer, conditioning)
-        if isinstance(self.sizes, PortConfig):
+        if not isinstance(self.sizes, MaskGITConfig):
             raise UserError(
-                "a base of model.form=port cannot be tuned by rewards yet; its head is of whole grids alone"
+                f"a base of model.form={base.model.form} cannot be tuned by rewards yet; its head is of whole grids alone"
             )
         self.generator = generators.generator(self.sizes)
         self.model = Model(self.generator.features, self.generator.head, self.null)
-        self.codec = tokenizer_task.codec(tokenizer_task.TokenizerConfig(**base.parents.tokenizer.model), None)
+        self.codec = codecs.codec(codecs.sizes(base.parents.tokenizer.model), None)
         self.judge_sizes = JudgeConfig(**config.parents.judge.model)
         self.judge = Judge(self.judge_sizes)
         checks.same_data(config)
@@ -98,7 +97,7 @@ class Base:
         config, base = self.config, maskgit_task.abstract_params(self.trained_with, conditioning)
         size, rows = config.parents.tokenizer.model.image_size, config.batch_size
         frozen = {
-            "tokenizer": maskgit_task.abstract_codec(config.parents.tokenizer),
+            "tokenizer": codecs.abstract(config.parents.tokenizer.model),
             "judge": jax.eval_shape(self.judge.init, jax.random.key(0), jnp.zeros((1, size, size, 3))),
             "reference": base,
         }

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax.data.batches import batch_at
@@ -17,14 +18,17 @@ from maskrl_jax.evaluate.bench import CHOICE, Bench, Evaluation, tuning_notes
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Engine, features_of, judge_scorer
+from maskrl_jax.models.google_maskgit import GoogleMaskGIT, GoogleMaskGITConfig
 from maskrl_jax.models.maskgit import MaskGIT, MaskGITConfig
 from maskrl_jax.models.maskgit_port import MaskGITPort, PortConfig
 from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
+from maskrl_jax.tasks import codecs
 from maskrl_jax.tasks import judge as judge_task
-from maskrl_jax.tasks import tokenizer as tokenizer_task
 from maskrl_jax.tasks.task import Context, Parent, Task
 
 REAL_PICTURES = 2048  # about so many stand for the real ones
+Sizes = MaskGITConfig | PortConfig | GoogleMaskGITConfig
+PUBLISHED = {"port": PortConfig, "google": GoogleMaskGITConfig}
 DRAWN_BY = ("maskgit", "mar", "tokenizer")  # stages that pictures depend on
 
 
@@ -38,36 +42,50 @@ class Generator:
     controls: Callable[[Any], Callable]  # params -> fn(ids [b,n], positions [b,n]) -> [b,n,D], for a shortcut
 
 
-def model_config(config: Any, tokenizer: Any, conditioning: Conditioning) -> MaskGITConfig | PortConfig:
+def model_config(config: Any, tokenizer: Any, conditioning: Conditioning) -> Sizes:
     """Sizes that follow from the tokenizer and the data, and those that the config names.
 
-    `model.form` is `ours`, where a config names none, or `port` (form A of specs/maskgit.md, for classes).
+    `model.form` is `ours`, where a config names none, or for classes `port` or `google`, forms A and B of
+    specs/maskgit.md.
     """
-    sizes = tokenizer_task.TokenizerConfig(**tokenizer.model)
+    sizes = codecs.sizes(tokenizer.model)
     own, form = dict(config.model), config.model.get("form", "ours")
     own.pop("form", None)
     grid = {"num_tokens": sizes.num_tokens, "codebook_size": sizes.codebook_size}
-    if form == "port":
+    if form in PUBLISHED:
         if conditioning.kind != "class":
-            raise UserError(f"model.form=port is conditioned on classes, and {config.data.name} has captions")
-        return PortConfig(**grid, num_classes=conditioning.vocab_size - 1, **own)
+            raise UserError(f"model.form={form} is conditioned on classes, and {config.data.name} has captions")
+        if form == "google" and (config.sampler.guidance != 1 or config.cond_drop):
+            raise UserError("model.form=google knows no null class; set sampler.guidance=1 and cond_drop=0")
+        return PUBLISHED[form](**grid, num_classes=conditioning.vocab_size - 1, **own)
     if form != "ours":
-        raise unknown("model.form", form, ("ours", "port"))
+        raise unknown("model.form", form, ("ours", *PUBLISHED))
     return MaskGITConfig(**grid, cond_vocab=conditioning.vocab_size, cond_length=max(conditioning.length, 1), **own)
 
 
-def network(config: MaskGITConfig | PortConfig) -> nn.Module:
+def network(config: Sizes) -> nn.Module:
     """The module of these sizes."""
-    return MaskGITPort(config) if isinstance(config, PortConfig) else MaskGIT(config)
+    return {MaskGITConfig: MaskGIT, PortConfig: MaskGITPort, GoogleMaskGITConfig: GoogleMaskGIT}[type(config)](config)
 
 
-def generator(config: MaskGITConfig | PortConfig) -> Generator:
+def generator(config: Sizes) -> Generator:
     """Wrap a network of these sizes."""
     model = network(config)
+
+    def features(p, ids, cond):
+        found = model.apply(p, ids, cond, method="features")
+        # Form B has the class first.
+        return jnp.roll(found, -1, axis=1) if isinstance(config, GoogleMaskGITConfig) else found
+
+    def head(p, found):
+        # Of form B without the slot of the class, which is no longer where its head looks for it.
+        own = found[..., : config.num_tokens, :] if isinstance(config, GoogleMaskGITConfig) else found
+        return model.apply(p, own, method="logits")
+
     return Generator(
         logits=lambda p: lambda ids, timestep, cond: model.apply(p, ids, cond),
-        features=lambda p: lambda ids, timestep, cond: model.apply(p, ids, cond, method="features"),
-        head=lambda p: lambda features: model.apply(p, features, method="logits"),
+        features=lambda p: lambda ids, timestep, cond: features(p, ids, cond),
+        head=lambda p: lambda found: head(p, found),
         controls=lambda p: lambda ids, positions: model.apply(p, ids, positions, method="controls"),
     )
 
@@ -88,9 +106,9 @@ def dataset_of(context: Context, split: str) -> Dataset:
     return open_dataset(data.name, split, context.data_dir, size, data.text_length)
 
 
-def engine_of(context: Context, sizes: MaskGITConfig, null: np.ndarray) -> Engine:
+def engine_of(context: Context, sizes: Sizes, null: np.ndarray) -> Engine:
     """What systems of this stage and of those above it generate with."""
-    codec = tokenizer_task.load(context.parents["tokenizer"])
+    codec = codecs.load(context.parents["tokenizer"])
     return Engine(
         parallel=context.parallel,
         logits=generator(sizes).logits,

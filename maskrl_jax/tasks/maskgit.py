@@ -17,8 +17,7 @@ from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling.draws import commit_top
 from maskrl_jax.sampling.maskgit import SamplerConfig
-from maskrl_jax.tasks import generators
-from maskrl_jax.tasks import tokenizer as tokenizer_task
+from maskrl_jax.tasks import codecs, generators
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
@@ -50,8 +49,8 @@ class Wiring:
 
     def __init__(self, config: Any, conditioning: Conditioning):
         self.config = config
-        self.tokens = tokenizer_task.TokenizerConfig(**config.parents.tokenizer.model)
-        self.codec = tokenizer_task.codec(self.tokens, None)
+        self.tokens = codecs.sizes(config.parents.tokenizer.model)
+        self.codec = codecs.codec(self.tokens, None)
         self.sizes = generators.model_config(config, config.parents.tokenizer, conditioning)
         self.model = generators.network(self.sizes)
         self.null = conditioning.null
@@ -105,15 +104,9 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
         "cond": struct((config.batch_size, *conditioning.null.shape), jnp.int32),
         "index": struct((config.batch_size,), jnp.int32),
     }
-    frozen = {"tokenizer": abstract_codec(config.parents.tokenizer)}
+    frozen = {"tokenizer": codecs.abstract(config.parents.tokenizer.model)}
     state = jax.eval_shape(wiring.init, jax.random.key(0))
     return [Phase("update", wiring.update, (state, frozen, batch), kind="update")]
-
-
-def abstract_codec(config: Any) -> Any:
-    """Shapes of a tokenizer's parameters, without training one."""
-    state = jax.eval_shape(tokenizer_task.Wiring(config).init, jax.random.key(0))
-    return {"model": state.params, "codebook": state.extra["codebook"]["codes"]}
 
 
 def abstract_params(config: Any, conditioning: Conditioning) -> Any:
@@ -125,7 +118,7 @@ def studio(context: Context, params: Any) -> Studio:
     """The trained base as a user samples from it."""
     held_out = generators.dataset_of(context, "validation")
     sizes = generators.model_config(context.config, context.config.parents.tokenizer, held_out.conditioning)
-    codec = tokenizer_task.load(context.parents["tokenizer"])
+    codec = codecs.load(context.parents["tokenizer"])
     return Studio(
         engine=generators.engine_of(context, sizes, held_out.conditioning.null),
         params=context.parallel.replicate(params),

@@ -1,7 +1,5 @@
 """Stage `tokenizer`: images to a grid of codes and back (VQ with an EMA codebook)."""
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,48 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax import state as train_state
+from maskrl_jax.errors import UserError
 from maskrl_jax.keys import TRAIN, step_key
-from maskrl_jax.models.vqgan import Tokenizer, TokenizerConfig, nearest_code
+from maskrl_jax.models.vqgan import Tokenizer
 from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
-from maskrl_jax.tasks import reconstruction
-from maskrl_jax.tasks.task import Context, Parent, Task
+from maskrl_jax.tasks import codecs, reconstruction
+from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
 COMMITMENT = 0.25  # van den Oord et al. 2017, eq. 3
 DECAY = 0.98  # of the codebook's statistics; ours, short because the stage is
 DEAD = 0.02  # a code with less than this share of an even share is restarted; ours
-
-
-@dataclasses.dataclass(frozen=True)
-class Codec:
-    """A trained tokenizer as two functions of its parameters (a pytree that travels as `frozen`)."""
-
-    config: TokenizerConfig
-    params: Any  # {"model": ..., "codebook": [K,E]}
-    encode: Callable[[Any, Array], Array]  # (params, images [B,H,W,3] in [0,1]) -> ids [B,N] int32
-    decode: Callable[[Any, Array], Array]  # (params, ids [B,N]) -> images [B,H,W,3] in [0,1]
-
-
-def load(parent: Parent) -> Codec:
-    """Open a trained tokenizer."""
-    params = {"model": parent.params, "codebook": parent.extra["codebook"]["codes"]}
-    return codec(TokenizerConfig(**parent.config.model), params)
-
-
-def codec(config: TokenizerConfig, params: Any) -> Codec:
-    """Encode and decode functions of a tokenizer's sizes, around the given parameters."""
-    model = Tokenizer(config)
-
-    def encode(p, images):
-        codes = model.apply(p["model"], images, method="encode")
-        return nearest_code(codes, p["codebook"]).reshape(len(images), -1)
-
-    def decode(p, ids):
-        grid = p["codebook"][ids].reshape(len(ids), config.side, config.side, -1)
-        return jnp.clip(model.apply(p["model"], grid, method="decode"), 0.0, 1.0)
-
-    return Codec(config, params, encode, decode)
 
 
 def loss_sums(model: Tokenizer, params: Any, codebook: Array, images: Array) -> tuple[Array, dict]:
@@ -100,7 +68,12 @@ class Wiring:
 
     def __init__(self, config: Any):
         self.config = config
-        self.sizes = TokenizerConfig(**config.model)
+        self.sizes = codecs.sizes(config.model)
+        if isinstance(self.sizes, codecs.Published):
+            raise UserError(
+                f"a tokenizer of model.form={self.sizes.form} is not trained here; convert its published weights with "
+                "python -m maskrl_jax.convert"
+            )
         self.model = Tokenizer(self.sizes)
         self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps)
         self.tx = train_state.make_optimizer(self.optimizer)
@@ -140,7 +113,7 @@ class Wiring:
 def build(context: Context) -> Task:
     """Wire the tokenizer stage."""
     wiring = Wiring(context.config)
-    tokens = codec(wiring.sizes, None)
+    tokens = codecs.codec(wiring.sizes, None)
     roundtrip = jax.jit(lambda p, images: (lambda ids: (tokens.decode(p, ids), ids))(tokens.encode(p, images)))
 
     def rebuild(state, images):

@@ -15,7 +15,7 @@ from maskrl_jax.evaluate.systems import fixed_program, fixed_system
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
-from maskrl_jax.tasks import generators, maskgit
+from maskrl_jax.tasks import codecs, generators, maskgit
 from maskrl_jax.tasks.task import Context
 from maskrl_jax.writers import read_metrics
 
@@ -93,7 +93,7 @@ def test_held_out_loss_always_sees_the_same_masks(trained):
     config = tiny.get_config("maskgit")
     wiring = maskgit.Wiring(config, conditioning_of("shapes"))
     parents = trained.parents
-    frozen = {"tokenizer": maskgit.tokenizer_task.load(parents["tokenizer"]).params}
+    frozen = {"tokenizer": codecs.load(parents["tokenizer"]).params}
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
     params, cond = parents["maskgit"].params, jnp.zeros((4, 8), jnp.int32)
     total, weight = wiring.held_out_loss(params, frozen, images, cond)

@@ -21,7 +21,7 @@ from maskrl_jax.rewards.alarm import AlarmConfig
 from maskrl_jax.rl.critical_steps import StepChoice
 from maskrl_jax.rl.focus_update import FocusUpdate
 from maskrl_jax.sampling.routing import RoutingConfig
-from maskrl_jax.tasks import mask_grpo, maskfocus, tokenizer
+from maskrl_jax.tasks import codecs, mask_grpo, maskfocus
 from maskrl_jax.writers import read_metrics
 
 STAGES = ("maskfocus", "mask_grpo")
@@ -175,7 +175,7 @@ def rollout(trained):
         parallel = Parallel(strategy, jax.local_devices()[:2])
         wiring = maskfocus.Wiring(config, conditioning_of("shapes"))
         params = parallel.init(wiring.init, jax.random.key(0), trained.parents["maskgit"].params).params
-        codec = tokenizer.load(trained.parents["tokenizer"])
+        codec = codecs.load(trained.parents["tokenizer"])
         frozen = parallel.replicate({"tokenizer": codec.params, "judge": trained.parents["judge"].params})
         count = np.arange(16, dtype=np.int32)
         request = {"cond": np.zeros((16, 8), np.int32), "target": np.ones((16, 3), np.int32)}

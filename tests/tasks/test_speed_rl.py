@@ -19,7 +19,7 @@ from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.rl.policy import Policy
-from maskrl_jax.tasks import speed_rl, tokenizer
+from maskrl_jax.tasks import codecs, speed_rl
 from maskrl_jax.tasks.gallery import Gallery
 from maskrl_jax.tasks.rollouts import Rollouts
 from maskrl_jax.writers import read_metrics
@@ -260,7 +260,7 @@ def rollout(trained):
         parallel = Parallel(strategy, jax.local_devices()[:1])
         wiring = speed_rl.Wiring(config, conditioning_of("shapes"))
         params = parallel.init(wiring.init, jax.random.key(0), parents["maskgit"].params).params
-        codec = tokenizer.load(parents["tokenizer"])
+        codec = codecs.load(parents["tokenizer"])
         frozen = parallel.replicate({"tokenizer": codec.params, "judge": parents["judge"].params})
         count = np.arange(16, dtype=np.int32)
         request = {"cond": np.zeros((16, 8), np.int32), "target": np.ones((16, 3), np.int32)}

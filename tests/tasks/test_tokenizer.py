@@ -8,7 +8,7 @@ import tiny
 
 from maskrl_jax.models.vqgan import TokenizerConfig
 from maskrl_jax.parallel import Axis, Parallel
-from maskrl_jax.tasks import tokenizer
+from maskrl_jax.tasks import codecs, tokenizer
 from maskrl_jax.tasks.tokenizer import DECAY, update_codebook
 from maskrl_jax.writers import read_metrics
 
@@ -59,7 +59,7 @@ def test_all_devices_pick_the_same_restarts(strategy):
 
 
 def test_encode_names_the_nearest_code_and_decode_looks_it_up(trained):
-    codec = tokenizer.load(trained.parents["tokenizer"])
+    codec = codecs.load(trained.parents["tokenizer"])
     images = jnp.asarray(np.random.default_rng(0).random((3, 32, 32, 3), np.float32))
     ids = codec.encode(codec.params, images)
     assert ids.shape == (3, 16) and ids.dtype == jnp.int32

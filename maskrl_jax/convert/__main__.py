@@ -1,0 +1,54 @@
+"""Published weights as a stage to start from, and the network of a run back in its published layout.
+
+python -m maskrl_jax.convert --from=kl16 kl16.ckpt --out=runs/published/kl16
+python -m maskrl_jax.convert --from=mar checkpoint-last.pth --tokenizer=runs/published/kl16 --out=runs/published/mar-base
+python -m maskrl_jax.main --config=configs/marval.py:base --config.init.tokenizer=runs/published/kl16 --config.init.mar=runs/published/mar-base
+python -m maskrl_jax.convert --to=mar runs/marval-base --out=student.safetensors
+
+What is written is what a trained stage leaves: a config, a checkpoint, and the places of the stages below it.
+"""
+
+from absl import flags
+
+from maskrl_jax import command
+from maskrl_jax.errors import UserError
+
+FROM = flags.DEFINE_string("from", None, "read weights of this family")
+TO = flags.DEFINE_string("to", None, "write the network of a run in this family's layout")
+OUT = flags.DEFINE_string("out", None, "--from: folder of the new stage; --to: a .safetensors file", required=True)
+CONFIG = flags.DEFINE_string("config", None, "--from: config file[:argument] of the stage, if not of published sizes")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "--from: converted or trained tokenizer of these weights")
+BASE = flags.DEFINE_string("base", None, "--from=shortcut: converted base of these weights")
+STORE = flags.DEFINE_string("store", "runs/stages", "--from: where data sets and measurements go")
+ENTRY = flags.DEFINE_string("entry", None, "--from: which of the dicts in a PyTorch file, if not its average")
+
+
+def check() -> None:
+    """Raise for flags that do not go together."""
+    if (FROM.value is None) == (TO.value is None):
+        raise UserError("expected --from=<family> or --to=<family>; see --help")
+    if TO.value and (CONFIG.value or TOKENIZER.value or BASE.value or ENTRY.value):
+        raise UserError("--config, --tokenizer, --base and --entry are for --from")
+
+
+def main(path: str) -> None:
+    """Convert as the flags say."""
+    from maskrl_jax import published
+
+    if TO.value:
+        published.write(TO.value, path, OUT.value)
+        return
+    below = {"tokenizer": TOKENIZER.value, "maskgit": BASE.value}
+    published.read(
+        FROM.value,
+        path,
+        OUT.value,
+        config=CONFIG.value or "",
+        below={name: workdir for name, workdir in below.items() if workdir},
+        store=STORE.value,
+        entry=ENTRY.value or "",
+    )
+
+
+if __name__ == "__main__":
+    command.run(main, check, arguments=1)
