@@ -1,0 +1,161 @@
+"""Rewards that are a CLIP, from local weights: CLIPScore, PickScore, HPSv2.1 and LAION's aesthetic score.
+
+With E the projected features of picture x and prompt c, at length 1, and cos = E(x) . E(c):
+
+  clip_score  100 max(cos, 0). Hessel et al. 2021 (arXiv 2104.08718) have the factor 2.5 and "A photo depicts " before
+              the caption; that of the tables of image generators, and ours, is 100 without it. Any CLIP; say which.
+  pick_score  exp(s) cos with the checkpoint's own s, about 20..23 (Kirstain et al. 2023, arXiv 2305.01569).
+  hps         cos, about 0.2..0.35, times 100 in tables: HPSv2.1 (Wu et al. 2023, arXiv 2306.09341, and its code).
+              A picture is resized as floats and padded with black to a square, not cropped.
+  aesthetic   M(E(x)), about 1..10, the prompt is not read: the linear layers M of LAION's
+              improved-aesthetic-predictor on OpenAI's L/14.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskrl_jax.convert import clip as convert
+from maskrl_jax.data.clip_tokens import ClipTokens
+from maskrl_jax.errors import UserError, unknown
+from maskrl_jax.models.clip import LAION_H14, OPENAI_L14, AestheticHead, Clip, ClipConfig, unit
+from maskrl_jax.models.clip_pixels import Pixels, prepare
+
+Array = jax.Array
+WEIGHTS, HEAD, SIZES = "model.safetensors", "aesthetic.safetensors", "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Which weights a reward is of, their sizes where no config.json tells, and how its reference sees a picture."""
+
+    weights: str
+    sizes: ClipConfig
+    fit: str
+    as_bytes: bool = True
+    reads_prompt: bool = True
+
+
+KINDS = {
+    "clip_score": Kind("a CLIP's, such as those of openai/clip-vit-large-patch14", OPENAI_L14, "crop"),
+    "pick_score": Kind("those of yuvalkirstain/PickScore_v1", LAION_H14, "crop"),
+    "hps": Kind("the state_dict of HPS_v2.1_compressed.pt, saved as safetensors", LAION_H14, "pad", as_bytes=False),
+    "aesthetic": Kind("those of openai/clip-vit-large-patch14", OPENAI_L14, "crop_even", reads_prompt=False),
+}
+
+
+class ClipReward:
+    """`score(images, prompts)` on the default device; differentiable in the images, also inside another program.
+
+    `params` and `values` are for programs that hold the weights themselves. Text features are made once a prompt.
+    """
+
+    def __init__(self, kind: str, config: ClipConfig, params: Any, tokens: ClipTokens | None, batch_size: int = 32):
+        """Take the variables {"clip": of `Clip`, "head": of `AestheticHead`}; pictures go in such batches."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be at least 1")
+        self.kind, self.model, self.batch_size = kind, Clip(config), batch_size
+        self.pixels = Pixels(config.picture.image_size, KINDS[kind].fit, KINDS[kind].as_bytes)
+        self.params, self._tokens = jax.device_put(params), tokens
+        self._known: dict[str, np.ndarray] = {}
+        self._values = jax.jit(self.values)
+        self._encode = jax.jit(lambda p, ids: unit(self.model.apply(p["clip"], ids, method="text_features")))
+
+    def score(self, images: Array, prompts: Sequence[str]) -> Array:
+        """Score pictures [B,H,W,3] float32 in [0,1] by their prompts: float32 [B]; NaN where a picture is not finite.
+
+        Raises ValueError where the two do not match in number, or are no pictures.
+        """
+        if images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(prompts):
+            raise ValueError(f"pictures {images.shape} and {len(prompts)} prompts; wanted are [B,H,W,3] and B")
+        return self._values(self.params, jax.device_put(images), jax.device_put(self.text_features(prompts)))
+
+    def text_features(self, prompts: Sequence[str]) -> np.ndarray:
+        """Features of length 1, float32 [B,P]; zeros where the reward does not read prompts."""
+        if not KINDS[self.kind].reads_prompt:
+            return np.zeros((len(prompts), self.model.config.text.projection), np.float32)
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        for start in range(0, len(new), self.batch_size):
+            part = new[start : start + self.batch_size]
+            ids = self._tokens.encode(part + [""] * (self.batch_size - len(part)))  # one shape, one program
+            features = jax.device_get(self._encode(self.params, jax.device_put(ids)))
+            self._known |= zip(part, features[: len(part)], strict=True)
+        return np.stack([self._known[prompt] for prompt in prompts])
+
+    def values(self, params: Any, images: Array, texts_BP: Array) -> Array:
+        """Pure: score pictures by `text_features`, float32 [B], a batch of `batch_size` after the other."""
+
+        if len(images) <= self.batch_size:
+            return self._value(params, images, texts_BP)
+
+        def one(x):
+            return self._value(params, x[0][None], x[1][None])[0]
+
+        return jax.lax.map(one, (images, texts_BP), batch_size=self.batch_size)
+
+    def _value(self, params: Any, images: Array, texts_BP: Array) -> Array:
+        pictures = prepare(images, self.pixels)
+        pictures_BP = unit(self.model.apply(params["clip"], pictures, method="picture_features"))
+        if self.kind == "aesthetic":
+            return AestheticHead().apply(params["head"], pictures_BP)
+        cosine = (pictures_BP * texts_BP).sum(-1)
+        if self.kind == "clip_score":
+            return 100 * jnp.maximum(cosine, 0.0)
+        return jnp.exp(params["clip"]["params"]["logit_scale"]) * cosine if self.kind == "pick_score" else cosine
+
+
+def open_reward(
+    kind: str, folder: str, *, dtype: str = "float32", remat: bool = False, batch_size: int = 32
+) -> ClipReward:
+    """Open a reward of `KINDS` from a folder with model.safetensors and a tokenizer, and no download.
+
+    A config.json of Hugging Face gives sizes other than the published ones; `aesthetic` needs aesthetic.safetensors
+    beside it and no tokenizer. The layout is that of Hugging Face or of open_clip.
+
+    Args:
+      dtype: of the blocks' arithmetic, float32 or bfloat16.
+      remat: whether a gradient computes blocks again rather than keeping their values.
+
+    Raises:
+      UserError: one line about the file that is missing or does not fit.
+    """
+    if kind not in KINDS:
+        raise unknown("reward", kind, KINDS)
+    place, known = pathlib.Path(folder), KINDS[kind]
+    state = _state(place / WEIGHTS, kind, known.weights)
+    try:
+        sizes = place / SIZES
+        config = convert.config_of(json.loads(sizes.read_text())) if sizes.exists() else known.sizes
+        towers = (config.text, config.picture)
+        config = ClipConfig(*(dataclasses.replace(tower, dtype=dtype, remat=remat) for tower in towers))
+        params = {"clip": convert.params_of(state, config)}
+    except (KeyError, ValueError) as error:
+        raise UserError(f"reward {kind!r}: {place} does not hold {known.weights}: {error}") from error
+    if kind == "aesthetic":
+        head = _state(place / HEAD, kind, "the layers of sac+logos+ava1-l14-linearMSE.pth, saved as safetensors")
+        try:
+            params["head"] = convert.aesthetic_params_of(head, config.picture.projection)
+        except ValueError as error:
+            raise UserError(f"reward {kind!r}: {place / HEAD} does not fit: {error}") from error
+    tokens = ClipTokens(folder, config.text.length) if known.reads_prompt else None
+    if tokens and tokens.end != config.text.end:
+        raise UserError(f"{place}: the tokenizer ends a text by {tokens.end}, the weights by {config.text.end}")
+    return ClipReward(kind, config, params, tokens, batch_size)
+
+
+def _state(path: pathlib.Path, kind: str, wanted: str) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not path.exists():
+        raise UserError(f"reward {kind!r} wants {path}: {wanted}; copy it there, nothing is downloaded")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is no safetensors file: {error}") from error

@@ -1,0 +1,182 @@
+"""Rewards from local weights: their formulas recomputed from features, their references, and missing files."""
+
+import functools
+import json
+
+import clip_weights
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from references import reference
+from safetensors.numpy import save_file
+
+from maskrl_jax.convert import clip as convert
+from maskrl_jax.errors import UserError
+from maskrl_jax.models.clip import AestheticHead, Clip
+from maskrl_jax.models.clip_pixels import Pixels, prepare
+from maskrl_jax.rewards import clip
+
+pytest.importorskip("tokenizers", reason="needs the package tokenizers")
+PROMPTS = ("a cat", "red dog", "a cat", "cat cat")
+DTYPES = ("float32", "bfloat16")
+FIT = {"clip_score": "crop", "pick_score": "crop", "hps": "pad", "aesthetic": "crop_even"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("weights")
+    clip_weights.write_tokenizer(place)
+    save_file(clip_weights.state(clip_weights.SMALL), place / clip.WEIGHTS)
+    save_file(head(), place / clip.HEAD)
+    (place / clip.SIZES).write_text(json.dumps(clip_weights.hugging_face(clip_weights.SMALL)))
+    return str(place)
+
+
+def head():
+    draw, widths = np.random.RandomState(4), (6, *AestheticHead.widths)
+    layers = zip(convert.HEAD_LAYERS, widths[:-1], widths[1:], strict=True)
+    shapes = {f"layers.{i}": (b, a) for i, a, b in layers}
+    found = {f"{name}.weight": np.float32(draw.standard_normal(x) / 6) for name, x in shapes.items()}
+    return found | {f"{name}.bias": np.float32(draw.standard_normal(x[0])) for name, x in shapes.items()}
+
+
+@functools.cache
+def opened(kind, folder):
+    return clip.open_reward(kind, folder, batch_size=3)
+
+
+def images():
+    return np.random.RandomState(5).uniform(0, 1, (4, 15, 20, 3)).astype(np.float32)
+
+
+def features(kind, reward):
+    """Unit features of pictures and prompts, step by step."""
+    model, params = (
+        Clip(clip_weights.SMALL),
+        convert.params_of(clip_weights.state(clip_weights.SMALL), clip_weights.SMALL),
+    )
+    pixels = Pixels(12, FIT[kind], as_bytes=kind != "hps")
+    ids = reward._tokens.encode(PROMPTS) if reward._tokens else np.full((4, 9), 520, np.int32)
+
+    @jax.jit
+    def both(x, ids):
+        pictures = model.apply(params, prepare(x, pixels), method="picture_features")
+        return pictures, model.apply(params, ids, method="text_features")
+
+    return [x / np.linalg.norm(x, axis=1, keepdims=True) for x in map(np.float64, both(images(), ids))]
+
+
+@pytest.mark.parametrize("kind", clip.KINDS)
+def test_formulas(kind, folder):
+    reward = opened(kind, folder)
+    pictures, texts = features(kind, reward)
+    cosine = (pictures * texts).sum(1)
+    scale = np.exp(np.float64(clip_weights.state(clip_weights.SMALL)["logit_scale"]))
+    judged = pictures
+    for layer in convert.HEAD_LAYERS:
+        judged = judged @ head()[f"layers.{layer}.weight"].T + head()[f"layers.{layer}.bias"]
+    expected = {
+        "clip_score": 100 * np.maximum(cosine, 0),
+        "pick_score": scale * cosine,
+        "hps": cosine,
+        "aesthetic": judged[:, 0],
+    }[kind]
+    found = reward.score(images(), PROMPTS)  # four pictures in batches of three
+    assert found.shape == (4,) and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert np.std(found) > 1e-3
+
+
+def test_texts_are_encoded_once(folder):
+    reward, seen = clip.open_reward("hps", folder, batch_size=3), []
+    encode = reward._tokens.encode
+    reward._tokens.encode = lambda prompts: seen.extend(p for p in prompts if p) or encode(prompts)
+    reward.text_features(PROMPTS)
+    reward.text_features(["red dog", "dog"])
+    assert seen == ["a cat", "red dog", "cat cat", "dog"]
+    np.testing.assert_array_equal(reward.text_features(PROMPTS)[0], reward.text_features(["a cat"])[0])
+
+
+def test_the_gradient_reaches_every_picture(folder):
+    reward = opened("pick_score", folder)
+    slope = jax.jit(jax.grad(lambda x: reward.score(x, PROMPTS).sum()))(images())
+    assert np.isfinite(slope).all() and (np.abs(slope).max(axis=(1, 2, 3)) > 0).all()
+
+
+def test_a_picture_that_is_not_finite_is_nan_and_harms_no_other(folder):
+    broken = images()
+    broken[1, 7, 9], broken[2, 7, 9] = np.nan, np.inf
+    for kind in clip.KINDS:
+        found = np.asarray(opened(kind, folder).score(broken, PROMPTS))
+        assert np.isnan(found).tolist() == [False, True, True, False]
+        np.testing.assert_array_equal(found[[0, 3]], np.asarray(opened(kind, folder).score(images(), PROMPTS))[[0, 3]])
+
+
+def test_wrong_numbers_are_refused(folder):
+    with pytest.raises(ValueError, match="and 3 prompts"):
+        opened("hps", folder).score(images(), PROMPTS[:3])
+    with pytest.raises(ValueError, match="at least 1"):
+        clip.open_reward("hps", folder, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "without", "named"),
+    [
+        ("pick_score", clip.WEIGHTS, "wants .*model.safetensors: those of yuvalkirstain/PickScore_v1"),
+        ("hps", clip.WEIGHTS, "the state_dict of HPS_v2.1_compressed.pt"),
+        ("aesthetic", clip.HEAD, "wants .*aesthetic.safetensors"),
+        ("clip_score", "merges.txt", "no vocab.json with merges.txt"),
+        ("hps", clip.SIZES, "does not hold"),  # then the sizes are the published ones
+    ],
+)
+def test_a_missing_file_is_one_line(folder, tmp_path, kind, without, named):
+    names = [clip.WEIGHTS, clip.HEAD, clip.SIZES, "vocab.json", "merges.txt"]
+    for name in set(names) - {without}:
+        (tmp_path / name).symlink_to(f"{folder}/{name}")
+    with pytest.raises(UserError, match=named) as found:
+        clip.open_reward(kind, str(tmp_path))
+    assert "\n" not in str(found.value)
+
+
+def test_what_is_no_safetensors_file_is_one_line(tmp_path):
+    (tmp_path / clip.WEIGHTS).write_bytes(b"\x80\x02pickled")
+    with pytest.raises(UserError, match="is no safetensors file"):
+        clip.open_reward("hps", str(tmp_path))
+
+
+def test_an_unknown_reward_names_the_nearest(folder):
+    with pytest.raises(UserError, match="did you mean 'pick_score'"):
+        clip.open_reward("pickscore", folder)
+
+
+def test_half_precision_is_near(folder):
+    exact, rough = (clip.open_reward("clip_score", folder, dtype=x).score(images(), PROMPTS) for x in DTYPES)
+    np.testing.assert_allclose(rough, exact, atol=5.0)
+
+
+@pytest.mark.parity
+def test_pick_score_as_its_authors_compute_it(folder):
+    torch, transformers, image = reference("torch"), reference("transformers"), reference("PIL.Image")
+    theirs = transformers.CLIPModel(transformers.CLIPConfig(**clip_weights.hugging_face(clip_weights.SMALL))).eval()
+    state = clip_weights.state(clip_weights.SMALL)
+    theirs.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+    pixels = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    sides = {"size": {"shortest_edge": 12}, "crop_size": {"height": 12, "width": 12}}
+    pictures = [image.fromarray(np.uint8(np.round(255 * x))) for x in images()]
+    inputs = pixels(**sides)(images=pictures, return_tensors="pt")["pixel_values"]
+    ids = transformers.CLIPTokenizer.from_pretrained(folder)(
+        list(PROMPTS), padding=True, truncation=True, max_length=9, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = torch.diagonal(theirs(pixel_values=inputs, **ids).logits_per_image)
+    found = opened("pick_score", folder).score(images(), PROMPTS)
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_a_program_may_hold_the_weights_itself(folder):
+    reward = opened("hps", folder)
+    texts = reward.text_features(PROMPTS)
+    program = jax.jit(lambda params, x, texts: reward.values(params, x, texts))
+    found = program(reward.params, jnp.asarray(images()), texts)
+    np.testing.assert_allclose(found, reward.score(images(), PROMPTS), atol=1e-6)
