@@ -12,6 +12,7 @@ With E the projected features of picture x and prompt c, at length 1, and cos = 
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -65,7 +66,6 @@ class ClipReward:
         self.params, self._tokens = jax.device_put(params), tokens
         self._known: dict[str, np.ndarray] = {}
         self._values = jax.jit(self.values)
-        self._encode = jax.jit(lambda p, ids: unit(self.model.apply(p["clip"], ids, method="text_features")))
 
     def score(self, images: Array, prompts: Sequence[str]) -> Array:
         """Score pictures [B,H,W,3] float32 in [0,1] by their prompts: float32 [B]; NaN where a picture is not finite.
@@ -84,7 +84,7 @@ class ClipReward:
         for start in range(0, len(new), self.batch_size):
             part = new[start : start + self.batch_size]
             ids = self._tokens.encode(part + [""] * (self.batch_size - len(part)))  # one shape, one program
-            features = jax.device_get(self._encode(self.params, jax.device_put(ids)))
+            features = jax.device_get(_encode(self.model, self.params["clip"], jax.device_put(ids)))
             self._known |= zip(part, features[: len(part)], strict=True)
         return np.stack([self._known[prompt] for prompt in prompts])
 
@@ -108,6 +108,11 @@ class ClipReward:
         if self.kind == "clip_score":
             return 100 * jnp.maximum(cosine, 0.0)
         return jnp.exp(params["clip"]["params"]["logit_scale"]) * cosine if self.kind == "pick_score" else cosine
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model: Clip, params: Any, ids: Array) -> Array:
+    return unit(model.apply(params, ids, method="text_features"))
 
 
 def open_reward(
