@@ -23,7 +23,7 @@ def embedded(arg: str):
     other = maskfocus.embedded(arg)
     keys = ("batch_size", "group", "micro_batch", "log_every", "save_every", "parents", "init", "data", "model")
     keys += ("rewards", "rewards_heldout", "reward_scale", "energy_distance", "energy_distance_scope", "alarm")
-    keys += ("optimizer", "aim", "evaluation")
+    keys += ("service", "optimizer", "aim", "evaluation")
     return sizes.run(
         "mask_grpo",
         "configs/mask_grpo.py" + (f":{arg}" if arg else ""),

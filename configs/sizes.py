@@ -46,10 +46,25 @@ def run(task: str, name: str, **keys) -> ConfigDict:
     )
 
 
+# A reward of another process (docs/remote_rewards.md); without a url there is none.
+SERVICE = {
+    "url": "",
+    "name": "service",
+    "weight": 1.0,
+    "probe": "",  # file of pictures with known scores
+    "timeout": 60.0,  # seconds of a try
+    "retries": 2,
+    "pause": 1.0,  # seconds, doubled with every try
+    "batch_size": 16,  # pictures of a request
+    "patience": 3,  # batches of rollouts without any score, after which the run stops
+}
+
+
 def rewards(energy_distance: float = 0.0, scope: str = "all", **trained: float) -> dict:
     """What a tuning stage is trained on, by weight, what it only watches, and when it is alarmed."""
     return {
         "rewards": trained,
+        "service": dict(SERVICE),
         "reward_scale": "raw",  # group: each reward in units of its spread within a group
         "energy_distance": energy_distance,  # against collapse: pictures distributed like those of the training set
         "energy_distance_scope": scope,  # prompt: like those of the same prompt

@@ -1,5 +1,7 @@
 """The base that a tuning stage starts from, and the rewards of what it makes."""
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from maskrl_jax.models.maskgit import MaskGITConfig
 from maskrl_jax.rewards import energy_distance, mix
 from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.rewards.alarm import AlarmConfig
+from maskrl_jax.rewards.remote import RemoteConfig
 from maskrl_jax.rl.token_terms import Model
 from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import checks, codecs, generators
@@ -23,6 +26,27 @@ from maskrl_jax.tasks.task import Context
 Array = jax.Array
 VERIFIED = ("graded", "strict", "presence", "shape", "colour", "binding", "position", "coherence")
 SCALES = ("raw", "group")
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """A reward that another process gives: its name in the logs, its weight, how it is reached, what tests it."""
+
+    name: str
+    weight: float
+    probe: str  # file of pictures with known scores (`remote.read_probe`)
+    remote: RemoteConfig
+
+
+def service_of(settings: Mapping[str, Any], judged: Sequence[str]) -> Service | None:
+    """The service that a config asks for by its `url`, if any. UserError for a name that is taken."""
+    settings = dict(settings)
+    if not settings["url"]:
+        return None
+    name, weight, probe = (settings.pop(key) for key in ("name", "weight", "probe"))
+    if name in (*judged, *VERIFIED):
+        raise UserError(f"service.name {name!r} is that of another reward; choose one of its own")
+    return Service(name, weight, probe, RemoteConfig(**settings))
 
 
 class Base:
@@ -47,9 +71,12 @@ class Base:
         settings = Evaluation(**config.evaluation)
         generators.check_steps(SamplerConfig(**base.sampler), settings.steps, self.sizes.num_tokens)
         # Runs of before there were alarms have none of these keys.
-        self.rewards, held_out = dict(config.rewards), dict(config.get("rewards_heldout", {}))
+        self.judged, held_out = dict(config.rewards), dict(config.get("rewards_heldout", {}))
         names = judge_reward.names(self.judge_sizes.kind)
-        mix.check(self.rewards, names)
+        mix.check(self.judged, names)
+        # Stages of before there were services have no such key.
+        self.service = service_of(config.get("service", {"url": ""}), names)
+        self.rewards = self.judged | ({self.service.name: self.service.weight} if self.service else {})
         mix.check_held_out(tuple(held_out), self.rewards, (*names, *VERIFIED))
         # A set of classes has no verifier.
         known = names if conditioning.kind == "class" else (*names, *VERIFIED)
@@ -86,11 +113,14 @@ class Base:
         return (*rewards, match) if weight else rewards
 
     def score(self, frozen: Any, ids_BN: Array, target: Array) -> dict[str, Array]:
-        """Decode and score token grids: images, every score of the judge, and their weighted sum `quality`."""
+        """Decode and score token grids: images, every score of the judge, and their weighted sum `quality`.
+
+        What a service gives is added on the host (`rollouts.Rollouts`).
+        """
         images = self.codec.decode(frozen["tokenizer"], ids_BN)
         scores = judge_reward.score(self.judge_sizes.kind, self.judge.apply(frozen["judge"], images), target)
         parts = {f"reward/{name}": score for name, score in scores.items()}
-        return parts | {"quality": mix.weighted_sum(scores, self.rewards), "images": images}
+        return parts | {"quality": mix.weighted_sum(scores, self.judged), "images": images}
 
     def abstract(self, conditioning: Conditioning) -> tuple[Any, Any, dict]:
         """Shapes of (base parameters, frozen, a request), without training anything."""

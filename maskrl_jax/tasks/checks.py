@@ -25,6 +25,11 @@ def speed(config: Any, policy: Policy, credit: CreditConfig, tokens: TokenLoss) 
         raise UserError(
             "gate, low_quality and the dual rule compare qualities with the base's: reward_scale must be raw"
         )
+    if credit.reads_reference and config.get("service", {"url": ""})["url"]:
+        raise UserError(
+            "gate, low_quality and the dual rule compare qualities with the base's, for which a service is not asked; "
+            "set credit.gate=off and credit.low_quality=off, and credit.speed to schedule or off"
+        )
     groups = config.batch_size // config.group
     if groups > config.credit.history:
         raise UserError(f"credit.history {config.credit.history} does not hold the {groups} groups of an update")

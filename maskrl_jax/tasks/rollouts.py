@@ -16,6 +16,7 @@ from maskrl_jax.evaluate import measure, measured
 from maskrl_jax.evaluate.measure import Protocol, Scorer, System
 from maskrl_jax.rewards import alarm, energy_distance, mix, statistics
 from maskrl_jax.rewards import judge as judge_reward
+from maskrl_jax.rewards.remote import RemoteReward, read_probe
 from maskrl_jax.rl import credit
 from maskrl_jax.tasks.task import Context
 
@@ -58,6 +59,7 @@ class Rollouts:
             same = [(found["cond"] == cond).reshape(len(real), -1).all(axis=1) for cond in self.pool]
             self.real_of = {cond.tobytes(): real[rows] for cond, rows in zip(self.pool, same, strict=True)}
         self.real = real[:: max(len(real) // (few * len(texts)), 1)]
+        self.service = opened_service(wiring) if wiring.base.service else None
         self.program = context.parallel.map(wiring.rollout)
         self.rounds = self.config.resample.rounds if "resample" in self.config else 0
         # Groups of a resampling program: those asked for, filled up until the devices divide their rollouts.
@@ -145,6 +147,8 @@ class Rollouts:
         `others` are the generated pictures that these are compared with, if not themselves.
         """
         out = self.generate(state.params, batch, step * (self.rounds + 1) + attempt)
+        if self.service is not None:
+            out |= self._served(out, batch)
         if self.wiring.base.reward_scale == "group":
             scores = {name: out[f"reward/{name}"] for name in self.wiring.base.rewards}
             spread = mix.standardised(scores, self.config.group)
@@ -154,6 +158,18 @@ class Rollouts:
             reals = [self.real_of[c.tobytes()] for c in batch["cond"][:: self.config.group]]
             return out | {"blocks": blocks, "witness": energy_distance.witness_of_groups(blocks, reals)}
         return out | {"blocks": blocks, "witness": energy_distance.witness(blocks, self.real, others)}
+
+    def _served(self, out, batch):
+        """What the service says of the pictures, and the quality with it; NaN, which drops a group, where it fails.
+
+        Process 0 asks for all: a failure must drop the same groups everywhere.
+        """
+        known, prompts = self.wiring.base.service, self.train.describe(batch["cond"])
+        scores = np.zeros(len(prompts), np.float32)
+        if jax.process_index() == 0:
+            scores = self.service.score(out["images"], prompts)
+        scores = self.parallel.of_first(scores)
+        return {f"reward/{known.name}": scores, "quality": np.float32(out["quality"] + known.weight * scores)}
 
     def _resample(self, state, batch, step, attempt, groups, out, others):
         """Roll the given groups out anew in a program of `resampled` groups, whatever their number."""
@@ -231,6 +247,15 @@ class Rollouts:
         values |= {f"reward_heldout/{name}": _mean(scores[name][seen]) for name in base.held_out}
         values["reward/quality"] = sum(w * values[f"reward/{name}"] for name, w in base.rewards.items())
         return values
+
+
+def opened_service(wiring: Any) -> RemoteReward:
+    """The reward service of a stage, tested on its probe. UserError where it is not there or not the right one."""
+    known = wiring.base.service
+    service = RemoteReward(known.remote)
+    if jax.process_index() == 0:
+        service.self_test(read_probe(known.probe))
+    return service
 
 
 def _mean(values: np.ndarray) -> float:

@@ -8,12 +8,14 @@ import pytest
 import tiny
 
 from maskrl_jax.data.dataset import open_dataset
+from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.measure import Generated, Scorer, System
 from maskrl_jax.rewards import energy_distance
 from maskrl_jax.tasks import speed_rl
 from maskrl_jax.tasks.rollouts import Rollouts, memory_of, reference_quality
 
 GROUP = 4
+QUIET = {"gate": "off", "low_quality": "off"}  # nothing reads the base's quality
 ONES = np.ones((1, 32, 32, 3), np.float32)
 
 
@@ -116,6 +118,93 @@ def test_rounds_of_all_steps_and_attempts_have_their_own_keys(make):
     rollouts = make(made_up(some_rejected), {"resample": {"rounds": 2, "groups": 4}})
     assert set(np.unique(collect(rollouts, step=1)[0]["ids"])) <= {3, 4, 5}
     assert set(np.unique(collect(rollouts, step=2)[0]["ids"])) <= {6, 7, 8}
+
+
+class Judging:
+    """Stands for a reward service: scores a place of a batch by a function, NaN where it fails."""
+
+    def __init__(self, score_of):
+        self.score_of, self.asked = score_of, []
+
+    def score(self, images, prompts):
+        assert len(images) == len(prompts)
+        self.asked.append(prompts)
+        return np.array([self.score_of(place) for place in range(len(prompts))], np.float32)
+
+
+@pytest.fixture
+def served(make, monkeypatch):
+    """Return served(score_of, change) -> Rollouts with a service of weight 2 whose judge gives 0.1 a place."""
+
+    def served(score_of, change=()):
+        service = Judging(score_of)
+        monkeypatch.setattr("maskrl_jax.tasks.rollouts.opened_service", lambda wiring: service)
+        named = {"service": {"url": "http://localhost:1", "name": "outside", "weight": 2.0}}
+        quiet = {"resample": {"rounds": 0, "groups": 1}, "credit": QUIET}
+        return make(made_up(lambda number, place: 0.1 * place), named | quiet | dict(change)), service
+
+    monkeypatch.setattr(Alone, "of_first", staticmethod(lambda numbers: numbers), raising=False)
+    return served
+
+
+def test_a_service_adds_its_score_and_gets_the_prompts_of_the_rows(served):
+    rollouts, service = served(lambda place: place % 3)
+    out, *_ = collect(rollouts)
+    np.testing.assert_array_equal(out["reward/outside"], np.arange(16) % 3)
+    np.testing.assert_allclose(out["quality"], 0.1 * np.arange(16) + 2 * (np.arange(16) % 3), rtol=1e-6)
+    assert service.asked == [rollouts.train.describe(rollouts.batch(0)["cond"])]
+
+
+@pytest.mark.parametrize("scale", ["raw", "group"])
+def test_a_failed_score_of_the_service_drops_its_group_and_no_other(served, scale):
+    """The group has weight 0 and enters no memory; the logs tell its share, and means are of the others."""
+    rollouts, _ = served(lambda place: np.nan if place == 5 else place % 3, {"reward_scale": scale})
+    out, result, memory, filtered = collect(rollouts)
+    assert np.isnan(out["quality"].reshape(4, GROUP)).any(axis=1).tolist() == [False, True, False, False]
+    np.testing.assert_array_equal(result.scored, [True, False, True, True])
+    np.testing.assert_array_equal(result.rejected, [False, True, False, False])
+    np.testing.assert_array_equal(result.keep[1], 0)
+    assert np.isfinite(result.advantage).all() and memory.history.count == 3
+    out["ids"] = np.zeros((16, 4), np.int32)
+    values, _ = rollouts.statistics(empty(rollouts), out, result, memory, filtered, rollouts.batch(0))
+    assert values["reward/failed"] == 0.25
+    np.testing.assert_allclose(values["reward/outside"], np.delete(np.arange(16) % 3, range(4, 8)).mean())
+    assert np.isfinite(list(values.values())).all()
+
+
+def test_a_service_that_never_answers_leaves_nothing_to_learn_from(served):
+    rollouts, _ = served(lambda place: np.nan, {"resample": {"rounds": 1, "groups": 2}})
+    _, result, memory, _ = collect(rollouts)
+    assert result.rejected.all() and not result.keep.any() and memory.history.count == 0
+
+
+def test_a_service_is_tested_before_anything_is_rolled_out(make):
+    with pytest.raises(UserError, match="no probe of a reward service"):
+        make(change={"service": {"url": "http://127.0.0.1:9", "probe": "none.json"}, "credit": QUIET})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"service": {"url": "http://a", "name": "judge"}, "credit": QUIET}, "name 'judge' is that of another reward"),
+        ({"service": {"url": "http://a"}, "credit": {"gate": "hard"}}, "for which a service is not asked"),
+    ],
+)
+def test_services_that_do_not_go_together_are_refused(make, change, named):
+    with pytest.raises(UserError, match=named):
+        make(change=change)
+
+
+def test_a_trained_judge_can_be_served(trained):
+    from maskrl_jax.rewards.server import local_reward
+
+    score = local_reward("judge_whole", workdir=trained.parents["judge"].workdir)
+    found = np.asarray(score(np.zeros((2, 32, 32, 3), np.float32), ["a red circle", "a blue cross"]))
+    assert found.shape == (2,) and np.isfinite(found).all()
+    with pytest.raises(ValueError, match="pictures of 32 x 32"):
+        score(np.zeros((1, 16, 16, 3), np.float32), ["a red circle"])
+    with pytest.raises(UserError, match="holds no judge of captions"):
+        local_reward("judge", workdir=trained.parents["tokenizer"].workdir)
 
 
 def test_the_same_step_gives_the_same_rollouts(make):
