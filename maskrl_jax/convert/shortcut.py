@@ -1,4 +1,4 @@
-"""Weights of the reference's shortcut networks as parameters of ours, and back (shortcut spec, section 3, last paragraph).
+"""Weights of the reference's shortcut networks as parameters of ours (shortcut spec, end of section 3), and back.
 
 Strict as in `maskgit_port`: a ValueError of one line names the key that is missing, left over or misshapen.
 """

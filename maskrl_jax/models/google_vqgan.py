@@ -71,7 +71,7 @@ def quantiser_losses(
     temperature: float = 0.01,
     target: str = ENTROPY_TARGETS[0],
 ) -> Losses:
-    """Codebook loss, commitment and entropy loss of latents [..., E] (specs/maskgit.md section 2); published weights."""
+    """Codebook, commitment and entropy losses of latents [..., E], weighted as published (specs/maskgit.md section 2)."""
     to_latents, to_codes = latent_losses(latents, codebook_KE[nearest_code(latents, codebook_KE)])
     spread = entropy_loss(squared_distances(latents, codebook_KE), temperature, target)
     parts = commitment * to_latents, to_codes, entropy * spread

@@ -104,7 +104,7 @@ def _is_number(text: str) -> bool:
 
 
 def shares_left(method: str, num_tokens: int, num_steps: int) -> np.ndarray:
-    """Tokens that the published sampler B masks again after each of T steps, of 0..N masked at the start: int32 [T,N+1].
+    """Tokens that the published sampler B masks again after each of T steps, of 0..N at the start: int32 [T,N+1].
 
     floor(U share_left(r)) at r = (s+1)/T, at least 1 (at most what is masked less 1, which the loop sees to); 0 after
     the last step, whose tokens are all kept.
