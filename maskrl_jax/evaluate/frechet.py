@@ -1,6 +1,10 @@
 """Distances between sets of feature vectors: Frechet distance, precision and recall."""
 
+from collections.abc import Callable
+
 import numpy as np
+
+from maskrl_jax.evaluate.moments import Moments
 
 ROWS_AT_ONCE = 1024  # bounds the distance matrix held in memory
 
@@ -17,25 +21,30 @@ def moments(features_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       ValueError: with fewer than two rows, or values that are not finite.
     """
-    features = np.asarray(features_MD, np.float64)
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features must be [M, D] with M >= 2, got shape {features.shape}")
-    if not np.isfinite(features).all():
-        raise ValueError("features hold values that are not finite")
-    centred = features - features.mean(axis=0)
-    return features.mean(axis=0), centred.T @ centred / (len(features) - 1)
+    found = Moments.of(features_MD)
+    return found.mean, found.covariance
+
+
+def distance_from(mean_a, cov_a) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Return the Frechet distance of a Gaussian (mean [D], covariance [D, D]) from this one, as a function.
+
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) (Heusel et al. 2017, eq. 6). The symmetric form of the
+    product has real roots, so nothing complex has to be thrown away. The root of A is taken once.
+    """
+    root_a = _symmetric_sqrt(np.asarray(cov_a, np.float64))
+
+    def distance(mean_b, cov_b) -> float:
+        cross = np.linalg.eigvalsh(root_a @ np.asarray(cov_b, np.float64) @ root_a)
+        shift = np.asarray(mean_a, np.float64) - np.asarray(mean_b, np.float64)
+        trace = np.trace(cov_a) + np.trace(cov_b) - 2.0 * np.sqrt(np.maximum(cross, 0.0)).sum()
+        return float(max(shift @ shift + trace, 0.0))
+
+    return distance
 
 
 def gaussian_distance(mean_a, cov_a, mean_b, cov_b) -> float:
-    """Return |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) (Heusel et al. 2017, eq. 6).
-
-    The symmetric form of the product has real roots, so nothing complex has to be thrown away.
-    """
-    root_a = _symmetric_sqrt(np.asarray(cov_a, np.float64))
-    cross = np.linalg.eigvalsh(root_a @ np.asarray(cov_b, np.float64) @ root_a)
-    shift = np.asarray(mean_a, np.float64) - np.asarray(mean_b, np.float64)
-    trace = np.trace(cov_a) + np.trace(cov_b) - 2.0 * np.sqrt(np.maximum(cross, 0.0)).sum()
-    return float(max(shift @ shift + trace, 0.0))
+    """Return the Frechet distance of two Gaussians; see `distance_from`."""
+    return distance_from(mean_a, cov_a)(mean_b, cov_b)
 
 
 def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
