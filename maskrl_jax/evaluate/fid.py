@@ -61,7 +61,7 @@ def main() -> None:
         return extract.extract(images.read(), network, protocol, batch_size, keep, groups, limit)
 
     reference, known = inception_metrics.read_reference(REFERENCE.value, protocol, run)
-    keep = ("pool",) * (reference.features is not None) + ("logits",) * ("inception_score" in protocol.metrics)
+    keep = inception_metrics.kept(protocol, reference)
     samples = run(images, keep, max(GROUPS.value, 1), NUM_SAMPLES.value)
     if SAVE.value:
         statistics.write(SAVE.value, *samples.moments, protocol)

@@ -29,6 +29,15 @@ class Reference:
     declared: bool = True  # that they were made as the protocol asks; a foreign file does not say
 
 
+def kept(protocol: FidProtocol, reference: Reference) -> tuple[str, ...]:
+    """Return which features of the samples `measure` needs whole."""
+    needed = {
+        "pool": "precision" in protocol.metrics and reference.features is not None,
+        "logits": "inception_score" in protocol.metrics,
+    }
+    return tuple(name for name, wanted in needed.items() if wanted)
+
+
 def standard_error(whole: Callable[[Moments], float], groups: Sequence[Moments]) -> float:
     """Return the delete-one-group jackknife error of a number of moments (Efron 1982, ch. 3).
 

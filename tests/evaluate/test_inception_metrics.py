@@ -63,6 +63,14 @@ def test_all_metrics_of_adm():
     assert found["precision"]["low"] < precision < found["precision"]["high"]
 
 
+def test_only_what_is_needed_is_kept_whole():
+    without = dataclasses.replace(REFERENCE, features=None)
+    assert inception_metrics.kept(PROTOCOLS["adm"], REFERENCE) == ("pool", "logits")
+    assert inception_metrics.kept(PROTOCOLS["adm"], without) == ("logits",)
+    assert inception_metrics.kept(PROTOCOLS["stretch"], REFERENCE) == ("pool",)
+    assert inception_metrics.kept(PROTOCOLS["clean"], REFERENCE) == ()
+
+
 def test_each_protocol_has_its_own_metrics():
     assert set(measure(extracted(FAKE), REFERENCE, PROTOCOLS["torch_fidelity"])) == {"fid", "inception_score"}
     assert set(measure(extracted(FAKE, logits=None), REFERENCE, PROTOCOLS["clean"])) == {"fid"}
