@@ -1,11 +1,13 @@
 """Files of weights as flat state dicts of numpy arrays, and back to safetensors; nothing is unpickled.
 
-Read are safetensors (one file, or a folder of shards), npz, Flax's msgpack, and PyTorch's zip files through
+Read are safetensors (one file, or a folder of shards), npz, Flax's msgpack, and PyTorch's files through
 `torch.load(weights_only=True)`, which builds tensors and plain containers alone.
 """
 
+import hashlib
 import json
 import pathlib
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -45,6 +47,15 @@ def read(path: str, entry: str = "") -> dict[str, np.ndarray]:
     if file.suffix in TORCH:
         return _torch(file, entry)
     return _msgpack(file)
+
+
+def sha256_of(path: str) -> str:
+    """Return the SHA-256 of a file in hex; UserError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def shards(folder: str) -> list[pathlib.Path]:
@@ -134,7 +145,7 @@ def _torch(file: pathlib.Path, entry: str) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise UserError(f"{file} is PyTorch's: install the extra, pip install '.[convert]'") from error
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # UnpicklingError, RuntimeError for a file that is not a zip, ...
         raise UserError(
             f"{file} holds more than tensors, or is damaged, and nothing of it was run; save its state dict as "

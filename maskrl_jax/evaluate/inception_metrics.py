@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from maskrl_jax import state_dict
-from maskrl_jax.convert import inception
+from maskrl_jax.convert import files, inception
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import frechet, image_set, statistics
 from maskrl_jax.evaluate.extract import Extracted
@@ -115,7 +114,7 @@ def read_weights(path: str, expected: str | None = None) -> tuple[dict, dict]:
 
     UserError where the sum is not `expected`, by default the published one.
     """
-    found = state_dict.sha256_of(path)
+    found = files.sha256_of(path)
     if found != (expected or inception.PUBLISHED_SHA256).lower():
         source = "--weights_sha256" if expected else "the published checkpoint"
         raise UserError(
@@ -123,7 +122,7 @@ def read_weights(path: str, expected: str | None = None) -> tuple[dict, dict]:
             "if the file is the one you mean, pass this sum as --weights_sha256"
         )
     known = {"path": path, "sha256": found, "published": found == inception.PUBLISHED_SHA256}
-    return inception.params_of(state_dict.read(path)), known
+    return inception.params_of(files.read(path)), known
 
 
 def read_reference(
@@ -137,7 +136,7 @@ def read_reference(
         facts = {"path": path, "kind": "images", "sha256": found.sha256, "count": found.count}
         return Reference(pool, spatial, found.pool), facts
     stored = statistics.read(path, protocol)
-    facts = {"path": path, "kind": "statistics", "sha256": state_dict.sha256_of(path), "count": stored.count}
+    facts = {"path": path, "kind": "statistics", "sha256": files.sha256_of(path), "count": stored.count}
     features = None
     if keep and stored.images:
         found = run(image_set.open_images(path), keep)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax.convert import clip as convert
+from maskrl_jax.convert import files
 from maskrl_jax.data.clip_tokens import ClipTokens
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.models.clip import LAION_H14, OPENAI_L14, AestheticHead, Clip, ClipConfig, unit
@@ -155,12 +156,6 @@ def open_reward(
 
 
 def _state(path: pathlib.Path, kind: str, wanted: str) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     if not path.exists():
         raise UserError(f"reward {kind!r} wants {path}: {wanted}; copy it there, nothing is downloaded")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is no safetensors file: {error}") from error
+    return files.read(str(path))

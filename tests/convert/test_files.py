@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -121,6 +122,18 @@ def test_missing_files_and_needless_entries(tmp_path):
     refused("leave --entry out", str(tmp_path / "x.npz"), "model")
 
 
+def test_sum_is_that_of_the_file(tmp_path):
+    (tmp_path / "empty").touch()
+    assert files.sha256_of(str(tmp_path / "empty")).startswith("e3b0c44298fc1c149afbf4c8996fb924")  # of nothing
+    refused("^cannot read /nowhere/x: No such file or directory$", "/nowhere/x", call=files.sha256_of)
+
+
+def test_the_extra_is_named_where_torch_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "a.pth").touch()
+    refused("install the extra, pip install '.\\[convert\\]'", str(tmp_path / "a.pth"))
+
+
 class TestTorch:
     """PyTorch's files, where it is installed."""
 
@@ -144,6 +157,10 @@ class TestTorch:
         same(files.read(path))
         assert list(files.read(path, "model")) == ["other"]
         refused("has no entry 'optimizer'; it holds model_ema, model, epoch", path, "optimizer")
+
+    def test_files_of_before_there_were_zips_are_read(self, tmp_path):
+        self.torch.save({"a": self.torch.ones(2)}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+        np.testing.assert_array_equal(files.read(str(tmp_path / "a.pth"))["a"], np.ones(2, np.float32))
 
     def test_objects_are_not_unpickled(self, tmp_path):
         class Loud:

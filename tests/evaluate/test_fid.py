@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 from typed import ROOT, SETTINGS
 
+from maskrl_jax.convert.files import sha256_of
 from maskrl_jax.evaluate import statistics
 from maskrl_jax.evaluate.protocols import PROTOCOLS
-from maskrl_jax.state_dict import sha256_of
 
 pytestmark = pytest.mark.slow
 

@@ -147,7 +147,7 @@ def test_a_missing_file_is_one_line(folder, tmp_path, kind, without, named):
 
 def test_what_is_no_safetensors_file_is_one_line(tmp_path):
     (tmp_path / clip.WEIGHTS).write_bytes(b"\x80\x02pickled")
-    with pytest.raises(UserError, match="is no safetensors file"):
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
         clip.open_reward("hps", str(tmp_path))
 
 
