@@ -22,16 +22,18 @@ class ConvSizes:
     blocks: int = 2  # of a level of the encoder
     encoder_attention: tuple[int, ...] = (4,)  # levels whose encoder blocks are each followed by attention
     decoder_attention: tuple[int, ...] = ()
+    middle_attention: bool = True  # between the two blocks of the coarsest level
+    groups: int = GROUPS  # of every norm
     dtype: str = "float32"  # of the convolutions; norms, softmax and the last layers are float32
 
     def __post_init__(self):
         for name in ("multipliers", "encoder_attention", "decoder_attention"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if min(self.width, self.blocks, *self.multipliers) < 1:
-            raise ValueError(f"width, blocks and multipliers must be at least 1, not {self}")
-        if any(self.width * multiplier % GROUPS for multiplier in self.multipliers):
+        if min(self.width, self.blocks, self.groups, *self.multipliers) < 1:
+            raise ValueError(f"width, blocks, groups and multipliers must be at least 1, not {self}")
+        if any(self.width * multiplier % self.groups for multiplier in self.multipliers):
             raise ValueError(
-                f"width {self.width} times a multiplier must be divisible by the {GROUPS} groups of a norm"
+                f"width {self.width} times a multiplier must be divisible by the {self.groups} groups of a norm"
             )
         levels = range(len(self.multipliers))
         if any(level not in levels for level in (*self.encoder_attention, *self.decoder_attention)):
@@ -49,8 +51,8 @@ def conv(features: int, size: int = 3, name: str | None = None, stride: int = 1,
     return nn.Conv(features, (size, size), strides=stride, padding=padding, dtype=jnp.dtype(dtype), name=name)
 
 
-def norm(name: str | None = None) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, epsilon=1e-6, dtype=jnp.float32, name=name)
+def norm(name: str | None = None, groups: int = GROUPS) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, name=name)
 
 
 def doubled(x: Array) -> Array:
@@ -62,45 +64,46 @@ class ResBlock(nn.Module):
     """Two normed convolutions on a residual stream."""
 
     features: int
-    dtype: str = "float32"
+    sizes: ConvSizes
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = conv(self.features, name="conv1", dtype=self.dtype)(nn.swish(norm("norm1")(x)))
-        y = conv(self.features, name="conv2", dtype=self.dtype)(nn.swish(norm("norm2")(y)))
+        groups, dtype = self.sizes.groups, self.sizes.dtype
+        y = conv(self.features, name="conv1", dtype=dtype)(nn.swish(norm("norm1", groups)(x)))
+        y = conv(self.features, name="conv2", dtype=dtype)(nn.swish(norm("norm2", groups)(y)))
         if x.shape[-1] != self.features:
-            x = conv(self.features, 1, name="shortcut", dtype=self.dtype)(x)
+            x = conv(self.features, 1, name="shortcut", dtype=dtype)(x)
         return x + y
 
 
 class CellAttention(nn.Module):
     """One head of attention among all cells of a grid."""
 
-    dtype: str = "float32"
+    sizes: ConvSizes
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         batch, height, width, channels = x.shape
-        y = norm("norm")(x)
+        y = norm("norm", self.sizes.groups)(x)
         query, key, value = (
-            conv(channels, 1, name=name, dtype=self.dtype)(y).reshape(batch, height * width, 1, channels)
+            conv(channels, 1, name=name, dtype=self.sizes.dtype)(y).reshape(batch, height * width, 1, channels)
             for name in ("query", "key", "value")
         )
         mixed = jax.nn.dot_product_attention(query, key, value)
-        return x + conv(channels, 1, name="out", dtype=self.dtype)(mixed.reshape(x.shape))
+        return x + conv(channels, 1, name="out", dtype=self.sizes.dtype)(mixed.reshape(x.shape))
 
 
 class Middle(nn.Module):
-    """Block, attention, block at the coarsest level."""
+    """Block, attention if there is one, block at the coarsest level."""
 
-    features: int
-    dtype: str = "float32"
+    sizes: ConvSizes
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = ResBlock(self.features, self.dtype, name="block_1")(x)
-        x = CellAttention(self.dtype, name="attention")(x)
-        return ResBlock(self.features, self.dtype, name="block_2")(x)
+        x = ResBlock(x.shape[-1], self.sizes, name="block_1")(x)
+        if self.sizes.middle_attention:
+            x = CellAttention(self.sizes, name="attention")(x)
+        return ResBlock(x.shape[-1], self.sizes, name="block_2")(x)
 
 
 class ConvEncoder(nn.Module):
@@ -115,14 +118,14 @@ class ConvEncoder(nn.Module):
         x = conv(s.width, name="conv_in", dtype=s.dtype)(x)
         for level, multiplier in enumerate(s.multipliers):
             for index in range(s.blocks):
-                x = ResBlock(s.width * multiplier, s.dtype, name=f"level_{level}_block_{index}")(x)
+                x = ResBlock(s.width * multiplier, s, name=f"level_{level}_block_{index}")(x)
                 if level in s.encoder_attention:
-                    x = CellAttention(s.dtype, name=f"level_{level}_attention_{index}")(x)
+                    x = CellAttention(s, name=f"level_{level}_attention_{index}")(x)
             if level < len(s.multipliers) - 1:
                 padded = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
                 x = conv(x.shape[-1], name=f"level_{level}_down", stride=2, dtype=s.dtype)(padded)
-        x = Middle(x.shape[-1], s.dtype, name="middle")(x)
-        return conv(self.out, name="conv_out")(nn.swish(norm("norm_out")(x)))
+        x = Middle(s, name="middle")(x)
+        return conv(self.out, name="conv_out")(nn.swish(norm("norm_out", s.groups)(x)))
 
 
 class ConvDecoder(nn.Module):
@@ -134,12 +137,12 @@ class ConvDecoder(nn.Module):
     def __call__(self, x: Array) -> Array:
         s = self.sizes
         x = conv(s.width * s.multipliers[-1], name="conv_in", dtype=s.dtype)(x)
-        x = Middle(x.shape[-1], s.dtype, name="middle")(x)
+        x = Middle(s, name="middle")(x)
         for level, multiplier in reversed(list(enumerate(s.multipliers))):
             for index in range(s.blocks + 1):
-                x = ResBlock(s.width * multiplier, s.dtype, name=f"level_{level}_block_{index}")(x)
+                x = ResBlock(s.width * multiplier, s, name=f"level_{level}_block_{index}")(x)
                 if level in s.decoder_attention:
-                    x = CellAttention(s.dtype, name=f"level_{level}_attention_{index}")(x)
+                    x = CellAttention(s, name=f"level_{level}_attention_{index}")(x)
             if level:
                 x = conv(x.shape[-1], name=f"level_{level}_up", dtype=s.dtype)(doubled(x))
-        return conv(3, name="conv_out")(nn.swish(norm("norm_out")(x)))
+        return conv(3, name="conv_out")(nn.swish(norm("norm_out", s.groups)(x)))

@@ -8,11 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+SINUSOID_WIDTH = 256
 
 
 def layer_norm(name: str, epsilon: float = 1e-6) -> nn.LayerNorm:
     """Layer norm that computes in float32 whatever the compute dtype (DESIGN, contracts: Model)."""
     return nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, name=name)
+
+
+def sinusoid(x: Array, width: int = SINUSOID_WIDTH) -> Array:
+    """Give [cos(x w_i), sin(x w_i)], w_i = 10000^(-2i/width), of x [...] as float32 [..., width].
+
+    Where x reaches 1000, one unit in the last place of a frequency moves the result by up to 6e-5: the frequencies are
+    a host table, their exponents rounded to float32 as in the references (float64 throughout is twice as far from them).
+    """
+    half = width // 2
+    exponents = np.float32(-np.log(1e4)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = x.astype(jnp.float32)[..., None] * frequencies.reshape((1,) * x.ndim + (-1,))
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def neighbourhood(x_BHWD: Array) -> Array:

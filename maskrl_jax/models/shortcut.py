@@ -7,9 +7,8 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from maskrl_jax.models.layers import SparseConv3, filtered, layer_norm
+from maskrl_jax.models.layers import SparseConv3, filtered, layer_norm, sinusoid
 
 Array = jax.Array
 TIME_WIDTH = 256  # width of the sinusoidal time embedding
@@ -161,17 +160,8 @@ class TimeModulation(nn.Module):
 
 
 def time_embedding(rho_B: Array) -> Array:
-    """Give [cos(1000 rho w_i), sin(1000 rho w_i)], w_i = 10000^(-i/128), as float32 [B,256].
-
-    The argument reaches 1000, so one unit in the last place of a frequency moves the result by up to 6e-5:
-    the frequencies are a host table, their exponents rounded to float32 as in the reference (float64
-    throughout is twice as far from it).
-    """
-    half = TIME_WIDTH // 2
-    exponents = np.float32(-np.log(1e4)) * np.arange(half, dtype=np.float32) / np.float32(half)
-    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-    angles = (rho_B.astype(jnp.float32) * 1000)[:, None] * frequencies[None]
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    """Sinusoids of 1000 rho, float32 [B,256]."""
+    return sinusoid(1000 * rho_B.astype(jnp.float32), TIME_WIDTH)
 
 
 def attend(query: Array, key: Array, value: Array, valid_Bn: Array | None) -> Array:

@@ -89,7 +89,11 @@ class Tokenizer(nn.Module):
 
 
 def nearest_code(codes: Array, codebook_KE: Array) -> Array:
-    """Index of the nearest code by squared distance: [..., E] -> [...] int32."""
+    """Index of the nearest code by squared distance: [..., E] -> [...] int32.
+
+    In float32 on every device: where a matmul rounds its inputs, the index of a near tie would change.
+    """
     codes_ME = codes.reshape(-1, codes.shape[-1])
-    distance_MK = (codebook_KE**2).sum(-1)[None] - 2 * codes_ME @ codebook_KE.T
+    products_MK = jnp.matmul(2 * codes_ME, codebook_KE.T, precision=jax.lax.Precision.HIGHEST)
+    distance_MK = (codebook_KE**2).sum(-1)[None] - products_MK
     return jnp.argmin(distance_MK, axis=-1).astype(jnp.int32).reshape(codes.shape[:-1])

@@ -106,3 +106,11 @@ def frontier_commit(logp_BN, priority_BN, masked_BN, log_kappa_B, minimum_B, las
 def entropy(logp: Array) -> Array:
     """Entropy in nats of log-probabilities [..., K], float32 [...]."""
     return -(jnp.exp(logp) * logp).sum(-1)
+
+
+def entropy_temperature(entropy: Array, amplitude: float = 2.5, decay: float = 3.0, floor: float = 0.7) -> Array:
+    """Temperature that heats sure positions most, amplitude exp(-h / decay) + floor, of entropies in nats; same shape.
+
+    Published form, with the numbers of the official code (specs/maskfocus.md section 3).
+    """
+    return amplitude * jnp.exp(-entropy / decay) + floor

@@ -17,6 +17,7 @@ MODES = ("confidence", "halton", "random", "threshold", "uncertain", "entropy")
 NOISY = ("confidence", "uncertain")
 ORDERED = ("halton", "random")  # a sample's order is drawn once, from its key
 NOISE_ENDS = ("after", "at", "ahead")
+TIMESTEPS = ("clock", "countdown")
 OPEN_ENDED = ("threshold", "uncertain", "entropy")  # may commit more than the plan's counts
 GIVEN = 255  # commit step of tokens that were given, not sampled
 
@@ -29,14 +30,16 @@ class SamplerConfig:
     num_steps: int = 16
     max_steps: int = 16
     schedule: str = "cosine"
-    gumbel: float = 4.5  # modes confidence, uncertain: noise scale at the first step; falls linearly
-    # Noise is 0 `after` the last step, 1 - s/T, or at it: `at`, 1 - s/(T-1), as in sampler A; `ahead`, 1 - (s+1)/T, as
-    # in sampler B.
+    gumbel: float = 4.5  # modes confidence, uncertain: noise scale at the first step; linear from there
+    last_gumbel: float = 0.0  # noise scale at the end
+    # The end is `after` the last step, s/T, or at it: `at`, s/(T-1), as in sampler A; `ahead`, (s+1)/T, as in sampler B.
     noise_ends: str = "after"
     temperature: float = 1.0  # divides the logits before the draw
     factors: tuple[float, float] = (1.0, 1.0)  # multiply them, at the first and the last step, as in sampler C
     factor_power: float = 1.0
     factor_warmup: int = 0  # steps at which the factor is halved
+    entropy_filtering: bool = False  # divides them by `draws.entropy_temperature` besides, as in MaskFocus' scheduler
+    timesteps: str = "clock"  # what the network is told: 63 down to 0 whatever T, or the `countdown` T-1 down to 0
     randomize: bool = True  # mode halton: every sample begins elsewhere in the order
     guidance: float = 1.0  # 1 = no guidance
     guidance_schedule: str = "constant"
@@ -49,13 +52,16 @@ class SamplerConfig:
             raise ValueError(f"num_steps {self.num_steps} must lie in 1..max_steps ({self.max_steps}), below {GIVEN}")
         if self.noise_ends not in NOISE_ENDS:
             raise ValueError(f"noise_ends {self.noise_ends!r} is not one of {', '.join(NOISE_ENDS)}")
+        if self.timesteps not in TIMESTEPS:
+            raise ValueError(f"timesteps {self.timesteps!r} is not one of {', '.join(TIMESTEPS)}")
         if self.temperature <= 0:
             raise ValueError(f"temperature {self.temperature} must be positive")
         object.__setattr__(self, "factors", tuple(self.factors))
         if len(self.factors) != 2 or min(self.factors) <= 0:
             raise ValueError(f"factors {self.factors} on the logits must be two positive numbers")
-        if self.gumbel < 0:
-            raise ValueError(f"gumbel {self.gumbel} is a noise scale; it must be at least 0")
+        for name in ("gumbel", "last_gumbel"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} is a noise scale; it must be at least 0")
         if self.mode in ("threshold", "uncertain") and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold {self.threshold} of mode {self.mode} is a probability; it must lie in (0, 1]")
         if self.mode == "entropy" and self.threshold < 0:
@@ -69,12 +75,13 @@ class Plan(flax.struct.PyTreeNode):
     masked_after: Array  # int32 [S], tokens left masked after each step of an empty grid
     noise: Array  # float32 [S]
     guidance: Array  # float32 [S]
-    timestep: Array  # int32 [S], 63 down to 0
+    timestep: Array  # int32 [S], down to 0
     order: Array  # int32 [N], rank of every position (Halton)
     temperature: Array  # float32 [S], divides the logits
     threshold: Array  # float32 []
     mode: str = flax.struct.field(pytree_node=False)
     guide: bool = flax.struct.field(pytree_node=False)
+    filtered: bool = flax.struct.field(pytree_node=False, default=False)
     roll: bool = flax.struct.field(pytree_node=False, default=True)  # whether a sample rolls the order
     # Tokens left masked after each step by how many were at the start, int32 [S,N+1]; None: in proportion.
     left: Array | None = None
@@ -118,18 +125,20 @@ def make_plan(config: SamplerConfig, num_tokens: int) -> Plan:
     ends = {"after": progress, "at": last, "ahead": np.arange(1, steps + 1) / steps}[config.noise_ends]
     factors = schedules.factor_table(config.factors, config.factor_power, config.factor_warmup, steps)
     order = schedules.halton_order(side) if config.mode == "halton" else np.arange(num_tokens)
-    noise = config.gumbel * (1 - ends) * (config.mode in NOISY)
+    noise = (config.gumbel * (1 - ends) + config.last_gumbel * ends) * (config.mode in NOISY)
+    ticks = 64 if config.timesteps == "clock" else steps
     return Plan(
         num_steps=np.int32(steps),
         masked_after=pad(left, np.int32),
         noise=pad(noise, np.float32),
         guidance=pad(schedules.guidance_table(config.guidance_schedule, config.guidance, last), np.float32),
-        timestep=pad(np.ceil(64 * (1 - progress)) - 1, np.int32),
+        timestep=pad(-(-ticks * (steps - np.arange(steps)) // steps) - 1, np.int32),
         order=np.argsort(order).astype(np.int32),
         temperature=pad(np.float32(config.temperature) / factors, np.float32, "edge"),
         threshold=np.float32(config.threshold),
         mode=config.mode,
         guide=config.guidance != 1.0,
+        filtered=config.entropy_filtering,
         roll=config.randomize,
         left=None if shares == config.schedule else pad(schedules.shares_left(shares, num_tokens, steps), np.int32),
     )
@@ -151,8 +160,9 @@ def decode(
     how the threshold modes save calls. Given tokens shrink every step's share in proportion. `first_step` leaves out
     steps before it: an editor that keeps much of a picture begins where that much would be known.
     Published: order by confidence with Gumbel noise (arXiv 2202.04200), Halton order (arXiv 2503.17076). Our choice:
-    the noise of step s is scale (1 - s/T) unless `noise_ends` asks for the published law of sampler A or B; threshold,
-    entropy and uncertain, with the plan's counts as the least to commit.
+    the noise of step s is scale (1 - s/T) unless `noise_ends` asks for the published law of sampler A or B, the former
+    also Meissonic's (`convert.meissonic.sampler_of` gives its settings); threshold, entropy and uncertain, with the
+    plan's counts as the least to commit.
     `uncertain` spends those on the places of highest entropy: what is settled there makes the rest certain, where the
     surest tokens tell nothing new.
     """
@@ -200,7 +210,7 @@ def call(predict: Predict, keys_B: Array, plan: Plan, start_B: Array, mask_id: i
     step, ids_BN = carry.step, carry.ids
     masked_BN = ids_BN == mask_id
     logits, memory, is_full = predict(carry.memory, step, ids_BN, carry.commit_step)
-    logp_BNK = jax.nn.log_softmax(logits / plan.temperature[step])
+    logp_BNK = tempered(plan, step, logits)
     drawn_BN, confidence_BN = draws.draw_tokens(draws.step_keys(keys_B, step, draws.TOKENS), logp_BNK)
     left_B = masked_BN.sum(-1)
     target_B = _target(plan, step, start_B, left_B, ids_BN.shape[1])
@@ -225,6 +235,14 @@ def _target(plan: Plan, step: Array, start_B: Array, left_B: Array, num_tokens: 
     # Sampler B keeps one masked, and draws it anew, until the last step.
     wanted_B = plan.left[step, start_B]
     return jnp.maximum(jnp.minimum(wanted_B, most_B), jnp.minimum(wanted_B, jnp.minimum(left_B, 1)))
+
+
+def tempered(plan: Plan, step: Array, logits: Array) -> Array:
+    """Log-probabilities [B,N,K] that a step's tokens are drawn from and judged by."""
+    logp_BNK = jax.nn.log_softmax(logits / plan.temperature[step])
+    if plan.filtered:
+        logp_BNK = jax.nn.log_softmax(logp_BNK / draws.entropy_temperature(draws.entropy(logp_BNK))[..., None])
+    return logp_BNK
 
 
 def _priority(plan: Plan, keys_B: Array, step: Array, confidence_BN: Array, logp_BNK: Array) -> Array:

@@ -89,8 +89,8 @@ def exploring(entropy_B: Array, group: int) -> Array:
 
 
 def exploration_temperature(config: RoutingConfig, entropy: Array) -> Array:
-    """Temperature of an exploring draw: amplitude exp(-h / decay) + floor, of entropies in nats; same shape."""
-    return config.amplitude * jnp.exp(-entropy / config.decay) + config.floor
+    """Temperature of an exploring draw, of entropies in nats; same shape."""
+    return draws.entropy_temperature(entropy, config.amplitude, config.decay, config.floor)
 
 
 def rollout(

@@ -11,8 +11,13 @@ _SHARES = {
     "square": lambda r: 1 - r * r,
 }
 _OF_STEPS = _SHARES | {"root": lambda r: 1 - math.sqrt(r)}
-# Shares left; shares of each step (`increments`); the published Halton sampler's (`halton_left`).
-SCHEDULES = (*_SHARES, *(f"steps-{mode}" for mode in _OF_STEPS), "halton")
+# Meissonic's scheduler rounds to float32 on its way; the cosine itself is taken exactly, on every platform alike.
+_FLOAT32_SHARES = {
+    "float32-cosine": lambda r: np.float32(math.cos(r * np.float32(np.pi) / np.float32(2))),
+    "float32-linear": lambda r: np.float32(1) - r,
+}
+# Shares left; the same in float32; shares of each step (`increments`); the published Halton sampler's (`halton_left`).
+SCHEDULES = (*_SHARES, *_FLOAT32_SHARES, *(f"steps-{mode}" for mode in _OF_STEPS), "halton")
 _PUBLISHED = ("cosine", "uniform", "pow<exponent>", "log", "exp")  # of sampler B, as `shares-<name>`
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
 
@@ -25,9 +30,9 @@ def masked_after(schedule: str, num_tokens: int, num_steps: int) -> np.ndarray:
     arccos 2/pi*arccos(r), linear 1-r, square 1-r^2. Cosine and Halton's arccos are published; here arccos is the
     share left, not the share of each step as in the sampler of that name in section 3. Linear, square: our choice.
     A whole N * gamma stays whole, as on the clock (specs/speed_rl.md 4.1); the official float32 loses one token
-    there (cosine, r = 2/3). As published instead: `steps-<mode>` are sampler A's increments, `halton` sampler C's
-    counts, and `shares-<method>` sampler B's float32 shares (`shares_left`), which may end with steps that leave one
-    token.
+    there (cosine, r = 2/3). As published instead: `float32-cosine` and `float32-linear` are Meissonic's scheduler,
+    `steps-<mode>` sampler A's increments, `halton` sampler C's counts, and `shares-<method>` sampler B's float32 shares
+    (`shares_left`), which may end with steps that leave one token.
     """
     if schedule not in SCHEDULES and not schedule.startswith("shares-"):
         raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}, shares-<method>")
@@ -44,11 +49,18 @@ def masked_after(schedule: str, num_tokens: int, num_steps: int) -> np.ndarray:
         return np.minimum(table, np.maximum(num_tokens - np.arange(1, num_steps + 1), 1)).astype(np.int32)
     masked, table = num_tokens, []
     for step in range(1, num_steps):
-        share = _SHARES[schedule](step / num_steps)
         # The later steps need a token each, so that T steps are always T network calls.
-        masked = min(max(math.floor(num_tokens * share + 1e-6), num_steps - step), masked - 1)
+        masked = min(max(_left(schedule, num_tokens, step, num_steps), num_steps - step), masked - 1)
         table.append(masked)
     return np.asarray([*table, 0], np.int32)
+
+
+def _left(schedule: str, num_tokens: int, step: int, num_steps: int) -> int:
+    """Whole part of the share that stays masked after `step` steps."""
+    if schedule in _FLOAT32_SHARES:
+        share = _FLOAT32_SHARES[schedule](np.float32(step) / np.float32(num_steps))
+        return math.floor(np.float32(num_tokens) * share)
+    return math.floor(num_tokens * _SHARES[schedule](step / num_steps) + 1e-6)
 
 
 def increments(mode: str, num_tokens: int, num_steps: int) -> np.ndarray:

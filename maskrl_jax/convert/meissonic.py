@@ -1,0 +1,176 @@
+"""Weights and settings of a published Meissonic, both ways (specs/meissonic.md sections 2.1 and 5).
+
+Strict: a ValueError of one line names the key that is missing, left over or misshapen.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from maskrl_jax.convert import layout as at
+from maskrl_jax.convert.layout import Place
+from maskrl_jax.models.layers import SINUSOID_WIDTH
+from maskrl_jax.models.meissonic import MICRO_CONDITIONS, MeissonicConfig
+from maskrl_jax.sampling.maskgit import SamplerConfig
+
+SIZES = {
+    "codebook_size": "codebook_size",
+    "vocab_size": "vocab_size",
+    "depth": "num_layers",
+    "single_depth": "num_single_layers",
+    "heads": "num_attention_heads",
+    "head_width": "attention_head_dim",
+    "text_width": "joint_attention_dim",
+    "rope_axes": "axes_dims_rope",
+}
+# Names of a two-stream block, whose text half is an addition to the image's.
+IMAGE = {
+    "qkv": ("to_q", "to_k", "to_v"),
+    "norms": ("norm_q", "norm_k"),
+    "out": "to_out.0",
+    "norm": "norm1",
+    "mlp": "ff",
+}
+TEXT = {
+    "qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "norms": ("norm_added_q", "norm_added_k"),
+    "out": "to_add_out",
+    "norm": "norm1_context",
+    "mlp": "ff_context",
+}
+
+
+def config_of(settings: Mapping[str, Any], grid: tuple[int, int] = (64, 64), **options: Any) -> MeissonicConfig:
+    """Sizes from a transformer's config.json; `options` are our own fields (remat, dtype).
+
+    Raises:
+      ValueError: a size is missing, or the settings ask for what no published model has.
+    """
+    missing = [name for name in (*SIZES.values(), "pooled_projection_dim") if name not in settings]
+    if missing:
+        raise ValueError(f"the transformer's settings lack {missing[0]}")
+    if settings.get("guidance_embeds"):
+        raise ValueError("guidance_embeds is not supported: no published Meissonic has it")
+    resampled = bool(settings.get("downsample"))
+    if resampled != bool(settings.get("upsample")):
+        raise ValueError("downsample and upsample must be both true or both false")
+    sizes = {ours: settings[theirs] for ours, theirs in SIZES.items()}
+    config = MeissonicConfig(grid=grid, resampled=resampled, **sizes, **options)
+    if settings["pooled_projection_dim"] != config.width:
+        raise ValueError(f"pooled_projection_dim {settings['pooled_projection_dim']} is not the width {config.width}")
+    return config
+
+
+def sampler_of(
+    settings: Mapping[str, Any],
+    num_steps: int = 48,
+    guidance: float = 9.0,
+    temperature: float | tuple[float, float] = (2.0, 0.0),
+    entropy_filtering: bool = False,
+) -> SamplerConfig:
+    """The published sampler, from a scheduler's scheduler_config.json and the pipeline's arguments.
+
+    temperature: of the confidence's noise at the first and the last step, linear between; one number ends at 0.01.
+    """
+    first, last = temperature if isinstance(temperature, tuple | list) else (temperature, 0.01)
+    return SamplerConfig(
+        num_steps=num_steps,
+        max_steps=num_steps,
+        schedule=f"float32-{settings.get('masking_schedule', 'cosine')}",
+        gumbel=first,
+        last_gumbel=last,
+        noise_ends="at",
+        timesteps="countdown",
+        entropy_filtering=entropy_filtering,
+        guidance=max(guidance, 1.0),  # the pipeline runs one branch up to 1
+    )
+
+
+def params_of(state: Mapping[str, np.ndarray], config: MeissonicConfig) -> dict:
+    """Map a state dict to the variables of `Meissonic(config)`, float32."""
+    return at.params_of(state, layout(config))
+
+
+def state_of(params: Any, config: MeissonicConfig) -> dict[str, np.ndarray]:
+    """Map them back, byte for byte."""
+    return at.state_of(params, layout(config))
+
+
+def layout(config: MeissonicConfig) -> dict:
+    """Every parameter with its place in the state."""
+    c, d = config, config.width
+    places = {
+        "tokens": at.table("embed.embeddings.weight", c.vocab_size, d),
+        "token_norm": at.scale("embed.layer_norm", d),
+        "token_out": at.patch_conv("embed.conv", d, d, 1),
+        "in_norm": at.scale("project_to_hidden_norm", d),
+        "in_out": at.linear("project_to_hidden", d, d, bias=False),
+        "text_in": at.linear("context_embedder", c.text_width, d),
+        "text_norm": at.scale("encoder_proj_layer_norm", d),
+        "condition": _condition(d),
+        "dual_blocks": at.stacked([_dual(f"transformer_blocks.{i}", c) for i in range(c.depth)]),
+        "single_blocks": at.stacked([_single(f"single_transformer_blocks.{i}", c) for i in range(c.single_depth)]),
+        "out_norm": at.scale("project_from_hidden_norm", d),
+        "out": at.linear("project_from_hidden", d, d, bias=False),
+        "head_in": at.patch_conv("mlm_layer.conv1", d, d, 1),
+        "head_norm": at.scale("mlm_layer.layer_norm", d),
+        "head_out": at.patch_conv("mlm_layer.conv2", d, c.codebook_size, 1),
+    }
+    if c.resampled:
+        places |= {
+            "down_norm": at.scale("down_block.downsample.norm", d),
+            "down": at.patch_conv("down_block.downsample.conv", d, d, 2),
+            "up_norm": at.scale("up_block.upsample.norm", d),
+            "up": at.transposed_patch_conv("up_block.upsample.conv", d, d, 2),
+        }
+    return places
+
+
+def _condition(width: int) -> dict:
+    def mlp(name: str, inputs: int, bias: bool = True) -> dict:
+        return {
+            "in": at.linear(f"{name}.linear_1", inputs, width, bias),
+            "out": at.linear(f"{name}.linear_2", width, width, bias),
+        }
+
+    return {
+        "said": mlp("cond_embed", width + MICRO_CONDITIONS * SINUSOID_WIDTH, bias=False),
+        "time": mlp("time_text_embed.timestep_embedder", SINUSOID_WIDTH),
+        "pooled": mlp("time_text_embed.text_embedder", width),
+    }
+
+
+def _dual(name: str, config: MeissonicConfig) -> dict:
+    return {"image": _stream(name, IMAGE, config), "text": _stream(name, TEXT, config)}
+
+
+def _stream(name: str, names: Mapping[str, Any], config: MeissonicConfig) -> dict:
+    d = config.width
+    return {
+        "modulation": at.linear(f"{name}.{names['norm']}.linear", d, 6 * d),
+        "qkv": _heads(f"{name}.attn", names["qkv"], names["norms"], config),
+        "out": at.linear(f"{name}.attn.{names['out']}", d, d),
+        "mlp_in": at.linear(f"{name}.{names['mlp']}.net.0.proj", d, 4 * d),
+        "mlp_out": at.linear(f"{name}.{names['mlp']}.net.2", 4 * d, d),
+    }
+
+
+def _single(name: str, config: MeissonicConfig) -> dict:
+    d = config.width
+    return {
+        "modulation": at.linear(f"{name}.norm.linear", d, 3 * d),
+        "qkv": _heads(f"{name}.attn", IMAGE["qkv"], IMAGE["norms"], config),
+        "mlp_in": at.linear(f"{name}.proj_mlp", d, 4 * d),
+        "out": at.linear(f"{name}.proj_out", 5 * d, d),
+    }
+
+
+def _heads(
+    name: str, qkv: tuple[str, ...], norms: tuple[str, str], config: MeissonicConfig
+) -> dict[str, dict[str, Place]]:
+    return {
+        "linear": at.joined(tuple(f"{name}.{part}" for part in qkv), config.width, config.width),
+        "query_norm": at.scale(f"{name}.{norms[0]}", config.head_width),
+        "key_norm": at.scale(f"{name}.{norms[1]}", config.head_width),
+    }
