@@ -3,11 +3,13 @@
 Strict: a ValueError of one line names the key that is missing, left over or misshapen.
 """
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from maskrl_jax.convert import diffusers_folder
 from maskrl_jax.convert import layout as at
 from maskrl_jax.convert.layout import Place
 from maskrl_jax.models.layers import SINUSOID_WIDTH
@@ -85,6 +87,30 @@ def sampler_of(
         entropy_filtering=entropy_filtering,
         guidance=max(guidance, 1.0),  # the pipeline runs one branch up to 1
     )
+
+
+def read_transformer(
+    folder: str | pathlib.Path, grid: tuple[int, int] = (64, 64), **options: Any
+) -> tuple[MeissonicConfig, dict]:
+    """Sizes and variables of the transformer of a published folder; arguments as in `config_of`."""
+    component = pathlib.Path(folder, "transformer")
+    config = config_of(diffusers_folder.read_settings(component), grid, **options)
+    return config, params_of(diffusers_folder.read_state(component), config)
+
+
+def read_sampler(folder: str | pathlib.Path, **arguments: Any) -> SamplerConfig:
+    """The sampler of a published folder; arguments as in `sampler_of`."""
+    return sampler_of(diffusers_folder.read_settings(pathlib.Path(folder, "scheduler")), **arguments)
+
+
+def write(source: str | pathlib.Path, target: str | pathlib.Path, params: Any) -> None:
+    """Copy a published folder with a tuned transformer, float32; the other components stay as they are.
+
+    Raises:
+      ValueError: the parameters are not of the source's sizes, or the target exists.
+    """
+    config = config_of(diffusers_folder.read_settings(pathlib.Path(source, "transformer")))
+    diffusers_folder.write_folder(source, target, {"transformer": state_of(params, config)})
 
 
 def params_of(state: Mapping[str, np.ndarray], config: MeissonicConfig) -> dict:

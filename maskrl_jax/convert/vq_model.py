@@ -3,11 +3,13 @@
 Strict: a ValueError of one line names the key that is missing, left over or misshapen.
 """
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from maskrl_jax.convert import diffusers_folder
 from maskrl_jax.convert import layout as at
 from maskrl_jax.models.conv_autoencoder import ConvSizes
 from maskrl_jax.models.vq_model import VQModelConfig
@@ -45,6 +47,13 @@ def config_of(settings: Mapping[str, Any]) -> VQModelConfig:
     )
     channels = settings["latent_channels"]
     return VQModelConfig(sizes, channels, settings.get("vq_embed_dim") or channels, settings["num_vq_embeddings"])
+
+
+def read(folder: str | pathlib.Path) -> tuple[VQModelConfig, dict]:
+    """Sizes and variables of the tokenizer of a published folder."""
+    component = pathlib.Path(folder, "vqvae")
+    config = config_of(diffusers_folder.read_settings(component))
+    return config, params_of(diffusers_folder.read_state(component), config)
 
 
 def params_of(state: Mapping[str, np.ndarray], config: VQModelConfig) -> dict:
