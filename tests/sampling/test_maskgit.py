@@ -188,6 +188,15 @@ def test_noise_falls_to_the_share_of_the_step():
     ramp = make_plan(SamplerConfig(num_steps=3, max_steps=3, guidance=5.0, guidance_schedule="linear"), TOKENS)
     np.testing.assert_allclose(ramp.guidance, [1, 3, 5])
     assert (make_plan(SamplerConfig(mode="halton"), TOKENS).noise == 0).all()
+    pair = make_plan(SamplerConfig(num_steps=4, max_steps=6, gumbel=2.0, last_gumbel=0.5, noise_ends="at"), TOKENS)
+    np.testing.assert_allclose(pair.noise, [2, 1.5, 1, 0.5, 0, 0])
+
+
+@pytest.mark.parametrize("steps", [7, 49])
+def test_a_countdown_ends_at_zero(steps):
+    """49 (1 - 1/49) is 48.00000000000001 in floating point."""
+    plan = make_plan(SamplerConfig(num_steps=steps, max_steps=64, timesteps="countdown"), 64)
+    np.testing.assert_array_equal(plan.timestep, [*range(steps - 1, -1, -1), *[0] * (64 - steps)])
 
 
 def test_halton_order_follows_the_table_with_a_roll_per_sample():
@@ -224,6 +233,8 @@ def test_a_sample_is_the_same_in_any_batch(mode):
         ({"max_steps": 255}, "below 255"),
         ({"temperature": 0.0}, "temperature 0.0 must be positive"),
         ({"gumbel": -1.0}, "gumbel -1.0 is a noise scale"),
+        ({"last_gumbel": -0.5}, "last_gumbel -0.5 is a noise scale"),
+        ({"timesteps": "ratio"}, "'ratio' is not one of clock, countdown"),
         ({"mode": "threshold", "threshold": 5.0}, "threshold 5.0 of mode threshold is a probability"),
         ({"mode": "uncertain", "threshold": 0.0}, "threshold 0.0 of mode uncertain is a probability"),
         ({"mode": "entropy", "threshold": -0.1}, "threshold -0.1 of mode entropy is in nats"),

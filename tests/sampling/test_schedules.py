@@ -44,6 +44,15 @@ def test_a_whole_number_of_tokens_is_not_lost_to_rounding():
     assert schedules.masked_after("linear", 20, 10).tolist() == list(range(18, -1, -2))  # 20 (1 - 0.9) = 1.99...
 
 
+def test_published_float32_loses_a_whole_token():
+    """Meissonic's own tables: one less where cos is 1/2, else the same (specs/meissonic.md section 5)."""
+    for num_tokens, num_steps in ((4096, 48), (4096, 64), (256, 12)):
+        exact, published = (schedules.masked_after(f"{kind}cosine", num_tokens, num_steps) for kind in ("", "float32-"))
+        half = 3 * np.arange(1, num_steps + 1) == 2 * num_steps
+        np.testing.assert_array_equal(exact - published, half)
+    assert schedules.masked_after("float32-linear", 20, 5).tolist() == [16, 12, 7, 3, 0]  # 20 (1 - 0.6) = 7.99...
+
+
 @pytest.mark.parametrize(
     ("schedule", "left"),
     [
