@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskrl_jax import state_dict
+from maskrl_jax.convert import files
 from maskrl_jax.convert.inception import params_of
 from maskrl_jax.models.inception import FORKED, SIZE, InceptionV3, Mixed, pooled
 from maskrl_jax.models.resize import resize
@@ -71,7 +71,7 @@ def test_features_are_torch_fidelity_s(features, tmp_path):
     spatial = kept[0].permute(0, 2, 3, 1).flatten(1)
     for found, expected in zip(features, (pool, spatial, logits), strict=True):
         np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-4 * float(expected.abs().max()))
-    again = params_of(state_dict.read(file))
+    again = params_of(files.read(file))
     jax.tree.map(np.testing.assert_array_equal, again, params_of(hashed.inception_state()))
 
 

@@ -65,7 +65,7 @@ def test_every_step_is_the_scheduler_s(folder, frozen):
         """The loop's own step, and what it drew."""
         predict = lambda memory, *_: (logits, memory, jnp.bool_(True))  # noqa: E731
         masked = carry.ids == mask
-        drawn, logp = draws.draw_tokens(jnp.full(batch, carry.step), maskgit.tempered(traced, logits))
+        drawn, logp = draws.draw_tokens(jnp.full(batch, carry.step), maskgit.tempered(traced, carry.step, logits))
         after = maskgit.call(predict, keys(batch), traced, jnp.full(batch, tokens), mask, carry)
         return after, jnp.where(masked, drawn, carry.ids), jnp.where(after.ids == mask, 0, jnp.exp(logp))
 
@@ -172,5 +172,5 @@ def test_entropy_filtering_heats_what_is_sure():
     sampler = dataclasses.replace(sampler_of({}, num_steps=4, entropy_filtering=True), temperature=2.0)
     logits = np.broadcast_to(np.float32(2 * np.log([0.25, 0.75])), (1, 3, 2))  # the temperature comes first
     plan = maskgit.make_plan(sampler, 4)
-    found = jax.jit(lambda x: jnp.exp(maskgit.tempered(plan, x)))(logits)
+    found = jax.jit(lambda x: jnp.exp(maskgit.tempered(plan, 0, x)))(logits)
     np.testing.assert_allclose(found, np.broadcast_to([0.402219, 0.597781], (1, 3, 2)), atol=2e-6)
