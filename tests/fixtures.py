@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 from maskrl_jax.convert.mar import params_of
 from maskrl_jax.models.google_maskgit import GoogleMaskGITConfig
 from maskrl_jax.models.halton import HaltonConfig
+from maskrl_jax.models.dimoo_sequence import Layout
+from maskrl_jax.models.dimoo_shortcut import DimooShortcutConfig
 from maskrl_jax.models.mar import Mar, MarConfig
 from maskrl_jax.models.maskgit_port import PortConfig
 
@@ -150,4 +152,23 @@ def halton_sizes(made: dict) -> HaltonConfig:
         heads=made["heads"],
         mlp_width=made["mlp_dim"],
         registers=made["register"],
+
+
+def dimoo_layout(config: dict) -> Layout:
+    """Return the layout of a reference text-to-image run."""
+    return Layout(*config["grid"], **config["token_ids"])
+
+
+def dimoo_shortcut_sizes(made: dict, options: dict) -> DimooShortcutConfig:
+    """Return the sizes of a reference DiMOO shortcut from those of its base and its own options."""
+    return DimooShortcutConfig(
+        width=made["d_model"],
+        ratio=options["bottleneck_ratio"],
+        n_block=options["n_block"],
+        heads=made["n_heads"],
+        mlp_width=made["mlp_hidden_size"],
+        rope_theta=made["rope_theta"],
+        rms_eps=made["rms_norm_eps"],
+        embed_t=options["embed_t"],
+        controls=not options.get("no_ca", False),
     )

@@ -150,3 +150,26 @@ class _Parts:
     places: Sequence[Any]
     shape: tuple[int, ...]
     cut: Callable[[np.ndarray], Sequence[np.ndarray]]
+
+
+def refuse_misfits(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the shapes of a whole state with those wanted; one ValueError names all that differs.
+
+    For states too large to be copied; at most eight names of each kind are written out.
+    """
+    lacks = [name for name in wanted if name not in found]
+    extra = sorted(name for name in found if name not in wanted)
+    others = [
+        f"{name} of shape {list(found[name])}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    told = {"lacks {}": lacks, "holds {} without a place": extra, "holds {}": others}
+    problems = [phrase.format(_listed(names)) for phrase, names in told.items() if names]
+    if problems:
+        raise ValueError(f"the state {'; it '.join(problems)}")
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

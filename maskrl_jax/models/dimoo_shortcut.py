@@ -5,8 +5,8 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from maskrl_jax.models.dimoo import cut_normal, rotary_angles, rotated
 from maskrl_jax.models.shortcut import (
     TimeModulation,
     attend,
@@ -40,13 +40,17 @@ class DimooShortcutConfig:
 
     def __post_init__(self):
         check_sizes(self, "width", "n_block", "heads", "mlp_width")
-        if self.inner // self.heads % 2:
+        if self.head_width % 2:
             raise ValueError(f"inner width {self.inner} over heads {self.heads} is odd: no pairs to rotate")
 
     @property
     def inner(self) -> int:
         """Bottleneck width h."""
         return round(self.width / self.ratio)
+
+    @property
+    def head_width(self) -> int:
+        return self.inner // self.heads
 
 
 class DimooShortcut(nn.Module):
@@ -92,11 +96,12 @@ class DimooShortcut(nn.Module):
         features_BLD = features_BLD.astype(jnp.float32)
         y_BLh = resized(features_BLD, c, dtype, "features_in")
         u_Bnh = resized(controls_BnD, c, dtype, "controls_in") if c.controls else None
-        angles_BLc = rotary_angles(query_positions_BL, c)
+        angles_BLc = rotary_angles(query_positions_BL, c.head_width, c.rope_theta)
         for index in range(c.n_block):
             first = LlamaBlock(c, name=f"block_{index}_first")
             if c.controls:
-                y_BLh = first(y_BLh, u_Bnh, angles_BLc, rotary_angles(positions_Bn, c), valid_Bn)
+                key_angles = rotary_angles(positions_Bn, c.head_width, c.rope_theta)
+                y_BLh = first(y_BLh, u_Bnh, angles_BLc, key_angles, valid_Bn)
             else:
                 y_BLh = first(y_BLh, y_BLh, angles_BLc, angles_BLc, real_BL)
             y_BLh = LlamaBlock(c, name=f"block_{index}_second")(y_BLh, y_BLh, angles_BLc, angles_BLc, real_BL)
@@ -131,24 +136,4 @@ class LlamaBlock(nn.Module):
         return y_BLh + self._linear(hidden, c.inner, "mlp_out")
 
     def _linear(self, x, width, name):
-        return dense(x, width, jnp.dtype(self.config.dtype), name, use_bias=False, kernel_init=_cut_normal)
-
-
-def rotary_angles(positions_Bn: Array, config: DimooShortcutConfig) -> Array:
-    """Give the angles position * theta^(-2i/C) of C/2 pairs, [B,n,C/2] float32; C is the bottleneck's head width."""
-    head = config.inner // config.heads
-    frequencies = 1 / np.float32(config.rope_theta) ** (np.arange(0, head, 2, dtype=np.float32) / np.float32(head))
-    return positions_Bn.astype(jnp.float32)[..., None] * frequencies[None, None]
-
-
-def rotated(x_BnHC: Array, angles_Bnc: Array) -> Array:
-    """Rotate the pairs (x_i, x_{i+C/2}) by their angles in float32 (LLaMA's half-split form); keeps x's type."""
-    cos, sin = jnp.cos(angles_Bnc)[:, :, None], jnp.sin(angles_Bnc)[:, :, None]
-    first, second = jnp.split(x_BnHC.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BnHC.dtype)
-
-
-def _cut_normal(key, shape, dtype=jnp.float32):
-    """Normal of std 1/sqrt(fan_in), cut at 3 std."""
-    return nn.initializers.truncated_normal(shape[0] ** -0.5, lower=-3, upper=3)(key, shape, dtype)
+        return dense(x, width, jnp.dtype(self.config.dtype), name, use_bias=False, kernel_init=cut_normal)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import every_configuration, load
+from fixtures import dimoo_shortcut_sizes, every_configuration, load
 
 from maskrl_jax.convert.shortcut import dimoo_params_of, params_of
 from maskrl_jax.distill.feature_shortcut import Buffer, ShortcutLoss, Student, loss
@@ -152,18 +152,7 @@ def test_loss_and_gradients_equal_the_reference(folder):
 @every_configuration("dimoo_shortcut")
 def test_dimoo_feature_equals_the_reference(folder):
     described, state, inputs, outputs = load(folder)
-    base = described["model"]
-    config = DimooShortcutConfig(
-        width=base["d_model"],
-        ratio=described["bottleneck_ratio"],
-        n_block=described["n_block"],
-        heads=base["n_heads"],
-        mlp_width=base["mlp_hidden_size"],
-        rope_theta=base["rope_theta"],
-        rms_eps=base["rms_norm_eps"],
-        embed_t=described["embed_t"],
-        controls=not described["no_ca"],
-    )
+    config = dimoo_shortcut_sizes(described["model"], described)
     positions = positions_of(inputs)
     with jax.default_matmul_precision("highest"):
         found = jax.jit(DimooShortcut(config).apply)(
