@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from maskrl_jax.convert.mar import params_of
-from maskrl_jax.models.google_maskgit import GoogleMaskGITConfig
-from maskrl_jax.models.halton import HaltonConfig
 from maskrl_jax.models.dimoo_sequence import Layout
 from maskrl_jax.models.dimoo_shortcut import DimooShortcutConfig
+from maskrl_jax.models.google_maskgit import GoogleMaskGITConfig
+from maskrl_jax.models.halton import HaltonConfig
 from maskrl_jax.models.mar import Mar, MarConfig
 from maskrl_jax.models.maskgit_port import PortConfig
 
@@ -152,6 +152,7 @@ def halton_sizes(made: dict) -> HaltonConfig:
         heads=made["heads"],
         mlp_width=made["mlp_dim"],
         registers=made["register"],
+    )
 
 
 def dimoo_layout(config: dict) -> Layout:

@@ -83,6 +83,9 @@ class Plan(flax.struct.PyTreeNode):
     guide: bool = flax.struct.field(pytree_node=False)
     filtered: bool = flax.struct.field(pytree_node=False, default=False)
     roll: bool = flax.struct.field(pytree_node=False, default=True)  # whether a sample rolls the order
+    least: int = flax.struct.field(pytree_node=False, default=1)  # tokens that a step commits whatever its count says
+    # Whether the confidence is read from the logits before the temperature divides them.
+    plain_confidence: bool = flax.struct.field(pytree_node=False, default=False)
     # Tokens left masked after each step by how many were at the start, int32 [S,N+1]; None: in proportion.
     left: Array | None = None
 
@@ -212,6 +215,9 @@ def call(predict: Predict, keys_B: Array, plan: Plan, start_B: Array, mask_id: i
     logits, memory, is_full = predict(carry.memory, step, ids_BN, carry.commit_step)
     logp_BNK = tempered(plan, step, logits)
     drawn_BN, confidence_BN = draws.draw_tokens(draws.step_keys(keys_B, step, draws.TOKENS), logp_BNK)
+    if plan.plain_confidence:
+        plain_BNK = jax.nn.log_softmax(logits)
+        confidence_BN = jnp.take_along_axis(plain_BNK, drawn_BN[..., None], axis=-1)[..., 0]
     left_B = masked_BN.sum(-1)
     target_B = _target(plan, step, start_B, left_B, ids_BN.shape[1])
     priority_BN = _priority(plan, keys_B, step, confidence_BN, logp_BNK)
@@ -229,7 +235,7 @@ def call(predict: Predict, keys_B: Array, plan: Plan, start_B: Array, mask_id: i
 
 def _target(plan: Plan, step: Array, start_B: Array, left_B: Array, num_tokens: int) -> Array:
     """How many tokens stay masked after a step, int32 [B], of `start_B` at the start and `left_B` now."""
-    most_B = jnp.maximum(left_B - 1, 0)
+    most_B = jnp.maximum(left_B - plan.least, 0)
     if plan.left is None:
         return jnp.minimum(plan.masked_after[step] * start_B // num_tokens, most_B)
     # Sampler B keeps one masked, and draws it anew, until the last step.

@@ -63,6 +63,19 @@ def _left(schedule: str, num_tokens: int, step: int, num_steps: int) -> int:
     return math.floor(num_tokens * _SHARES[schedule](step / num_steps) + 1e-6)
 
 
+def floored_cosine(num_tokens: int, num_steps: int) -> np.ndarray:
+    """Tokens still masked after each of T steps by Lumina-DiMOO's rule, int32 [T]: max(1, floor(N cos(pi/2 (s+1)/T))), last 0.
+
+    In float32 as published, which loses a whole N * cos (specs/lumina_dimoo.md section 4, step 5). Unlike
+    `masked_after` a step may reveal nothing, where T is close to N.
+    """
+    progress = (np.arange(1, num_steps + 1) / num_steps).astype(np.float32)
+    share = np.cos(progress * np.float32(np.pi) * np.float32(0.5))
+    left = np.maximum(np.floor(np.float32(num_tokens) * share), 1).astype(np.int32)
+    left[-1] = 0
+    return left
+
+
 def increments(mode: str, num_tokens: int, num_steps: int) -> np.ndarray:
     """Tokens that each of T steps reveals by the published sampler A, int32 [T] (specs/maskgit.md section 3).
 

@@ -37,11 +37,13 @@ class Parts:
       features: (ids int32 [b,N], timestep int32 [b], cond) -> [b,T,D] float32; T >= N.
       head: [b,T,D] -> logits [b,N,K] float32, of image positions and codes alone.
       advance: (features [b,T,D], Controls, masked share float32 [b]) -> the next step's features [b,T,D].
+      image: [b,T,D] -> those of the image tokens [b,N,D]; None: they are the first.
     """
 
     features: Callable[[Array, Array, Any], Array]
     head: Callable[[Array], Array]
     advance: Callable[[Array, Controls, Array], Array]
+    image: Callable[[Array], Array] | None = None
 
 
 class Memory(flax.struct.PyTreeNode):
@@ -120,7 +122,8 @@ def decode(
         is_full = source != SHORTCUT
         drift = memory.drift
         if refresh.by_drift:
-            drift = drift + _drift(features, memory.features, tiled(ids_BN == mask_id, rows))
+            image = parts.image or (lambda f: f[:, : ids_BN.shape[1]])
+            drift = drift + _drift(image(features), image(memory.features), tiled(ids_BN == mask_id, rows))
         memory = Memory(
             features=features,
             previous=memory.features if extrapolate else memory.previous,
@@ -232,7 +235,6 @@ def guided(plan: Plan, step: Array, logits: Array) -> Array:
 
 def _drift(after: Array, before: Array, masked_bN: Array) -> Array:
     """Mean over masked positions of |f' - f| / |f| (extension 4); 0 where nothing is masked."""
-    num_tokens = masked_bN.shape[1]
-    length = jnp.linalg.norm(before[:, :num_tokens], axis=-1)
-    share = jnp.linalg.norm((after - before)[:, :num_tokens], axis=-1) / jnp.maximum(length, 1e-6)
+    length = jnp.linalg.norm(before, axis=-1)
+    share = jnp.linalg.norm(after - before, axis=-1) / jnp.maximum(length, 1e-6)
     return (share * masked_bN).sum() / jnp.maximum(masked_bN.sum(), 1)
