@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 import configs
 from maskrl_jax import runner
 from maskrl_jax.data.dataset import conditioning_of
+from maskrl_jax.errors import UserError
 from maskrl_jax.parallel import Parallel
 
 NAMES = ("tokenizer", "judge", "maskgit", "speed_rl", "mask_grpo", "maskfocus", "shortcut")
@@ -46,8 +47,32 @@ def test_a_config_loads_passes_the_check_and_traces(name, argument):
         config.rollout.num_steps = 2
     if argument == "maskgit512-official":  # four rollouts, for one to four devices
         config.batch_size = 8
+    if argument.startswith("maskgit512"):
+        refused_without_weights(config)
+        config.init.update({"tokenizer": "converted", "maskgit": "converted"})
     runner.check(config)
     trace(config)
+
+
+def refused_without_weights(config):
+    with pytest.raises(UserError, match="a tokenizer of model.form=.* is not trained here; convert its published"):
+        runner.check(config)
+
+
+@pytest.mark.parametrize("argument", MODULES["maskgit"].PUBLISHED)
+def test_published_generators_trace_and_wait_for_a_converted_tokenizer(argument):
+    config = MODULES["maskgit"].get_config(argument)
+    assert config.name == f"configs/maskgit.py:{argument}"
+    config.model.depth = 2
+    refused_without_weights(config)
+    config.init.tokenizer = "converted"
+    runner.check(config)
+    trace(config)
+
+
+@pytest.mark.parametrize("argument", MODULES["tokenizer"].PUBLISHED)
+def test_published_tokenizers_are_not_trained_here(argument):
+    refused_without_weights(MODULES["tokenizer"].get_config(argument))
 
 
 @pytest.mark.parametrize("name", NAMES)
