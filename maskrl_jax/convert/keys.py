@@ -3,7 +3,7 @@
 A description is a function (Keys, ...) -> parameters that asks for every array of the state dict by name and shape.
 `read` runs it on a state dict; `write` runs it on places that are still empty and fills them from the parameters, so
 that the two directions cannot disagree. In a description arrays may be transposed, indexed and, as they come,
-reshaped (all are views); `Keys.stack`, `join` and `tied` are there for what is no view.
+reshaped (all are views); `Keys.stack`, `join`, `reshape` and `tied` are there for what is no view.
 """
 
 import dataclasses
@@ -70,19 +70,45 @@ class Keys:
         """Return arrays one after the other."""
         return np.concatenate(arrays, axis)
 
-    def linear(self, name: str, inputs: int, outputs: int | None, separator: str = ".") -> dict:
+    def reshape(self, array: np.ndarray, *shape: int) -> np.ndarray:
+        """Return an array, transposed or not, in another shape."""
+        return array.reshape(shape)
+
+    def linear(
+        self, name: str, inputs: int, outputs: int | None, separator: str = ".", bias: bool = True
+    ) -> dict[str, np.ndarray]:
         """Return a Dense layer of a Linear one, whose weight is [out, in]."""
         kernel = self.take(f"{name}{separator}weight", outputs, inputs).T
-        return {"kernel": kernel, "bias": self.take(f"{name}{separator}bias", kernel.shape[1])}
+        layer = {"kernel": kernel}
+        return layer | {"bias": self.take(f"{name}{separator}bias", kernel.shape[1])} if bias else layer
 
-    def conv(self, name: str, inputs: int, outputs: int, size: int = 3) -> dict:
+    def linears(self, names: Sequence[str], inputs: int, outputs: int) -> dict[str, np.ndarray]:
+        """Return Linear layers of one input, each of so many outputs, as one Dense layer."""
+        layers = [self.linear(name, inputs, outputs) for name in names]
+        return {part: self.join([layer[part] for layer in layers], axis=-1) for part in ("kernel", "bias")}
+
+    def conv(self, name: str, inputs: int, outputs: int, size: int = 3) -> dict[str, np.ndarray]:
         """Return a convolution, whose weight is [out, in, height, width]."""
         kernel = self.take(f"{name}.weight", outputs, inputs, size, size)
         return {"kernel": kernel.transpose(2, 3, 1, 0), "bias": self.take(f"{name}.bias", outputs)}
 
-    def norm(self, name: str, width: int) -> dict:
-        """Return a layer norm."""
-        return {"scale": self.take(f"{name}.weight", width), "bias": self.take(f"{name}.bias", width)}
+    def patch_conv(self, name: str, inputs: int, outputs: int, size: int = 1) -> dict[str, np.ndarray]:
+        """Return a convolution without a bias whose stride is its size, as a Dense layer of patches [row, column, in]."""
+        kernel = self.take(f"{name}.weight", outputs, inputs, size, size).transpose(2, 3, 1, 0)
+        return {"kernel": self.reshape(kernel, size * size * inputs, outputs)}
+
+    def transposed_patch_conv(self, name: str, inputs: int, outputs: int, size: int) -> dict[str, np.ndarray]:
+        """Return a transposed one, weight [in, out, height, width], as a Dense layer to patches [row, column, out]."""
+        kernel = self.take(f"{name}.weight", inputs, outputs, size, size).transpose(0, 2, 3, 1)
+        return {"kernel": self.reshape(kernel, inputs, size * size * outputs)}
+
+    def scale(self, name: str, width: int) -> dict[str, np.ndarray]:
+        """Return a norm with a scale alone."""
+        return {"scale": self.take(f"{name}.weight", width)}
+
+    def norm(self, name: str, width: int) -> dict[str, np.ndarray]:
+        """Return a norm with scale and bias."""
+        return self.scale(name, width) | {"bias": self.take(f"{name}.bias", width)}
 
     def finish(self) -> None:
         """Refuse keys that nobody took."""
@@ -117,6 +143,9 @@ class _Places(Keys):
         shape[axis] = sum(lengths)
         return _Parts(arrays, tuple(shape), lambda array: np.split(array, np.cumsum(lengths)[:-1], axis))
 
+    def reshape(self, array, *shape):
+        return _Parts([array], shape, lambda whole: [whole.reshape(array.shape)])
+
     def fill(self, places: Any, values: Any, path: str) -> None:
         """Write parameters into the places of a description, both nested alike."""
         if isinstance(places, Mapping):
@@ -145,7 +174,7 @@ def _root(view: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """A parameter that lies in several places: `cut` gives each its own part."""
+    """A parameter that is no view of one place: `cut` gives each of its places its own part."""
 
     places: Sequence[Any]
     shape: tuple[int, ...]

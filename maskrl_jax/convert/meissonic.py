@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from maskrl_jax.convert import diffusers_folder
-from maskrl_jax.convert import layout as at
-from maskrl_jax.convert.layout import Place
+from maskrl_jax.convert.keys import Keys
+from maskrl_jax.convert.keys import read as read_state
+from maskrl_jax.convert.keys import write as write_state
 from maskrl_jax.models.layers import SINUSOID_WIDTH
 from maskrl_jax.models.meissonic import MICRO_CONDITIONS, MeissonicConfig
 from maskrl_jax.sampling.maskgit import SamplerConfig
@@ -115,49 +116,50 @@ def write(source: str | pathlib.Path, target: str | pathlib.Path, params: Any) -
 
 def params_of(state: Mapping[str, np.ndarray], config: MeissonicConfig) -> dict:
     """Map a state dict to the variables of `Meissonic(config)`, float32."""
-    return at.params_of(state, layout(config))
+    return read_state(_params, state, config)
 
 
-def state_of(params: Any, config: MeissonicConfig) -> dict[str, np.ndarray]:
+def state_of(params: Mapping, config: MeissonicConfig) -> dict[str, np.ndarray]:
     """Map them back, byte for byte."""
-    return at.state_of(params, layout(config))
+    return write_state(_params, params, config)
 
 
-def layout(config: MeissonicConfig) -> dict:
-    """Every parameter with its place in the state."""
+def _params(keys: Keys, config: MeissonicConfig) -> dict:
     c, d = config, config.width
-    places = {
-        "tokens": at.table("embed.embeddings.weight", c.vocab_size, d),
-        "token_norm": at.scale("embed.layer_norm", d),
-        "token_out": at.patch_conv("embed.conv", d, d, 1),
-        "in_norm": at.scale("project_to_hidden_norm", d),
-        "in_out": at.linear("project_to_hidden", d, d, bias=False),
-        "text_in": at.linear("context_embedder", c.text_width, d),
-        "text_norm": at.scale("encoder_proj_layer_norm", d),
-        "condition": _condition(d),
-        "dual_blocks": at.stacked([_dual(f"transformer_blocks.{i}", c) for i in range(c.depth)]),
-        "single_blocks": at.stacked([_single(f"single_transformer_blocks.{i}", c) for i in range(c.single_depth)]),
-        "out_norm": at.scale("project_from_hidden_norm", d),
-        "out": at.linear("project_from_hidden", d, d, bias=False),
-        "head_in": at.patch_conv("mlm_layer.conv1", d, d, 1),
-        "head_norm": at.scale("mlm_layer.layer_norm", d),
-        "head_out": at.patch_conv("mlm_layer.conv2", d, c.codebook_size, 1),
+    params = {
+        "tokens": keys.take("embed.embeddings.weight", c.vocab_size, d),
+        "token_norm": keys.scale("embed.layer_norm", d),
+        "token_out": keys.patch_conv("embed.conv", d, d),
+        "in_norm": keys.scale("project_to_hidden_norm", d),
+        "in_out": keys.linear("project_to_hidden", d, d, bias=False),
+        "text_in": keys.linear("context_embedder", c.text_width, d),
+        "text_norm": keys.scale("encoder_proj_layer_norm", d),
+        "condition": _condition(keys, d),
+        "dual_blocks": keys.stack([_dual(keys, f"transformer_blocks.{i}", c) for i in range(c.depth)]),
+        "single_blocks": keys.stack(
+            [_single(keys, f"single_transformer_blocks.{i}", c) for i in range(c.single_depth)]
+        ),
+        "out_norm": keys.scale("project_from_hidden_norm", d),
+        "out": keys.linear("project_from_hidden", d, d, bias=False),
+        "head_in": keys.patch_conv("mlm_layer.conv1", d, d),
+        "head_norm": keys.scale("mlm_layer.layer_norm", d),
+        "head_out": keys.patch_conv("mlm_layer.conv2", d, c.codebook_size),
     }
     if c.resampled:
-        places |= {
-            "down_norm": at.scale("down_block.downsample.norm", d),
-            "down": at.patch_conv("down_block.downsample.conv", d, d, 2),
-            "up_norm": at.scale("up_block.upsample.norm", d),
-            "up": at.transposed_patch_conv("up_block.upsample.conv", d, d, 2),
+        params |= {
+            "down_norm": keys.scale("down_block.downsample.norm", d),
+            "down": keys.patch_conv("down_block.downsample.conv", d, d, 2),
+            "up_norm": keys.scale("up_block.upsample.norm", d),
+            "up": keys.transposed_patch_conv("up_block.upsample.conv", d, d, 2),
         }
-    return places
+    return params
 
 
-def _condition(width: int) -> dict:
+def _condition(keys: Keys, width: int) -> dict:
     def mlp(name: str, inputs: int, bias: bool = True) -> dict:
         return {
-            "in": at.linear(f"{name}.linear_1", inputs, width, bias),
-            "out": at.linear(f"{name}.linear_2", width, width, bias),
+            "in": keys.linear(f"{name}.linear_1", inputs, width, bias=bias),
+            "out": keys.linear(f"{name}.linear_2", width, width, bias=bias),
         }
 
     return {
@@ -167,36 +169,34 @@ def _condition(width: int) -> dict:
     }
 
 
-def _dual(name: str, config: MeissonicConfig) -> dict:
-    return {"image": _stream(name, IMAGE, config), "text": _stream(name, TEXT, config)}
+def _dual(keys: Keys, name: str, config: MeissonicConfig) -> dict:
+    return {"image": _stream(keys, name, IMAGE, config), "text": _stream(keys, name, TEXT, config)}
 
 
-def _stream(name: str, names: Mapping[str, Any], config: MeissonicConfig) -> dict:
+def _stream(keys: Keys, name: str, names: Mapping[str, Any], config: MeissonicConfig) -> dict:
     d = config.width
     return {
-        "modulation": at.linear(f"{name}.{names['norm']}.linear", d, 6 * d),
-        "qkv": _heads(f"{name}.attn", names["qkv"], names["norms"], config),
-        "out": at.linear(f"{name}.attn.{names['out']}", d, d),
-        "mlp_in": at.linear(f"{name}.{names['mlp']}.net.0.proj", d, 4 * d),
-        "mlp_out": at.linear(f"{name}.{names['mlp']}.net.2", 4 * d, d),
+        "modulation": keys.linear(f"{name}.{names['norm']}.linear", d, 6 * d),
+        "qkv": _heads(keys, f"{name}.attn", names["qkv"], names["norms"], config),
+        "out": keys.linear(f"{name}.attn.{names['out']}", d, d),
+        "mlp_in": keys.linear(f"{name}.{names['mlp']}.net.0.proj", d, 4 * d),
+        "mlp_out": keys.linear(f"{name}.{names['mlp']}.net.2", 4 * d, d),
     }
 
 
-def _single(name: str, config: MeissonicConfig) -> dict:
+def _single(keys: Keys, name: str, config: MeissonicConfig) -> dict:
     d = config.width
     return {
-        "modulation": at.linear(f"{name}.norm.linear", d, 3 * d),
-        "qkv": _heads(f"{name}.attn", IMAGE["qkv"], IMAGE["norms"], config),
-        "mlp_in": at.linear(f"{name}.proj_mlp", d, 4 * d),
-        "out": at.linear(f"{name}.proj_out", 5 * d, d),
+        "modulation": keys.linear(f"{name}.norm.linear", d, 3 * d),
+        "qkv": _heads(keys, f"{name}.attn", IMAGE["qkv"], IMAGE["norms"], config),
+        "mlp_in": keys.linear(f"{name}.proj_mlp", d, 4 * d),
+        "out": keys.linear(f"{name}.proj_out", 5 * d, d),
     }
 
 
-def _heads(
-    name: str, qkv: tuple[str, ...], norms: tuple[str, str], config: MeissonicConfig
-) -> dict[str, dict[str, Place]]:
+def _heads(keys: Keys, name: str, qkv: tuple[str, ...], norms: tuple[str, str], config: MeissonicConfig) -> dict:
     return {
-        "linear": at.joined(tuple(f"{name}.{part}" for part in qkv), config.width, config.width),
-        "query_norm": at.scale(f"{name}.{norms[0]}", config.head_width),
-        "key_norm": at.scale(f"{name}.{norms[1]}", config.head_width),
+        "linear": keys.linears([f"{name}.{part}" for part in qkv], config.width, config.width),
+        "query_norm": keys.scale(f"{name}.{norms[0]}", config.head_width),
+        "key_norm": keys.scale(f"{name}.{norms[1]}", config.head_width),
     }

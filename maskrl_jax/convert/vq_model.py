@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from maskrl_jax.convert import diffusers_folder
-from maskrl_jax.convert import layout as at
+from maskrl_jax.convert.keys import Keys
+from maskrl_jax.convert.keys import read as read_state
+from maskrl_jax.convert.keys import write as write_state
 from maskrl_jax.models.conv_autoencoder import ConvSizes
 from maskrl_jax.models.vq_model import VQModelConfig
 
@@ -58,84 +60,82 @@ def read(folder: str | pathlib.Path) -> tuple[VQModelConfig, dict]:
 
 def params_of(state: Mapping[str, np.ndarray], config: VQModelConfig) -> dict:
     """Map a state dict to the variables of `VQModel(config)`, float32."""
-    return at.params_of(state, layout(config))
+    return read_state(_params, state, config)
 
 
-def state_of(params: Any, config: VQModelConfig) -> dict[str, np.ndarray]:
+def state_of(params: Mapping, config: VQModelConfig) -> dict[str, np.ndarray]:
     """Map them back, byte for byte."""
-    return at.state_of(params, layout(config))
+    return write_state(_params, params, config)
 
 
-def layout(config: VQModelConfig) -> dict:
-    """Every parameter with its place in the state."""
+def _params(keys: Keys, config: VQModelConfig) -> dict:
     c = config
     return {
-        "encoder": _encoder(c.conv, c.channels),
-        "decoder": _decoder(c.conv, c.channels),
-        "quant": at.conv("quant_conv", c.channels, c.code_width, 1),
-        "post_quant": at.conv("post_quant_conv", c.code_width, c.channels, 1),
-        "codebook": at.table("quantize.embedding.weight", c.codebook_size, c.code_width),
+        "encoder": _encoder(keys, c.conv, c.channels),
+        "decoder": _decoder(keys, c.conv, c.channels),
+        "quant": keys.conv("quant_conv", c.channels, c.code_width, 1),
+        "post_quant": keys.conv("post_quant_conv", c.code_width, c.channels, 1),
+        "codebook": keys.take("quantize.embedding.weight", c.codebook_size, c.code_width),
     }
 
 
-def _encoder(sizes: ConvSizes, out: int) -> dict:
+def _encoder(keys: Keys, sizes: ConvSizes, out: int) -> dict:
     channels, last = sizes.width, len(sizes.multipliers) - 1
-    places = {"conv_in": at.conv("encoder.conv_in", 3, channels)}
+    params = {"conv_in": keys.conv("encoder.conv_in", 3, channels)}
     for level in range(last + 1):
         name, wide = f"encoder.down_blocks.{level}", sizes.width * sizes.multipliers[level]
-        places |= _level(name, level, sizes.blocks, channels, wide)
+        params |= _level(keys, name, level, sizes.blocks, channels, wide)
         channels = wide
         if level < last:
-            places[f"level_{level}_down"] = at.conv(f"{name}.downsamplers.0.conv", wide, wide)
-    return places | _ends("encoder", sizes, channels, channels, out)
+            params[f"level_{level}_down"] = keys.conv(f"{name}.downsamplers.0.conv", wide, wide)
+    return params | _ends(keys, "encoder", sizes, channels, channels, out)
 
 
-def _decoder(sizes: ConvSizes, inputs: int) -> dict:
+def _decoder(keys: Keys, sizes: ConvSizes, inputs: int) -> dict:
     coarsest, last = sizes.width * sizes.multipliers[-1], len(sizes.multipliers) - 1
-    places, channels = {"conv_in": at.conv("decoder.conv_in", inputs, coarsest)}, coarsest
+    params, channels = {"conv_in": keys.conv("decoder.conv_in", inputs, coarsest)}, coarsest
     for level in range(last, -1, -1):
         name, wide = f"decoder.up_blocks.{last - level}", sizes.width * sizes.multipliers[level]
-        places |= _level(name, level, sizes.blocks + 1, channels, wide)
+        params |= _level(keys, name, level, sizes.blocks + 1, channels, wide)
         channels = wide
         if level:
-            places[f"level_{level}_up"] = at.conv(f"{name}.upsamplers.0.conv", wide, wide)
-    return places | _ends("decoder", sizes, coarsest, channels, 3)
+            params[f"level_{level}_up"] = keys.conv(f"{name}.upsamplers.0.conv", wide, wide)
+    return params | _ends(keys, "decoder", sizes, coarsest, channels, 3)
 
 
-def _level(name: str, level: int, blocks: int, channels: int, wide: int) -> dict:
+def _level(keys: Keys, name: str, level: int, blocks: int, channels: int, wide: int) -> dict:
     return {
-        f"level_{level}_block_{i}": _block(f"{name}.resnets.{i}", wide if i else channels, wide) for i in range(blocks)
+        f"level_{level}_block_{i}": _block(keys, f"{name}.resnets.{i}", wide if i else channels, wide)
+        for i in range(blocks)
     }
 
 
-def _ends(name: str, sizes: ConvSizes, middle: int, channels: int, out: int) -> dict:
-    """Places of the coarsest level's middle and of the last layers."""
-    places = {f"block_{i + 1}": _block(f"{name}.mid_block.resnets.{i}", middle, middle) for i in (0, 1)}
+def _ends(keys: Keys, name: str, sizes: ConvSizes, middle: int, channels: int, out: int) -> dict:
+    """Take the middle, at the coarsest level, and the last layers."""
+    params = {f"block_{i + 1}": _block(keys, f"{name}.mid_block.resnets.{i}", middle, middle) for i in (0, 1)}
     if sizes.middle_attention:
-        places["attention"] = _attention(f"{name}.mid_block.attentions.0", middle)
+        params["attention"] = _attention(keys, f"{name}.mid_block.attentions.0", middle)
     return {
-        "middle": places,
-        "norm_out": at.norm(f"{name}.conv_norm_out", channels),
-        "conv_out": at.conv(f"{name}.conv_out", channels, out),
+        "middle": params,
+        "norm_out": keys.norm(f"{name}.conv_norm_out", channels),
+        "conv_out": keys.conv(f"{name}.conv_out", channels, out),
     }
 
 
-def _block(name: str, inputs: int, outputs: int) -> dict:
+def _block(keys: Keys, name: str, inputs: int, outputs: int) -> dict:
     block = {
-        "norm1": at.norm(f"{name}.norm1", inputs),
-        "conv1": at.conv(f"{name}.conv1", inputs, outputs),
-        "norm2": at.norm(f"{name}.norm2", outputs),
-        "conv2": at.conv(f"{name}.conv2", outputs, outputs),
+        "norm1": keys.norm(f"{name}.norm1", inputs),
+        "conv1": keys.conv(f"{name}.conv1", inputs, outputs),
+        "norm2": keys.norm(f"{name}.norm2", outputs),
+        "conv2": keys.conv(f"{name}.conv2", outputs, outputs),
     }
-    return block if inputs == outputs else block | {"shortcut": at.conv(f"{name}.conv_shortcut", inputs, outputs, 1)}
+    return block if inputs == outputs else block | {"shortcut": keys.conv(f"{name}.conv_shortcut", inputs, outputs, 1)}
 
 
-def _attention(name: str, channels: int) -> dict:
+def _attention(keys: Keys, name: str, channels: int) -> dict:
     """Linear layers there, convolutions of one cell here."""
-    places = {"norm": at.norm(f"{name}.group_norm", channels)}
+    params = {"norm": keys.norm(f"{name}.group_norm", channels)}
     for ours, theirs in ATTENTION.items():
-        layer = at.linear(f"{name}.{theirs}", channels, channels)
-        kernel = layer["kernel"]
-        layer["kernel"] = at.Place(kernel.names, kernel.shape, kernel.order, (1, 1, channels, channels))
-        places[ours] = layer
-    return places
+        layer = keys.linear(f"{name}.{theirs}", channels, channels)
+        params[ours] = layer | {"kernel": layer["kernel"][None, None]}
+    return params

@@ -20,13 +20,23 @@ def describe(keys, width):
         "first": fused[:width],
         "second": fused[width:],
         "table": keys.tied(["embed", "head"], 5, width),
+        "qkv": keys.linears(["wide_1", "wide_2"], 2, width),
+        "out": keys.linear("out", 2, width, bias=False),
+        "down": keys.patch_conv("down", 2, width, 2),
+        "up": keys.stack([keys.transposed_patch_conv("up", 2, width, 2)]),
+        "conv": keys.conv("conv", 2, width),
+        "norm": keys.scale("norm", width),
     }
 
 
 def state(width=3):
     shapes = {"fused": (2 * width,), "fc.weight": (width, 2), "fc.bias": (width,), "blocks.0": (width,)}
     shapes |= {"blocks.1": (width,), "classes": (3, width), "null": (1, width), "q": (2, 1, width), "k": (2, width)}
-    made = {name: np.random.default_rng(len(name)).normal(size=x).astype(np.float32) for name, x in shapes.items()}
+    shapes |= {f"wide_{i}.{part}": shapes[f"fc.{part}"] for i in (1, 2) for part in ("weight", "bias")}
+    shapes |= {"out.weight": (width, 2), "down.weight": (width, 2, 2, 2), "up.weight": (2, width, 2, 2)}
+    shapes |= {"conv.weight": (width, 2, 3, 3), "conv.bias": (width,), "norm.weight": (width,)}
+    draw = np.random.default_rng(0)
+    made = {name: draw.normal(size=x).astype(np.float32) for name, x in shapes.items()}
     table = np.random.default_rng(9).normal(size=(5, width)).astype(np.float32)
     return made | {"embed": table, "head": table.copy()}
 
@@ -44,6 +54,31 @@ def test_read_places_every_array():
     np.testing.assert_array_equal(found["columns"][:, 3:], given["k"])
     np.testing.assert_array_equal(found["second"], given["fused"][3:])
     np.testing.assert_array_equal(found["table"], given["head"])
+
+
+def test_layers_compute_what_theirs_do():
+    given, found = state(), read(describe, state(), 3)["params"]
+    x, patch = np.float32([1, 2]), np.random.default_rng(1).normal(size=(2, 2, 2))  # row, column, channel
+    wide = np.concatenate([given["wide_1.weight"] @ x, given["wide_2.weight"] @ x])
+    np.testing.assert_allclose(x @ found["qkv"]["kernel"], wide, rtol=1e-5)
+    np.testing.assert_array_equal(found["qkv"]["bias"][3:], given["wide_2.bias"])
+    assert found["out"].keys() == {"kernel"} and found["norm"].keys() == {"scale"}
+    down = np.einsum("ocab,abc->o", given["down.weight"], patch)
+    np.testing.assert_allclose(patch.reshape(-1) @ found["down"]["kernel"], down, rtol=1e-5)
+    up = np.einsum("coab,c->abo", given["up.weight"], x)
+    np.testing.assert_allclose((x @ found["up"]["kernel"][0]).reshape(2, 2, 3), up, rtol=1e-5)
+    np.testing.assert_array_equal(found["conv"]["kernel"][2, 1, 0], given["conv.weight"][:, 0, 2, 1])
+
+
+@pytest.mark.parametrize("name", sorted(state()))
+def test_every_missing_and_misshapen_array_is_named(name):
+    refused(lambda: read(describe, {key: x for key, x in state().items() if key != name}, 3), f"the state lacks {name}")
+    with pytest.raises(ValueError, match=f"^{re.escape(name)} has shape "):
+        read(describe, state() | {name: np.zeros((7, *state()[name].shape[1:]))}, 3)
+
+
+def test_arrays_without_a_place_are_named():
+    refused(lambda: read(describe, state() | {"other": np.zeros(1)}, 3), "the state holds other without a place")
 
 
 def test_write_is_its_inverse_byte_for_byte():

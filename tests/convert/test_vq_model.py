@@ -35,25 +35,31 @@ def test_settings_of_the_published_tokenizer():
     assert vq_model.config_of(PUBLISHED) == VQModelConfig()
 
 
+def halves(config):
+    """Variables of the model, all 0.5."""
+    shapes = jax.eval_shape(VQModel(config).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    return jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), shapes)
+
+
 def test_an_attention_in_the_middle_has_its_places():
     config = vq_model.config_of(SMALL | {"mid_block_add_attention": True, "vq_embed_dim": 2})
-    layout = vq_model.layout(config)
-    shapes = jax.eval_shape(VQModel(config).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-    assert jax.tree.map(lambda place: place.ours, layout) == jax.tree.map(lambda x: x.shape, shapes)
-    query = layout["encoder"]["middle"]["attention"]["query"]
-    assert query["kernel"].names == ("encoder.mid_block.attentions.0.to_q.weight",)
+    state = vq_model.state_of(halves(config), config)
+    name = "encoder.mid_block.attentions.0.to_q.weight"
+    state[name] = np.arange(64, dtype=np.float32).reshape(8, 8)
+    params = vq_model.params_of(state, config)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, halves(config))
+    query = params["params"]["encoder"]["middle"]["attention"]["query"]["kernel"]
+    np.testing.assert_array_equal(query[0, 0], state[name].T)  # a convolution of one cell here
 
 
 def test_a_folder_is_read(tmp_path):
     config = vq_model.config_of(SMALL)
-    params = jax.tree.map(lambda place: np.full(place.ours, 0.5, np.float32), vq_model.layout(config))
     (tmp_path / "vqvae").mkdir()
     (tmp_path / "vqvae" / "config.json").write_text(json.dumps(SMALL))
-    state = vq_model.state_of({"params": params}, config)
-    save_file(state, tmp_path / "vqvae" / diffusers_folder.WEIGHTS)
+    save_file(vq_model.state_of(halves(config), config), tmp_path / "vqvae" / diffusers_folder.WEIGHTS)
     found, read = vq_model.read(tmp_path)
     assert found == config
-    jax.tree.map(np.testing.assert_array_equal, read["params"], params)
+    jax.tree.map(np.testing.assert_array_equal, read, halves(config))
 
 
 @pytest.mark.parametrize(
