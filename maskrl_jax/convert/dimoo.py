@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import flax.traverse_util
 import numpy as np
 
+from maskrl_jax.convert import files
 from maskrl_jax.convert.keys import refuse_misfits
-from maskrl_jax.convert.shards import Shards
 from maskrl_jax.models.dimoo import DimooConfig
 
 ROOT = "model.transformer"
@@ -82,11 +82,11 @@ def load(folder: Path | str, config: DimooConfig, dtype: str | None = None) -> d
     """The same from a folder of safetensors files: every tensor is read once, and no second copy is ever made.
 
     All names and shapes are checked against the headers before anything is allocated. What is held besides the result
-    is one tensor's pages of a file, which the system may drop.
+    is one tensor, and pages of the files that the system may drop. Files that are missing or damaged are a UserError.
     """
-    shards = Shards(folder)
-    refuse_misfits({name: tensor.shape for name, tensor in shards.items()}, _shapes(config))
-    return _placed(((name, tensor.array()) for name, tensor in shards.items()), config, dtype)
+    shards = files.shards(folder)
+    refuse_misfits({name: shape for name, (_, shape) in files.shapes(shards).items()}, _shapes(config))
+    return _placed(files.stream(shards), config, dtype)
 
 
 def state_of(params: Mapping, config: DimooConfig) -> dict[str, np.ndarray]:
@@ -146,4 +146,5 @@ def _placed(tensors: Iterable[tuple[str, np.ndarray]], config: DimooConfig, dtyp
         if dtype is None and target.dtype != x.dtype:
             raise ValueError(f"{name} is {x.dtype}, other layers are {target.dtype}; ask for one dtype")
         target[... if place.layer is None else place.layer] = x
+        del tensor, x  # before the next is read
     return {"params": flax.traverse_util.unflatten_dict(flat)}

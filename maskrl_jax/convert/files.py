@@ -4,18 +4,19 @@ Read are safetensors (one file, or a folder of shards), npz, Flax's msgpack, and
 `torch.load(weights_only=True)`, which builds tensors and plain containers alone.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # gives numpy the bfloat16 that safetensors asks it for
 import numpy as np
 from flax import serialization, traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from maskrl_jax.errors import UserError
 
@@ -35,13 +36,13 @@ def read(path: str, entry: str = "") -> dict[str, np.ndarray]:
     """
     file = pathlib.Path(path)
     if file.is_dir():
-        return {name: array for shard in shards(path) for name, array in _safetensors(shard).items()}
+        return gather(shards(path))
     if not file.is_file():
         raise UserError(f"there is no {path}; give the file of the weights, or the folder of their shards")
     if entry and file.suffix not in TORCH:
         raise UserError(f"{path} has no entries to choose {entry!r} from; leave --entry out")
     if file.suffix == ".safetensors":
-        return _safetensors(file)
+        return gather([file])
     if file.suffix == ".npz":
         return _npz(file)
     if file.suffix in TORCH:
@@ -58,25 +59,33 @@ def sha256_of(path: str) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def shards(folder: str) -> list[pathlib.Path]:
-    """The safetensors files of a folder: those that its index names, or all; UserError where there is none."""
-    index = sorted(pathlib.Path(folder).glob("*.safetensors.index.json"))
+def json_object(path: str | pathlib.Path) -> dict[str, Any]:
+    """Return what a JSON file of settings or an index holds; UserError where it cannot be read or is no object."""
+    try:
+        found = json.loads(pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return found
+
+
+def shards(folder: str | pathlib.Path, stem: str = "*") -> list[pathlib.Path]:
+    """The safetensors files of a folder: those that its index names, or all; UserError where there is none.
+
+    stem: of the file or of the index, where a folder may hold variants of the weights beside them.
+    """
+    index = sorted(pathlib.Path(folder).glob(f"{stem}.safetensors.index.json"))
     if len(index) > 1:
         raise UserError(f"{folder} has {len(index)} indices of shards; give the folder of one model")
-    if index:
-        names = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
-        if any(pathlib.PurePath(name).name != name for name in names):
-            raise UserError(f"{index[0]} names files of other folders; nothing was read")
-        files = [pathlib.Path(folder, name) for name in names]
-    else:
-        files = sorted(pathlib.Path(folder).glob("*.safetensors"))
+    files = _listed(index[0]) if index else sorted(pathlib.Path(folder).glob(f"{stem}.safetensors"))
     lost = [str(file) for file in files if not file.is_file()]
     if lost or not files:
-        raise UserError(f"there is no {lost[0]}" if lost else f"{folder} holds no .safetensors file")
+        raise UserError(f"there is no {lost[0]}" if lost else f"{folder} holds no {stem}.safetensors")
     return files
 
 
-def shapes(files: list[pathlib.Path]) -> dict[str, tuple[pathlib.Path, tuple[int, ...]]]:
+def shapes(files: Sequence[pathlib.Path]) -> dict[str, tuple[pathlib.Path, tuple[int, ...]]]:
     """{name: (file, shape)} of safetensors from their headers alone; UserError for a name in two of them."""
     found = {}
     for file in files:
@@ -88,15 +97,21 @@ def shapes(files: list[pathlib.Path]) -> dict[str, tuple[pathlib.Path, tuple[int
     return found
 
 
-def stream(files: list[pathlib.Path]) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of safetensors files one after another; each is let go before the next is read."""
+def stream(files: Sequence[pathlib.Path]) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of safetensors files one after another; none is kept here, so that a loop holds those it keeps."""
     for file in files:
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - no mapping
                 yield name, tensors.get_tensor(name)
 
 
-def write(path: str, state: Mapping[str, np.ndarray]) -> None:
+def gather(files: Sequence[pathlib.Path]) -> dict[str, np.ndarray]:
+    """All tensors of safetensors files; UserError for a name in two of them."""
+    shapes(files)
+    return dict(stream(files))
+
+
+def write(path: str | pathlib.Path, state: Mapping[str, np.ndarray]) -> None:
     """Write a state dict as safetensors, by rename; `path` must end so."""
     file = pathlib.Path(path)
     if file.suffix != ".safetensors":
@@ -107,18 +122,23 @@ def write(path: str, state: Mapping[str, np.ndarray]) -> None:
     aside.replace(file)
 
 
-def _opened(file):
+@contextlib.contextmanager
+def _opened(file: pathlib.Path) -> Iterator[Any]:
     try:
-        return safe_open(file, framework="np")
-    except (SafetensorError, OSError) as error:
+        with safe_open(file, framework="np") as tensors:
+            yield tensors
+    except (SafetensorError, OSError, AttributeError) as error:  # the last for a type that numpy lacks
         raise UserError(f"{file} cannot be read as safetensors ({error})") from error
 
 
-def _safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read as safetensors ({error})") from error
+def _listed(index: pathlib.Path) -> list[pathlib.Path]:
+    """The files that an index names, which must lie beside it."""
+    names = json_object(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise UserError(f"{index} holds no weight_map")
+    if any(pathlib.PurePath(name).name != name for name in names.values()):
+        raise UserError(f"{index} names files of other folders; nothing was read")
+    return [index.with_name(name) for name in sorted(set(names.values()))]
 
 
 def _npz(file: pathlib.Path) -> dict[str, np.ndarray]:

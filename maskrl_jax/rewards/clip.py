@@ -13,7 +13,6 @@ With E the projected features of picture x and prompt c, at length 1, and cos = 
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -137,7 +136,7 @@ def open_reward(
     state = _state(place / WEIGHTS, kind, known.weights)
     try:
         sizes = place / SIZES
-        config = convert.config_of(json.loads(sizes.read_text())) if sizes.exists() else known.sizes
+        config = convert.config_of(files.json_object(sizes)) if sizes.exists() else known.sizes
         towers = (config.text, config.picture)
         config = ClipConfig(*(dataclasses.replace(tower, dtype=dtype, remat=remat) for tower in towers))
         params = {"clip": convert.params_of(state, config)}

@@ -1,13 +1,12 @@
 """Folders of diffusers' layout: what is missing, damaged or not of the published form is named, and nothing is half written."""
 
-import json
-
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from maskrl_jax.convert import diffusers_folder
+from maskrl_jax.convert import diffusers_folder, files
 from maskrl_jax.convert.diffusers_folder import INDEX, WEIGHTS
+from maskrl_jax.errors import UserError
 
 STATE = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(2, np.float32)}
 
@@ -35,22 +34,18 @@ def test_half_precision_is_read_in_its_type(model):
     ("break_it", "message"),
     [
         (lambda net: (net / "config.json").unlink(), "net holds no config.json or scheduler_config.json$"),
-        (lambda net: (net / "config.json").write_text("{"), "config.json is damaged"),
-        (lambda net: (net / "config.json").write_text("[]"), "config.json is damaged: not a JSON object$"),
-        (lambda net: (net / WEIGHTS).unlink(), f"net holds neither {WEIGHTS} nor {INDEX}$"),
-        (lambda net: (net / WEIGHTS).write_bytes(b"pickle"), f"{WEIGHTS} is damaged"),
+        (lambda net: (net / "config.json").write_text("{"), "config.json cannot be read as JSON"),
+        (lambda net: (net / "config.json").write_text("[]"), "config.json holds no JSON object$"),
+        (lambda net: (net / WEIGHTS).unlink(), f"net holds no {WEIGHTS}$"),
+        (lambda net: (net / WEIGHTS).write_bytes(b"pickle"), f"{WEIGHTS} cannot be read as safetensors"),
         (lambda net: (net / INDEX).write_text("{}"), f"{INDEX} holds no weight_map$"),
-        (lambda net: (net / INDEX).write_text('{"weight_map": {"a": "other"}}'), "other is missing$"),
-        (
-            lambda net: (net / INDEX).write_text('{"weight_map": {"a": "../net/x"}}'),
-            "'../net/x', which is not beside it$",
-        ),
-        (lambda net: (net / INDEX).write_text(json.dumps({"weight_map": {"a": WEIGHTS}})), "disagree about b$"),
+        (lambda net: (net / INDEX).write_text('{"weight_map": {"a": "other"}}'), "there is no .*other$"),
+        (lambda net: (net / INDEX).write_text('{"weight_map": {"a": "../net/x"}}'), "names files of other folders"),
     ],
 )
 def test_what_is_missing_or_damaged_is_named(model, break_it, message):
     break_it(model / "net")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         diffusers_folder.read_settings(model / "net")
         diffusers_folder.read_state(model / "net")
 
@@ -59,8 +54,8 @@ def test_what_is_missing_or_damaged_is_named(model, break_it, message):
     ("state", "message"),
     [
         ({"a": STATE["a"]}, "^the state lacks b$"),
-        (STATE | {"c": STATE["b"]}, "^the state holds c$"),
-        (STATE | {"a": STATE["a"].T}, r"^a has shape \[3, 2\], not \[2, 3\]$"),
+        (STATE | {"c": STATE["b"]}, "^the state holds c without a place$"),
+        (STATE | {"a": STATE["a"].T}, r"^the state holds a of shape \[3, 2\], not \[2, 3\]$"),
     ],
 )
 def test_tensors_that_are_not_of_the_published_form_are_refused(model, tmp_path, state, message):
@@ -70,7 +65,7 @@ def test_tensors_that_are_not_of_the_published_form_are_refused(model, tmp_path,
 
 
 def test_a_folder_that_exists_is_not_written_over(model):
-    with pytest.raises(ValueError, match="model exists; choose another folder or remove it$"):
+    with pytest.raises(UserError, match="model exists; choose another folder or remove it$"):
         diffusers_folder.write_folder(model, model, {"net": STATE})
 
 
@@ -79,7 +74,7 @@ def test_a_kill_half_way_leaves_no_model_and_the_next_try_succeeds(model, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(diffusers_folder, "save_file", killed)
+        patched.setattr(files, "save_file", killed)
         with pytest.raises(KeyboardInterrupt):
             diffusers_folder.write_folder(model, tmp_path / "out", {"net": STATE})
     assert not (tmp_path / "out").exists()

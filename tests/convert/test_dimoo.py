@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import re
 import tracemalloc
 
 import fixtures
@@ -14,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from maskrl_jax.convert import shards
+from maskrl_jax.convert import files
 from maskrl_jax.convert.dimoo import config_of, load, params_of, places, state_of
+from maskrl_jax.errors import UserError
 from maskrl_jax.models.dimoo import Dimoo, DimooConfig
 
 CONFIG = DimooConfig(vocab_size=9, codebook_size=4, width=8, depth=2, heads=4, kv_heads=2, mlp_width=6)
@@ -148,7 +148,7 @@ def wrong_state():
 
 def test_all_misfits_are_named_over_all_shards_before_anything_is_read(tmp_path, monkeypatch):
     sharded(tmp_path, wrong_state())
-    monkeypatch.setattr(shards.Tensor, "array", lambda _: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(files, "stream", lambda _: pytest.fail("a tensor was read"))
     expected = (
         "the state lacks model.transformer.ln_f.weight; it holds model.transformer.ff_out.bias without a place; "
         f"it holds {QUERY} of shape [8, 7], not [8, 8]"
@@ -165,15 +165,15 @@ def test_long_lists_of_names_are_cut():
 
 def test_every_tensor_is_read_once(tmp_path, monkeypatch):
     sharded(tmp_path, split(state()))
-    seen, array = [], shards.Tensor.array
-    monkeypatch.setattr(shards.Tensor, "array", lambda tensor: seen.append(tensor) or array(tensor))
+    seen, stream = [], files.stream
+    monkeypatch.setattr(files, "stream", lambda found: (seen.append(x[0]) or x for x in stream(found)))
     load(tmp_path, CONFIG)
-    assert len(seen) == len(set(seen)) == len(shapes())
+    assert sorted(seen) == sorted(shapes())
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_no_second_copy_is_made(tmp_path, dtype):
-    """A model of some MB in bfloat16: at the peak less than 1.1 of the result is allocated."""
+    """A model of some MB in bfloat16: at the peak less than 1.06 of the result is allocated."""
     config = DimooConfig(vocab_size=500, codebook_size=64, width=192, depth=6, heads=4, kv_heads=4, mlp_width=512)
     whole = {name: np.ones(place.shape, ml_dtypes.bfloat16) for name, place in places(config).items()}
     sharded(tmp_path, split(whole, 4))
@@ -183,43 +183,17 @@ def test_no_second_copy_is_made(tmp_path, dtype):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     size = sum(x.nbytes for x in jax.tree.leaves(params))
-    assert size > 5e6 and size < peak < 1.1 * size
+    assert size > 5e6 and size < peak < 1.06 * size
 
 
-def test_foreign_and_broken_files_are_refused(tmp_path):
-    assert refusal(lambda: load(tmp_path, CONFIG)) == f"{tmp_path} holds no safetensors file"
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"PK\x03\x04 no such file")
-    assert refusal(lambda: load(tmp_path, CONFIG)) == f"{file} is no safetensors file, or is cut short"
-    file.write_bytes((3).to_bytes(8, "little") + b"{x}")
-    assert refusal(lambda: load(tmp_path, CONFIG)) == f"{file} is no safetensors file"
-    save_file(state(), file)
-    file.write_bytes(file.read_bytes()[:-1])
-    assert re.fullmatch(
-        rf"{re.escape(str(file))} is cut short: \S+ does not lie in it", refusal(lambda: load(tmp_path, CONFIG))
-    )
-
-
-def test_a_tensor_in_two_files_is_refused(tmp_path):
-    sharded(tmp_path, [state(), {QUERY: state()[QUERY]}], index=False)
-    assert re.search(
-        rf"-00002-of-00002.safetensors holds {QUERY}, which .* holds too$", refusal(lambda: load(tmp_path, CONFIG))
-    )
-
-
-def test_files_that_the_index_names_must_be_there(tmp_path):
+def test_broken_folders_are_refused(tmp_path):
     sharded(tmp_path, split(state()))
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    message = f"model.safetensors.index.json names model-00002-of-00003.safetensors, which is not in {tmp_path}"
-    assert refusal(lambda: load(tmp_path, CONFIG)) == message
-
-
-def test_an_index_does_not_lead_out_of_its_folder(tmp_path):
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    save_file(state(), tmp_path / "model.safetensors")
-    (inside / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {QUERY: "../model.safetensors"}}))
-    assert "names model.safetensors, which is not in" in refusal(lambda: load(inside, CONFIG))
+    with pytest.raises(UserError, match="^there is no .*model-00002-of-00003.safetensors$"):
+        load(tmp_path, CONFIG)
+    sharded(tmp_path, [*split(state()), {QUERY: state()[QUERY]}])
+    with pytest.raises(UserError, match=f"^{QUERY} is both in "):
+        load(tmp_path, CONFIG)
 
 
 def test_sizes_of_a_published_config():

@@ -81,18 +81,29 @@ def test_a_folder_without_an_index_is_all_its_files(tmp_path):
 
 
 def test_broken_folders_are_refused(tmp_path):
-    refused("holds no .safetensors", str(tmp_path))
+    refused(r"holds no \*.safetensors$", str(tmp_path))
     index = sharded(tmp_path)
     (tmp_path / "model-2.safetensors").unlink()
     refused("there is no .*model-2.safetensors$", str(tmp_path))
     index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
     refused("names files of other folders", str(tmp_path))
+    index.write_text("{}")
+    refused("index.json holds no weight_map$", str(tmp_path))
+    (tmp_path / "other.safetensors.index.json").write_text("{}")
+    refused("has 2 indices of shards; give the folder of one model$", str(tmp_path))
+
+
+def test_variants_beside_the_weights_are_passed_over(tmp_path):
+    sharded(tmp_path)
+    assert [file.name for file in files.shards(tmp_path, "other")] == ["other.safetensors"]
+    refused("holds no fp16.safetensors$", tmp_path, "fp16", call=files.shards)
 
 
 def test_a_name_in_two_shards_is_refused(tmp_path):
     for name in ("one", "two"):
         save_file({"x": STATE["b"]}, tmp_path / f"{name}.safetensors")
     refused("x is both in .*one.safetensors and in .*two.safetensors", files.shards(str(tmp_path)), call=files.shapes)
+    refused("x is both in ", str(tmp_path))
 
 
 def test_npz_without_objects(tmp_path):
@@ -114,6 +125,26 @@ def test_msgpack_has_slashes_and_needs_no_ending(tmp_path):
 def test_damaged_files_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x93 this is nothing")
     refused(re.escape(str(tmp_path / name)), str(tmp_path / name))
+
+
+def test_files_cut_short_and_types_that_numpy_lacks_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    files.write(str(path), STATE)
+    path.write_bytes(path.read_bytes()[:-1])
+    refused("x.safetensors cannot be read as safetensors", str(path))
+    header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+    refused("x.safetensors cannot be read as safetensors.*float8", str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "cannot be read as JSON"), ("[]", "holds no JSON object$"), (None, "No such file")]
+)
+def test_settings_are_a_json_object(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    if text:
+        path.write_text(text)
+    refused(f"^{re.escape(str(path))} .*{message}", path, call=files.json_object)
 
 
 def test_missing_files_and_needless_entries(tmp_path):
