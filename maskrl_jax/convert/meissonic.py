@@ -108,7 +108,8 @@ def write(source: str | pathlib.Path, target: str | pathlib.Path, params: Any) -
     """Copy a published folder with a tuned transformer, float32; the other components stay as they are.
 
     Raises:
-      ValueError: the parameters are not of the source's sizes, or the target exists.
+      UserError: the target exists, or the source is missing or damaged.
+      ValueError: the parameters are not of the source's sizes.
     """
     config = config_of(diffusers_folder.read_settings(pathlib.Path(source, "transformer")))
     diffusers_folder.write_folder(source, target, {"transformer": state_of(params, config)})
