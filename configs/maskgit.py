@@ -125,5 +125,9 @@ def published(arg: str):
         config.batch_size, config.cond_drop = 256, 0.0
         config.sampler.update({"num_steps": 8 if size == 256 else 12, "max_steps": 16, "schedule": "shares-cosine"})
         config.sampler.update({"gumbel": 4.5, "guidance": 1.0, "noise_ends": "ahead"})
-        config.evaluation.update({"steps": (8, 12, 16), "glance_steps": 8, "tune_guidance": (1.0,)})
+        config.evaluation.update({"steps": (8, 12, 16), "glance_steps": 8})
+    # The report keeps to the published sampler.
+    config.evaluation.update(
+        {f"tune_{name}": (config.sampler[name],) for name in ("gumbel", "guidance", "temperature")}
+    )
     return config

@@ -69,7 +69,9 @@ class Checkpoints:
 def save_params(workdir: str, step: int, params: Any, extra: Any) -> None:
     """Write parameters from elsewhere where `load_params` finds them: no optimizer, so nothing can go on from there."""
     with ocp.CheckpointManager(_folder(workdir)) as manager:
-        manager.save(step, args=ocp.args.StandardSave({"ema": params, **({"extra": extra} if extra else {})}))
+        saved = manager.save(step, args=ocp.args.StandardSave({"ema": params, **({"extra": extra} if extra else {})}))
+    if not saved:  # orbax refuses by its return value only
+        raise RuntimeError(f"{workdir}: orbax refused to save step {step}")
 
 
 def load_params(workdir: str) -> tuple[Any, Any]:

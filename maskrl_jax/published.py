@@ -28,6 +28,7 @@ class Family:
     """Weights of one layout."""
 
     module: str  # of maskrl_jax.convert, with params_of and state_of
+    task: str  # of the stage
     config: Callable[[State], str]  # the stage's config file:argument at published sizes, told from the weights
     sizes: Callable[[ConfigDict], Any]  # static sizes of the network of such a stage
     runs: Mapping[str, Callable[[ConfigDict, Any], tuple[ConfigDict, Any]]]  # task -> (the stage's config, network)
@@ -62,21 +63,28 @@ def _pixels(tokens: int, patch: int = 16) -> int:
 def _length(state: State, name: str, axis: int) -> int:
     if name not in state:
         raise ValueError(f"the state lacks {name}")
+    if not -state[name].ndim <= axis < state[name].ndim:
+        raise ValueError(f"{name} has shape {list(state[name].shape)}")
     return state[name].shape[axis]
 
 
 def _mar_config(state: State) -> str:
     width = _length(state, "mask_token", -1)
     if width not in MAR_WIDTHS:
-        raise UserError(f"no published MAR has width {width}; give --config")
+        raise UserError(f"no published MAR has width {width}; say in a --config of your own what it is")
     return f"configs/mar.py:{MAR_WIDTHS[width]}"
 
 
 def _mar_sizes(config: ConfigDict) -> Any:
-    if config.task != "mar":
-        raise UserError(f"these weights become a 'mar' stage, not {config.task!r}; give another --config")
     conditioning = conditioning_of(config.data.name, config.data.text_length)
     return continuous.model_config(config, kl_vae.model_config(config.parents.tokenizer.model), conditioning)
+
+
+def _kl_sizes(config: ConfigDict) -> Any:
+    found = kl_vae.model_config(config.model)
+    if found.form != "conv":
+        raise UserError("weights of this family are of a VAE of model.form=conv, which this one is not")
+    return found
 
 
 def _latents(config: ConfigDict) -> dict:
@@ -88,11 +96,9 @@ def _latents(config: ConfigDict) -> dict:
 
 def _codec(form: str) -> Callable[[ConfigDict], Any]:
     def sizes(config):
-        if config.task != "tokenizer":
-            raise UserError(f"these weights become a 'tokenizer' stage, not {config.task!r}; give another --config")
         found = codecs.sizes(config.model)
         if not isinstance(found, codecs.Published) or found.form != form:
-            raise UserError(f"these weights are of a tokenizer of model.form={form}; give another --config")
+            raise UserError(f"weights of this family are of a tokenizer of model.form={form}, which this one is not")
         return found.network.config
 
     return sizes
@@ -100,12 +106,10 @@ def _codec(form: str) -> Callable[[ConfigDict], Any]:
 
 def _generator(form: str) -> Callable[[ConfigDict], Any]:
     def sizes(config):
-        if config.task != "maskgit":
-            raise UserError(f"these weights become a 'maskgit' stage, not {config.task!r}; give another --config")
         conditioning = conditioning_of(config.data.name, config.data.text_length)
         found = generators.model_config(config, config.parents.tokenizer, conditioning)
         if not isinstance(found, generators.PUBLISHED[form]):
-            raise UserError(f"these weights are of a generator of model.form={form}; give another --config")
+            raise UserError(f"weights of this family are of a generator of model.form={form}, which this one is not")
         return found
 
     return sizes
@@ -121,18 +125,21 @@ def _shortcut_sizes(config: ConfigDict) -> ShortcutConfig:
 FAMILIES = {
     "taming": Family(
         module="taming_vqgan",
+        task="tokenizer",
         config=lambda state: "configs/tokenizer.py:taming256",
         sizes=_codec("taming"),
         runs={"tokenizer": _itself},
     ),
     "google-vqgan": Family(
         module="google_vqgan",
+        task="tokenizer",
         config=lambda state: "configs/tokenizer.py:google256",
         sizes=_codec("google"),
         runs={"tokenizer": _itself},
     ),
     "maskgit-port": Family(
         module="maskgit_port",
+        task="maskgit",
         config=lambda state: f"configs/maskgit.py:port{_pixels(_length(state, 'pos_emb', 1) - 1)}",
         sizes=_generator("port"),
         runs={"maskgit": _itself},
@@ -140,6 +147,7 @@ FAMILIES = {
     ),
     "google-maskgit": Family(
         module="google_maskgit",
+        task="maskgit",
         config=lambda state: (
             f"configs/maskgit.py:google{_pixels(_length(state, 'params/Embed_0/position_embeddings/embedding', 0) - 1)}"
         ),
@@ -149,13 +157,15 @@ FAMILIES = {
     ),
     "kl16": Family(
         module="kl_vae",
+        task="kl_vae",
         config=lambda state: "configs/kl_vae.py:kl16",
-        sizes=lambda config: kl_vae.model_config(config.model),
+        sizes=_kl_sizes,
         runs={"kl_vae": _itself},
         extra=_latents,
     ),
     "mar": Family(
         module="mar",
+        task="mar",
         config=_mar_config,
         sizes=_mar_sizes,
         runs={"mar": _itself, "marval": _of_parent("mar"), "marval_rl": _of_parent("mar")},
@@ -163,6 +173,7 @@ FAMILIES = {
     ),
     "shortcut": Family(
         module="shortcut",
+        task="shortcut",
         config=lambda state: "configs/shortcut.py:maskgit512",
         sizes=_shortcut_sizes,
         runs={"shortcut": _itself},
@@ -178,7 +189,8 @@ def read(
 
     Args:
       config: file[:argument] of the stage's config; by default that of the published sizes.
-      below: workdirs of the stages that the weights stand on, by name.
+      below: workdirs of the stages that the weights stand on, by name; the judge, by which a generator is measured, may
+        be left out.
       store: where data sets and measurements go.
       entry: see `convert.files.read`.
 
@@ -191,17 +203,22 @@ def read(
         if parent not in below:
             flag = "base" if parent == "maskgit" else parent
             raise UserError(f"weights of {name!r} need a {parent}: convert it first, give --{flag}=<its folder>")
-    if needless := sorted(below.keys() - set(family.parents)):
+    if needless := sorted(below.keys() - {*family.parents, "judge"}):
         raise UserError(f"weights of {name!r} stand on no {needless[0]}; leave that out")
     state = files.read(path, entry)
     try:
-        made = _config(config or family.config(state))
+        made = _config(config or family.config(state), family.task)
         for parent, workdir in below.items():
+            if parent not in made.parents:
+                raise UserError(f"a {made.task!r} stage stands on no {parent}; leave that out")
             made.parents[parent] = _stage(made.parents[parent].task, workdir)
             made.init[parent] = workdir
         params = family.params(state, made)
-    except ValueError as error:
-        raise UserError(f"{path} is not of family {name!r}: {error}") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = error.args[0] if error.args else type(error).__name__
+        raise UserError(
+            f"{path} does not fit family {name!r} with this config and what is below it: {reason}"
+        ) from error
     runner.keep(made, out, store, dict(below), params, family.extra(made))
     print(f"{out}: a {made.task!r} stage of {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
 
@@ -239,10 +256,15 @@ def _stage(task: str, workdir: str) -> ConfigDict:
     return config
 
 
-def _config(file: str) -> ConfigDict:
-    """The config of a file, as `main --config` takes it."""
+def _config(file: str, task: str) -> ConfigDict:
+    """The config of a file, as `main --config` takes it, of a stage of this task."""
     path, _, argument = file.partition(":")
     try:
-        return runpy.run_path(path)["get_config"](argument)
-    except (OSError, ImportError, KeyError) as error:
-        raise UserError(f"{path} is no config ({error}); run this in the folder that holds configs/") from error
+        config = runpy.run_path(path)["get_config"](argument)
+    except (OSError, ImportError, KeyError, SyntaxError) as error:
+        raise UserError(
+            f"{path} is no config ({type(error).__name__}: {error}); run this in the folder that holds configs/"
+        ) from error
+    if config.task != task:
+        raise UserError(f"these weights become a {task!r} stage, not {config.task!r}; give another --config")
+    return config

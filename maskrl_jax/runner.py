@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import tempfile
 import time
 from typing import Any
 
@@ -137,12 +138,20 @@ def _stage(config, workdir, store, seconds):
 
 
 def keep(config: ConfigDict, workdir: str, store: str, parents: dict[str, str], params: Any, extra: Any) -> None:
-    """Leave in workdir what a trained stage leaves, of parameters from elsewhere; `parents` are workdirs by name."""
-    with stored.lock(workdir):
-        stored.write(os.path.join(workdir, stored.CONFIG), json.dumps(stored.plain(config), indent=1, sort_keys=True))
-        stored.write_places(workdir, parents, store)
-        checkpoint.save_params(workdir, config.num_steps, params, extra)
-        stored.finish(workdir, config.num_steps, measured.identity(params, extra))
+    """Leave what a trained stage leaves, of parameters from elsewhere; `parents` are workdirs by name.
+
+    The folder appears by rename: a kill half-way leaves no half of a stage under its name.
+    """
+    place = os.path.abspath(workdir)
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{os.path.basename(place)}.", dir=os.path.dirname(place)) as folder:
+        aside = os.path.join(folder, os.path.basename(place))
+        os.mkdir(aside)
+        stored.write(os.path.join(aside, stored.CONFIG), json.dumps(stored.plain(config), indent=1, sort_keys=True))
+        stored.write_places(aside, parents, store, seen_from=place)
+        checkpoint.save_params(aside, config.num_steps, params, extra)
+        stored.finish(aside, config.num_steps, measured.identity(params, extra))
+        os.rename(aside, place)
 
 
 def _trained_id(workdir: str) -> str:

@@ -160,11 +160,12 @@ def _done(workdir: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {"step": found}  # of an earlier version: the step alone
 
 
-def write_places(workdir: str, parents: dict[str, str], store: str) -> None:
-    """Note where a stage's parents and its store are."""
+def write_places(workdir: str, parents: dict[str, str], store: str, seen_from: str = "") -> None:
+    """Note where a stage's parents and its store are, seen from where the workdir will be, if that is elsewhere."""
     # Relative, so that a folder of runs can be moved as a whole.
-    places = {name: os.path.relpath(parent, workdir) for name, parent in parents.items()}
-    text = json.dumps({"parents": places, "store": os.path.relpath(store, workdir)}, indent=1)
+    place = seen_from or workdir
+    places = {name: os.path.relpath(parent, place) for name, parent in parents.items()}
+    text = json.dumps({"parents": places, "store": os.path.relpath(store, place)}, indent=1)
     write(os.path.join(workdir, PARENTS), text)
 
 

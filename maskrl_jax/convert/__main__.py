@@ -19,7 +19,8 @@ OUT = flags.DEFINE_string("out", None, "--from: folder of the new stage; --to: a
 CONFIG = flags.DEFINE_string("config", None, "--from: config file[:argument] of the stage, if not of published sizes")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "--from: converted or trained tokenizer of these weights")
 BASE = flags.DEFINE_string("base", None, "--from=shortcut: converted base of these weights")
-STORE = flags.DEFINE_string("store", "runs/stages", "--from: where data sets and measurements go")
+JUDGE = flags.DEFINE_string("judge", None, "--from: trained judge of the same data, to measure a generator by")
+STORE = flags.DEFINE_string("store", None, "--from: where data sets and measurements go; runs/stages")
 ENTRY = flags.DEFINE_string("entry", None, "--from: which of the dicts in a PyTorch file, if not its average")
 
 
@@ -27,8 +28,9 @@ def check() -> None:
     """Raise for flags that do not go together."""
     if (FROM.value is None) == (TO.value is None):
         raise UserError("expected --from=<family> or --to=<family>; see --help")
-    if TO.value and (CONFIG.value or TOKENIZER.value or BASE.value or ENTRY.value):
-        raise UserError("--config, --tokenizer, --base and --entry are for --from")
+    for flag in (CONFIG, TOKENIZER, BASE, JUDGE, STORE, ENTRY):
+        if TO.value and flag.value:
+            raise UserError(f"--{flag.name} is for --from")
 
 
 def main(path: str) -> None:
@@ -38,14 +40,14 @@ def main(path: str) -> None:
     if TO.value:
         published.write(TO.value, path, OUT.value)
         return
-    below = {"tokenizer": TOKENIZER.value, "maskgit": BASE.value}
+    below = {"tokenizer": TOKENIZER.value, "maskgit": BASE.value, "judge": JUDGE.value}
     published.read(
         FROM.value,
         path,
         OUT.value,
         config=CONFIG.value or "",
         below={name: workdir for name, workdir in below.items() if workdir},
-        store=STORE.value,
+        store=STORE.value or "runs/stages",
         entry=ENTRY.value or "",
     )
 

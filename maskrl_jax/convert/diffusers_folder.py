@@ -7,6 +7,7 @@ of one line with its path.
 
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,17 +54,20 @@ def write_folder(
     source, target = pathlib.Path(source), pathlib.Path(target)
     if target.exists():
         raise UserError(f"{target} exists; choose another folder or remove it")
+    if source.resolve() in target.resolve().parents:
+        raise UserError(f"{target} lies in {source}, which is copied; choose another folder")
     places = {name: files.shapes(files.shards(source / name, STEM)) for name in states}
     for name, state in states.items():
         wanted = {tensor: shape for tensor, (_, shape) in places[name].items()}
         refuse_misfits({tensor: x.shape for tensor, x in state.items()}, wanted)
     replaced = {file.relative_to(source) for own in places.values() for file, _ in own.values()}
-    aside = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    ignore = lambda folder, names: [n for n in names if pathlib.Path(folder, n).relative_to(source) in replaced]  # noqa: E731
-    shutil.copytree(source, aside, ignore=ignore)
-    for name, state in states.items():
-        for file in {file for file, _ in places[name].values()}:
-            own = {tensor: state[tensor] for tensor, (place, _) in places[name].items() if place == file}
-            files.write(aside / file.relative_to(source), own)
-    aside.rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
+        aside = pathlib.Path(folder, target.name)
+        ignore = lambda folder, names: [n for n in names if pathlib.Path(folder, n).relative_to(source) in replaced]  # noqa: E731
+        shutil.copytree(source, aside, ignore=ignore)
+        for name, state in states.items():
+            for file in {file for file, _ in places[name].values()}:
+                own = {tensor: state[tensor] for tensor, (place, _) in places[name].items() if place == file}
+                files.write(aside / file.relative_to(source), own)
+        aside.rename(target)

@@ -35,6 +35,7 @@ class Studio:
       shortcut: the network with its shortcut under a fixed sampler, as `fixed`; the setting is the number of full
         steps. None where the run has none.
       full_steps: their usual number, at the sampler's own number of steps.
+      guided: whether the model can be guided: one that knows no null condition cannot.
     """
 
     engine: Engine
@@ -47,6 +48,7 @@ class Studio:
     tuned_setting: float = 0.0
     shortcut: Callable[[SamplerConfig, np.ndarray | None], System] | None = None
     full_steps: int = 0
+    guided: bool = True
 
     @functools.cached_property
     def program(self) -> Callable:
@@ -79,6 +81,8 @@ class Studio:
         check_steps(steps, self.engine.num_tokens)
         wanted["max_steps"] = max(steps, self.sampler.max_steps)
         sampler = dataclasses.replace(self.sampler, **wanted)
+        if sampler.guidance != 1 and not self.guided:
+            raise UserError("--guidance is not for this model, which knows no null class")
         words = f"{sampler.mode}, {steps} steps at most, Gumbel {sampler.gumbel:g}, guidance "
         words += f"{sampler.guidance:g}, temperature {sampler.temperature:g}"
         if self.shortcut is None:

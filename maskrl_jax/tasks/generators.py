@@ -55,8 +55,11 @@ def model_config(config: Any, tokenizer: Any, conditioning: Conditioning) -> Siz
     if form in PUBLISHED:
         if conditioning.kind != "class":
             raise UserError(f"model.form={form} is conditioned on classes, and {config.data.name} has captions")
-        if form == "google" and (config.sampler.guidance != 1 or config.cond_drop):
-            raise UserError("model.form=google knows no null class; set sampler.guidance=1 and cond_drop=0")
+        tuned = dict(config.evaluation).get("tune_guidance", (1.0,))
+        if form == "google" and (config.sampler.guidance != 1 or config.cond_drop or any(x != 1 for x in tuned)):
+            raise UserError(
+                "model.form=google knows no null class; set sampler.guidance=1, evaluation.tune_guidance=(1.0,), cond_drop=0"
+            )
         return PUBLISHED[form](**grid, num_classes=conditioning.vocab_size - 1, **own)
     if form != "ours":
         raise unknown("model.form", form, ("ours", *PUBLISHED))
@@ -88,6 +91,11 @@ def generator(config: Sizes) -> Generator:
         head=lambda p: lambda found: head(p, found),
         controls=lambda p: lambda ids, positions: model.apply(p, ids, positions, method="controls"),
     )
+
+
+def knows_null(config: Sizes) -> bool:
+    """Whether a network was trained without its condition too, so that it can be guided."""
+    return not isinstance(config, GoogleMaskGITConfig)
 
 
 def check_steps(sampler: SamplerConfig, steps: Iterable[int], num_tokens: int) -> None:
@@ -141,6 +149,10 @@ def _real_pictures(context: Context, validation: Dataset, held_out: bool) -> np.
 
 def bench_of(context: Context) -> Bench:
     """The measuring bench of a generator stage: held-out split, judge, exact verifier."""
+    if "judge" not in context.parents:
+        raise UserError(
+            f"{context.workdir} has no judge to be measured by; convert its weights again with --judge=<run>"
+        )
     held_out = dataset_of(context, "validation")
     judge = judge_task.load(context.parents["judge"])
     settings = Evaluation(**context.config.evaluation)

@@ -126,6 +126,7 @@ def studio(context: Context, params: Any) -> Studio:
         sampler=read_sampler(context.workdir, SamplerConfig(**context.config.sampler)),
         encode=functools.partial(jax.jit(codec.encode), codec.params),
         image_size=codec.config.image_size,
+        guided=generators.knows_null(sizes),
     )
 
 

@@ -1,5 +1,6 @@
 """Published weights become a stage that samples and is tuned from, and go back byte for byte."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from configs import kl_vae, mar, maskgit, tokenizer
 CONV = {"width": 32, "multipliers": (1, 1, 1), "blocks": 1, "encoder_attention": (2,), "decoder_attention": (2,)}
 
 def get_config(arg):
-    return {"tokenizer": vq, "maskgit": port, "kl_vae": vae, "mar": small_mar}[arg]()
+    return {"tokenizer": vq, "maskgit": port, "kl_vae": vae, "mar": small_mar, "vq": patches}[arg]()
 
 def vq():
     config = tokenizer.get_config("digits-smoke")
@@ -31,13 +32,16 @@ def port():
     config.parents.tokenizer = vq()
     config.model = {"form": "port", "width": 16, "depth": 2, "heads": 2, "mlp_width": 32}
     config.sampler.update({"num_steps": 2, "max_steps": 2})
-    config.evaluation.steps = (1, 2)
+    config.evaluation.update({"steps": (1, 2), "glance_steps": 2})
     return config
 
 def vae():
     config = kl_vae.get_config("digits-smoke")
     config.model = {"form": "conv", "image_size": 32, "patch": 4, "channels": 4, "conv": CONV}
     return config
+
+def patches():
+    return kl_vae.get_config("digits-smoke")
 
 def small_mar():
     config = mar.get_config("smoke")
@@ -53,7 +57,7 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     (folder / "config.py").write_text(CONFIG)
     for name, family in (("tokenizer", "taming"), ("maskgit", "maskgit-port"), ("kl_vae", "kl16"), ("mar", "mar")):
-        config = published._config(f"{folder}/config.py:{name}")
+        config = published._config(f"{folder}/config.py:{name}", name)
         params = _random(jax.eval_shape(_network(config).init, jax.random.key(0), *_inputs(config)))
         files.write(f"{folder}/{name}.safetensors", FAMILIES[family].state(params, config))
     return folder
@@ -145,7 +149,11 @@ def test_mistakes_are_one_line(work, stages, tmp_path):
         (("google-maskgit", weights, out, "maskgit", vq), "model.form=google"),
         (("taming", weights, out, "kl_vae", {}), "become a 'tokenizer' stage, not 'kl_vae'"),
         (("google-vqgan", weights, out, "tokenizer", {}), "model.form=google"),
-        (("mar", weights, out, "mar", vae), "is not of family 'mar': the state lacks class_emb.weight"),
+        (("mar", weights, out, "mar", vae), "does not fit family 'mar' .*: the state lacks class_emb.weight"),
+        (("kl16", weights, out, "vq", {}), "a VAE of model.form=conv"),
+        (("mar", weights, out, "mar", vae | {"judge": stages["mar"]}), "holds no finished 'judge' stage"),
+        (("taming", weights, out, "tokenizer", {"judge": stages["mar"]}), "a 'tokenizer' stage stands on no judge"),
+        (("taming", weights, out, "broken", {}), "is no config .KeyError"),
         (("taming", str(work / "nothing"), out, "tokenizer", {}), "there is no"),
     ]
     for (family, path, to, config, below), message in wrong:
@@ -170,12 +178,26 @@ def test_published_sizes_are_told_from_the_weights():
     for name, (state, config) in sizes.items():
         assert FAMILIES[name].config(state) == config
     for family in FAMILIES.values():
-        config = published._config(
-            family.config(sizes["mar"][0] | sizes["maskgit-port"][0] | sizes["google-maskgit"][0])
-        )
+        weights = sizes["mar"][0] | sizes["maskgit-port"][0] | sizes["google-maskgit"][0]
+        config = published._config(family.config(weights), family.task)
         family.sizes(config)
     with pytest.raises(UserError, match="no published MAR has width 5"):
         FAMILIES["mar"].config({"mask_token": np.empty((1, 1, 5))})
+    with pytest.raises(ValueError, match=r"pos_emb has shape \[1024\]"):
+        FAMILIES["maskgit-port"].config({"pos_emb": np.empty(1024)})
+
+
+def test_what_was_never_given_a_judge_says_so_when_it_is_measured(stages):
+    context, params = runner.open_workdir(stages["maskgit"])
+    with pytest.raises(UserError, match="has no judge to be measured by; convert its weights again with --judge"):
+        runner.build(context).report(params)
+
+
+def test_a_model_without_a_null_class_is_not_guided(stages):
+    context, params = runner.open_workdir(stages["maskgit"])
+    studio = dataclasses.replace(runner.task_module(context.config).studio(context, params), guided=False)
+    with pytest.raises(UserError, match="--guidance is not for this model"):
+        studio.asked({"guidance": 3.0, "num_steps": 2}, None)
 
 
 def test_the_command_takes_one_path():
@@ -188,6 +210,4 @@ def test_the_command_takes_one_path():
 
     assert told("--out=x", "--from=mar") == ["error: expected 1 argument beside the flags, got ''; see --help"]
     assert told("--out=x", "a.pth") == ["error: expected --from=<family> or --to=<family>; see --help"]
-    assert told("--out=x", "--to=mar", "--entry=model", "a") == [
-        "error: --config, --tokenizer, --base and --entry are for --from"
-    ]
+    assert told("--out=x", "--to=mar", "--entry=model", "a") == ["error: --entry is for --from"]
