@@ -13,12 +13,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from maskrl_jax.convert.mar import params_of
-from maskrl_jax.models.dimoo_sequence import Layout
 from maskrl_jax.models.dimoo_shortcut import DimooShortcutConfig
 from maskrl_jax.models.google_maskgit import GoogleMaskGITConfig
 from maskrl_jax.models.halton import HaltonConfig
 from maskrl_jax.models.mar import Mar, MarConfig
 from maskrl_jax.models.maskgit_port import PortConfig
+from maskrl_jax.sampling.dimoo_sequence import Layout
 
 BESIDE = pathlib.Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 ROOT = pathlib.Path(os.environ.get("MASKRL_FIXTURES") or BESIDE)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from maskrl_jax.models.dimoo import Dimoo, DimooConfig
-from maskrl_jax.models.dimoo_sequence import Layout, left_padded
 from maskrl_jax.models.dimoo_shortcut import DimooShortcut, DimooShortcutConfig
 from maskrl_jax.sampling import dimoo, draws, maskgit, refresh, shortcut
+from maskrl_jax.sampling.dimoo_sequence import Layout, left_padded
 
 LAYOUT = Layout(3, 4, mask=9, newline=8, boa=7, boi=6, eoi=5, eoa=4, code_offset=10, codebook_size=6)
 BASE = DimooConfig(vocab_size=16, codebook_size=6, width=16, depth=2, heads=2, kv_heads=2, mlp_width=12)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskrl_jax.models.dimoo_sequence import Layout, Prompt
 from maskrl_jax.sampling import draws, maskgit, schedules, shortcut
+from maskrl_jax.sampling.dimoo_sequence import Layout, Prompt
 from maskrl_jax.sampling.maskgit import Plan, Rollout, SamplerConfig
 
 Array = jax.Array

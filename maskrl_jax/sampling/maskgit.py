@@ -59,6 +59,8 @@ class SamplerConfig:
         object.__setattr__(self, "factors", tuple(self.factors))
         if len(self.factors) != 2 or min(self.factors) <= 0:
             raise ValueError(f"factors {self.factors} on the logits must be two positive numbers")
+        if self.factor_power < 0 or self.factor_warmup < 0:
+            raise ValueError(f"factor_power {self.factor_power} and factor_warmup {self.factor_warmup} are at least 0")
         for name in ("gumbel", "last_gumbel"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)} is a noise scale; it must be at least 0")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from tiny_dimoo import EMPTY, LAYOUT, NULL, PROMPTS, RATIO, STEPS, K, N, cached, conditions, freeze, keys, plain, small
 
-from maskrl_jax.models.dimoo_sequence import left_padded
 from maskrl_jax.sampling import dimoo, maskgit
 from maskrl_jax.sampling.dimoo import CacheConfig, make_plan
+from maskrl_jax.sampling.dimoo_sequence import left_padded
 
 FULL = CacheConfig(RATIO, warmup_ratio=0.2, refresh_interval=3).full_steps(STEPS)
 PLAN = make_plan(N, STEPS)

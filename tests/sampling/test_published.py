@@ -233,6 +233,8 @@ def test_factors_of_sampler_c_sharpen_the_draw():
     [
         ({"factors": (1.0,)}, r"factors \(1.0,\) on the logits must be two positive numbers"),
         ({"factors": (0.0, 1.0)}, "must be two positive numbers"),
+        ({"factor_warmup": -1}, "factor_warmup -1 are at least 0"),
+        ({"factor_power": -0.5}, "factor_power -0.5 and"),
         ({"noise_ends": "before"}, "'before' is not one of after, at, ahead"),
     ],
 )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskrl_jax.models.dimoo_sequence import UNCONDITIONAL, Layout, left_padded
+from maskrl_jax.sampling.dimoo_sequence import UNCONDITIONAL, Layout, left_padded
 
 SMALL = Layout(2, 3, mask=90, newline=91, boa=92, boi=93, eoi=94, eoa=95, code_offset=100, codebook_size=5)
 CODES = jnp.asarray([[0, 5, 4, 3, 5, 1]])
