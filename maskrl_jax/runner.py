@@ -22,6 +22,7 @@ from maskrl_jax.parallel import Parallel
 from maskrl_jax.phase import Phase
 from maskrl_jax.state import OptimizerConfig, optimizer_of
 from maskrl_jax.target import local_target
+from maskrl_jax.tasks import base
 from maskrl_jax.tasks.task import Context, Parent
 
 TASKS = {
@@ -110,6 +111,7 @@ def _stage(config, workdir, store, seconds):
                 f"{workdir} is finished and not measured again; its report has another {'; '.join(other)}", flush=True
             )
         return
+    _test_service(config)
     trained = parents(config, store, seconds)
     with stored.lock(workdir):
         if _agreed(stored.is_done(config, workdir)):  # by the run that held the lock
@@ -135,6 +137,21 @@ def _stage(config, workdir, store, seconds):
         trained_id = _trained_id(workdir)
         if jax.process_index() == 0:
             stored.finish(workdir, config.num_steps, trained_id)
+
+
+def _test_service(config):
+    """Find a reward service that is missing or wrong before parents are trained; process 0 alone asks one."""
+    settings, reason = config.get("service", {"url": ""}), None
+    if not settings["url"]:
+        return
+    if jax.process_index() == 0:
+        try:
+            with _settings_of_the_user(config):
+                base.opened_service(base.service_of(settings, ()))
+        except UserError as error:
+            reason = error
+    if _agreed(reason is not None):
+        raise reason or UserError(f"no reward service at {settings['url']}; process 0 says why")
 
 
 def keep(config: ConfigDict, workdir: str, store: str, parents: dict[str, str], params: Any, extra: Any) -> None:

@@ -21,6 +21,7 @@ DONE = "done"
 # Keys that do not change what a stage computes, only how it is run and watched.
 RUNNING = ("name", "log_every", "eval_every", "save_every", "keep", "profile_at", "parallel", "init")
 NEUTRAL = (*RUNNING, "evaluation")
+SERVICE = ("name", "weight")  # of a reward service; its other keys say how it is reached
 # Keys whose change makes a stored checkpoint another model or another run, or one that does not fit.
 ARCHITECTURE = ("task", "seed", "model", "data", "parents", "init")
 OPTIMIZER_STATE = tuple(f"optimizer.{key}" for key in ("name", "rates", "muon_skip"))
@@ -37,7 +38,9 @@ def fingerprint(config: ConfigDict) -> str:
     A parent that `init` replaces counts with its config and its trained parameters, or with its path where there are
     none.
     """
-    own = {key: value for key, value in plain(config).items() if key not in (*NEUTRAL, "parents")}
+    own = {key: value for key, value in _served(plain(config)).items() if key not in (*NEUTRAL, "parents")}
+    if "service" in own:
+        own["service"] = {key: own["service"].get(key) for key in SERVICE}
     own["parents"] = {}
     for name, wanted in config.parents.items():
         path = config.init.get(name, "")
@@ -100,7 +103,7 @@ def is_done(config: ConfigDict, workdir: str) -> bool:
         return False
     if complete > config.num_steps:
         raise UserError(f"{workdir} is at step {complete}, num_steps is {config.num_steps}; use another --workdir")
-    other = [line for key, line in found.items() if key.split(".")[0] not in NEUTRAL]
+    other = [line for key, line in found.items() if key.split(".")[0] not in NEUTRAL and not _of_reaching(key)]
     if other:
         raise UserError(f"{workdir} is finished with another config: {'; '.join(other)}; use another --workdir")
     return True
@@ -113,8 +116,11 @@ def changes(config: ConfigDict, workdir: str) -> dict[str, str]:
 
 
 def differences(old: dict, new: dict) -> dict[str, str]:
-    """Return {dotted key: "key: old -> new"} of two plain configs; neutral keys of parents do not count."""
-    old, new = _flat(old), _flat(new)
+    """Return {dotted key: "key: old -> new"} of two plain configs; neutral keys of parents do not count.
+
+    A service without a url is none, as in configs of before there were services.
+    """
+    old, new = _flat(_served(old)), _flat(_served(new))
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     keys = [key for key in changed if not _neutral_in_parent(key)]
     return {key: f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in keys}
@@ -122,7 +128,22 @@ def differences(old: dict, new: dict) -> dict[str, str]:
 
 def _neutral_in_parent(key):
     parts, neutral = key.split("."), set(NEUTRAL) - {"init"}
+    if parts[0] == "parents" and _of_reaching(".".join(parts[-2:])):
+        return True
     return any(parts[i] == "parents" and parts[i + 2] in neutral for i in range(0, len(parts) - 2, 2))
+
+
+def _of_reaching(key):
+    """Whether a key says only how a service is reached."""
+    return key.startswith("service.") and key not in [f"service.{name}" for name in SERVICE]
+
+
+def _served(config):
+    """Return a plain config without the services, its own and its parents', that have no url."""
+    own = {key: value for key, value in config.items() if key != "service" or value.get("url")}
+    if "parents" in own:
+        own["parents"] = {name: _served(parent) for name, parent in own["parents"].items()}
+    return own
 
 
 def _flat(tree, prefix=""):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 import toy_task
 
+from configs import sizes
 from maskrl_jax import roofline, runner, stored
 from maskrl_jax.errors import UserError
 from maskrl_jax.parallel import Parallel
@@ -177,3 +178,14 @@ def test_seconds_at_peak_come_from_the_programs_of_a_stage(monkeypatch):
     adaptive = [Phase("rollout", product, (w, {}, {"x": x}), kind="map", loop_trips=5)]
     monkeypatch.setattr(toy_task, "phases", lambda *_: adaptive)
     assert runner._peak_seconds(config, parallel) is None
+
+
+@pytest.mark.parametrize(
+    ("probe", "named"), [("", "service.probe is empty"), ("none.json", "no probe of a reward service in none.json")]
+)
+def test_a_service_that_cannot_be_used_is_told_before_parents_are_trained(tmp_path, probe, named):
+    config = toy_task.get_config("child")
+    config.service = sizes.SERVICE | {"url": "http://127.0.0.1:9", "probe": probe}
+    with pytest.raises(UserError, match=named):
+        runner.run(config, str(tmp_path / "run"), str(tmp_path / "stages"))
+    assert not (tmp_path / "stages").exists()

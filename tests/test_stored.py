@@ -5,6 +5,7 @@ import json
 import pytest
 import toy_task
 
+from configs import sizes
 from maskrl_jax import stored
 from maskrl_jax.errors import UserError
 
@@ -25,6 +26,35 @@ def test_fingerprint_follows_what_changes_the_result_and_nothing_else(tmp_path):
         config = toy_task.get_config("child")
         config.update(change)
         assert stored.fingerprint(config) != plain
+
+
+def served(name="child", **service):
+    """The toy config with a service, its own and its parent's."""
+    config = toy_task.get_config(name)
+    for one in (config, config.parents.base):
+        one.service = sizes.SERVICE | service
+    return config
+
+
+def test_a_service_without_a_url_is_as_none():
+    old = toy_task.get_config("child")
+    assert stored.fingerprint(served()) == stored.fingerprint(old)
+    assert stored.differences(stored.plain(old), stored.plain(served())) == {}
+    assert stored.differences(stored.plain(served()), stored.plain(old)) == {}
+
+
+def test_of_a_service_name_and_weight_count_and_not_how_it_is_reached(tmp_path):
+    known = served(url="http://a")
+    assert stored.fingerprint(known) != stored.fingerprint(served())
+    moved = served(url="http://b", timeout=1.0, retries=0, pause=0.0, batch_size=1, patience=9, probe="p")
+    assert stored.fingerprint(moved) == stored.fingerprint(known)
+    (tmp_path / "config.json").write_text(json.dumps(stored.plain(known)))
+    stored.finish(str(tmp_path), known.num_steps, "x")
+    assert stored.is_done(moved, str(tmp_path))
+    moved.service.weight = 2.0
+    assert stored.fingerprint(moved) != stored.fingerprint(known)
+    with pytest.raises(UserError, match="service.weight: 1.0 -> 2.0; use another"):
+        stored.is_done(moved, str(tmp_path))
 
 
 def test_fingerprint_of_a_replaced_parent_is_that_of_what_lies_there(tmp_path):

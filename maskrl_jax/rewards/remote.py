@@ -76,6 +76,8 @@ class RemoteReward:
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """Score pictures [B,H,W,3] in [0,1]: float32 [B], NaN for what is not finite or got no score.
 
+        A request whose tries all fail ends the call: the pictures after it are not sent.
+
         Raises ValueError where pictures and prompts do not match, and UserError after `patience` calls in a row
         without any score.
         """
@@ -91,6 +93,8 @@ class RemoteReward:
                 scores[rows] = self._asked(images[rows], [prompts[row] for row in rows])
             except ServiceError as error:
                 reasons.append(str(error))
+                if error.again:  # every try failed so: an outage, which more requests would wait out one by one
+                    break
         if len(sent) and not np.isfinite(scores).any():
             reasons = reasons or ["no score of its answer is a number"]
             self._outage(reasons[-1])

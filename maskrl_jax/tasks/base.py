@@ -1,6 +1,7 @@
 """The base that a tuning stage starts from, and the rewards of what it makes."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from maskrl_jax.models.maskgit import MaskGITConfig
 from maskrl_jax.rewards import energy_distance, mix
 from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.rewards.alarm import AlarmConfig
-from maskrl_jax.rewards.remote import RemoteConfig
+from maskrl_jax.rewards.remote import RemoteConfig, RemoteReward, read_probe
 from maskrl_jax.rl.token_terms import Model
 from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import checks, codecs, generators
@@ -26,6 +27,8 @@ from maskrl_jax.tasks.task import Context
 Array = jax.Array
 VERIFIED = ("graded", "strict", "presence", "shape", "colour", "binding", "position", "coherence")
 SCALES = ("raw", "group")
+# What the logs have beside the rewards, under reward/.
+LOGGED = ("total", "quality", "energy_distance", "failed", "sigma", "speed", "gate", "surplus")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +42,27 @@ class Service:
 
 
 def service_of(settings: Mapping[str, Any], judged: Sequence[str]) -> Service | None:
-    """The service that a config asks for by its `url`, if any. UserError for a name that is taken."""
+    """The service that a config asks for by its `url`, if any. UserError for a name that is taken, or no weight."""
     settings = dict(settings)
     if not settings["url"]:
         return None
     name, weight, probe = (settings.pop(key) for key in ("name", "weight", "probe"))
     if name in (*judged, *VERIFIED):
         raise UserError(f"service.name {name!r} is that of another reward; choose one of its own")
+    if not name or "/" in name or name in (*LOGGED, *(f"{other}_std" for other in judged)):
+        raise UserError(f"service.name {name!r} cannot be told from what else is logged; choose another")
+    if not math.isfinite(weight) or weight == 0:
+        raise UserError(f"service.weight {weight} must be a number other than 0; for no service leave its url empty")
     return Service(name, weight, probe, RemoteConfig(**settings))
+
+
+def opened_service(known: Service) -> RemoteReward:
+    """The service, tested on its probe. UserError where it is not there or not the right one."""
+    if not known.probe:
+        raise UserError("service.probe is empty; name a file of pictures with known scores, see docs/remote_rewards.md")
+    service = RemoteReward(known.remote)
+    service.self_test(read_probe(known.probe))
+    return service
 
 
 class Base:

@@ -12,12 +12,14 @@ import numpy as np
 
 from maskrl_jax.data.batches import batch_at
 from maskrl_jax.data.dataset import Dataset
+from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import measure, measured
 from maskrl_jax.evaluate.measure import Protocol, Scorer, System
 from maskrl_jax.rewards import alarm, energy_distance, mix, statistics
 from maskrl_jax.rewards import judge as judge_reward
-from maskrl_jax.rewards.remote import RemoteReward, read_probe
+from maskrl_jax.rewards.remote import RemoteReward
 from maskrl_jax.rl import credit
+from maskrl_jax.tasks.base import opened_service
 from maskrl_jax.tasks.task import Context
 
 Array = jax.Array
@@ -59,7 +61,6 @@ class Rollouts:
             same = [(found["cond"] == cond).reshape(len(real), -1).all(axis=1) for cond in self.pool]
             self.real_of = {cond.tobytes(): real[rows] for cond, rows in zip(self.pool, same, strict=True)}
         self.real = real[:: max(len(real) // (few * len(texts)), 1)]
-        self.service = opened_service(wiring) if wiring.base.service else None
         self.program = context.parallel.map(wiring.rollout)
         self.rounds = self.config.resample.rounds if "resample" in self.config else 0
         # Groups of a resampling program: those asked for, filled up until the devices divide their rollouts.
@@ -71,6 +72,11 @@ class Rollouts:
         self.warned: set[str] = set()
         self.images_per_sec = 0.0  # of the last first round
         self.remember = jax.jit(functools.partial(credit.remember, wiring.credit))
+
+    @functools.cached_property
+    def service(self) -> RemoteReward:
+        """The reward service, tested at the first rollout that is trained on: what is only measured needs none."""
+        return opened_service(self.wiring.base.service)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Rollout requests of an update, all processes' rows; a pure function of the step."""
@@ -147,7 +153,7 @@ class Rollouts:
         `others` are the generated pictures that these are compared with, if not themselves.
         """
         out = self.generate(state.params, batch, step * (self.rounds + 1) + attempt)
-        if self.service is not None:
+        if self.wiring.base.service is not None:
             out |= self._served(out, batch)
         if self.wiring.base.reward_scale == "group":
             scores = {name: out[f"reward/{name}"] for name in self.wiring.base.rewards}
@@ -162,13 +168,19 @@ class Rollouts:
     def _served(self, out, batch):
         """What the service says of the pictures, and the quality with it; NaN, which drops a group, where it fails.
 
-        Process 0 asks for all: a failure must drop the same groups everywhere.
+        Process 0 asks for all: a failure must drop the same groups everywhere, or stop all processes (UserError).
         """
         known, prompts = self.wiring.base.service, self.train.describe(batch["cond"])
-        scores = np.zeros(len(prompts), np.float32)
+        told, reason = np.zeros(1 + len(prompts), np.float32), None  # whether to stop, and the scores
         if jax.process_index() == 0:
-            scores = self.service.score(out["images"], prompts)
-        scores = self.parallel.of_first(scores)
+            try:
+                told[1:] = self.service.score(out["images"], prompts)
+            except UserError as error:
+                told[0], reason = 1, error
+        told = self.parallel.of_first(told)
+        if told[0]:
+            raise reason or UserError(f"the reward service at {known.remote.url} stopped process 0, which says why")
+        scores = told[1:]
         return {f"reward/{known.name}": scores, "quality": np.float32(out["quality"] + known.weight * scores)}
 
     def _resample(self, state, batch, step, attempt, groups, out, others):
@@ -247,15 +259,6 @@ class Rollouts:
         values |= {f"reward_heldout/{name}": _mean(scores[name][seen]) for name in base.held_out}
         values["reward/quality"] = sum(w * values[f"reward/{name}"] for name, w in base.rewards.items())
         return values
-
-
-def opened_service(wiring: Any) -> RemoteReward:
-    """The reward service of a stage, tested on its probe. UserError where it is not there or not the right one."""
-    known = wiring.base.service
-    service = RemoteReward(known.remote)
-    if jax.process_index() == 0:
-        service.self_test(read_probe(known.probe))
-    return service
 
 
 def _mean(values: np.ndarray) -> float:

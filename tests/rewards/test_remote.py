@@ -94,6 +94,15 @@ def test_a_server_that_dies_between_two_requests_loses_the_rest_alone():
     np.testing.assert_array_equal(found, np.float32([0.1, 0.2, np.nan, np.nan, np.nan]))
 
 
+def test_an_outage_is_waited_for_once_a_call_and_a_refusal_for_one_request_alone():
+    pauses = []
+    remote = RemoteReward(RemoteConfig("http://127.0.0.1:9", retries=1, pause=0.5, batch_size=1), sleep=pauses.append)
+    assert np.isnan(remote.score(IMAGES, PROMPTS)).all() and pauses == [0.5]
+    with answering((400, b""), scores(0.3)) as url:
+        found = client(url, batch_size=1).score(IMAGES[:2], "ab")
+    np.testing.assert_array_equal(found, np.float32([np.nan, 0.3]))
+
+
 def test_too_long_an_outage_stops_the_run_in_one_line():
     remote = client("http://127.0.0.1:9", patience=2, retries=0)
     assert np.isnan(remote.score(IMAGES, PROMPTS)).all()

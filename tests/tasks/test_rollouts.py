@@ -30,6 +30,9 @@ class Alone:
     def gather(self, outputs):
         return outputs
 
+    def of_first(self, numbers):
+        return numbers
+
     def map(self, fn):
         return lambda state, frozen, batch: fn(state, frozen, batch, None)
 
@@ -138,12 +141,11 @@ def served(make, monkeypatch):
 
     def served(score_of, change=()):
         service = Judging(score_of)
-        monkeypatch.setattr("maskrl_jax.tasks.rollouts.opened_service", lambda wiring: service)
+        monkeypatch.setattr("maskrl_jax.tasks.rollouts.opened_service", lambda known: service)
         named = {"service": {"url": "http://localhost:1", "name": "outside", "weight": 2.0}}
         quiet = {"resample": {"rounds": 0, "groups": 1}, "credit": QUIET}
         return make(made_up(lambda number, place: 0.1 * place), named | quiet | dict(change)), service
 
-    monkeypatch.setattr(Alone, "of_first", staticmethod(lambda numbers: numbers), raising=False)
     return served
 
 
@@ -178,15 +180,30 @@ def test_a_service_that_never_answers_leaves_nothing_to_learn_from(served):
     assert result.rejected.all() and not result.keep.any() and memory.history.count == 0
 
 
-def test_a_service_is_tested_before_anything_is_rolled_out(make):
+def test_a_service_is_tested_at_the_first_rollout_to_learn_from_and_not_before(make):
+    service = {"url": "http://127.0.0.1:9", "probe": "none.json"}
+    rollouts = make(made_up(lambda number, place: 0.5), {"service": service, "credit": QUIET})
+    assert rollouts.shown({})
     with pytest.raises(UserError, match="no probe of a reward service"):
-        make(change={"service": {"url": "http://127.0.0.1:9", "probe": "none.json"}, "credit": QUIET})
+        collect(rollouts)
+
+
+def test_all_processes_stop_where_the_first_lost_the_service(served):
+    rollouts, _ = served(lambda place: 0.0)
+    rollouts.parallel.of_first = lambda numbers: np.insert(numbers[1:], 0, 1)
+    with pytest.raises(UserError, match="at http://localhost:1 stopped process 0"):
+        collect(rollouts)
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"service": {"url": "http://a", "name": "judge"}, "credit": QUIET}, "name 'judge' is that of another reward"),
+        ({"service": {"url": "http://a", "name": "total"}, "credit": QUIET}, "'total' cannot be told from"),
+        ({"service": {"url": "http://a", "name": "judge_std"}, "credit": QUIET}, "'judge_std' cannot be told from"),
+        ({"service": {"url": "http://a", "name": "a/b"}, "credit": QUIET}, "'a/b' cannot be told from"),
+        ({"service": {"url": "http://a", "weight": 0.0}, "credit": QUIET}, "service.weight 0.0"),
+        ({"service": {"url": "http://a", "weight": float("nan")}, "credit": QUIET}, "service.weight nan"),
         ({"service": {"url": "http://a"}, "credit": {"gate": "hard"}}, "for which a service is not asked"),
     ],
 )
