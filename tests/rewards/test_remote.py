@@ -14,7 +14,7 @@ import pytest
 from maskrl_jax.errors import UserError
 from maskrl_jax.rewards import wire
 from maskrl_jax.rewards.remote import Probe, RemoteConfig, RemoteReward, post, read_probe
-from maskrl_jax.rewards.server import local_reward, make_server
+from maskrl_jax.rewards.serving import local_reward, make_server
 
 PROMPTS = tuple("abcde")
 IMAGES = np.arange(1, 6, dtype=np.float32)[:, None, None, None] / 10 * np.ones((1, 8, 8, 3), np.float32)

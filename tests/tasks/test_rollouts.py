@@ -213,7 +213,7 @@ def test_services_that_do_not_go_together_are_refused(make, change, named):
 
 
 def test_a_trained_judge_can_be_served(trained):
-    from maskrl_jax.rewards.server import local_reward
+    from maskrl_jax.rewards.serving import local_reward
 
     score = local_reward("judge_whole", workdir=trained.parents["judge"].workdir)
     found = np.asarray(score(np.zeros((2, 32, 32, 3), np.float32), ["a red circle", "a blue cross"]))
