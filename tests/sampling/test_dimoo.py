@@ -8,7 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_dimoo import EMPTY, LAYOUT, PROMPTS, STEPS, K, N, bound, conditions, even, freeze, keys, light, plain, small
+from tiny_dimoo import (
+    EMPTY,
+    LAYOUT,
+    PROMPTS,
+    STEPS,
+    K,
+    N,
+    bound,
+    conditions,
+    even,
+    freeze,
+    keys,
+    light,
+    plain,
+    small,
+    weights,
+)
 
 from maskrl_jax.convert.dimoo import config_of, params_of
 from maskrl_jax.convert.shortcut import dimoo_params_of
@@ -193,8 +209,13 @@ def test_a_shortcut_that_never_runs_is_the_plain_sampler(cfg_scale):
 
 def test_a_kept_first_step_is_the_computed_one():
     plan, (cond, null) = make_plan(N, STEPS), conditions()
-    parts = dimoo.parts(small()[0], LAYOUT, cond, null, small()[1])
-    first = jax.jit(lambda: shortcut.empty_features(parts, cond, null, plan, N, K))()
+
+    @jax.jit
+    def computed(params):
+        parts = dimoo.parts(small(params)[0], LAYOUT, cond, null, small(params)[1])
+        return shortcut.empty_features(parts, cond, null, plan, N, K)
+
+    first = computed(weights())
     kept = light(plan, even(3), cond, null, keys(0, 1), first=first)[0]
     chex.assert_trees_all_equal(kept.replace(calls=kept.calls + 1), light(plan, even(3), cond, null, keys(0, 1))[0])
 
