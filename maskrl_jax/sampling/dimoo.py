@@ -112,9 +112,7 @@ def parts(
         found = move(features_bLD, told, places, valid, share_b, ~real_bL, positions_bL)
         return found.astype(features_bLD.dtype)
 
-    return shortcut.Parts(
-        features, lambda f: base(layout.image(f), method="logits"), advance, lambda f: layout.image(f)
-    )
+    return shortcut.Parts(features, lambda f: base(layout.image(f), method="logits"), advance, layout.image)
 
 
 def decode_cached(
