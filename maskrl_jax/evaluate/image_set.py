@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
+from maskrl_jax.data.pixels import rgb
 from maskrl_jax.errors import UserError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -60,7 +61,7 @@ def _folder(path):
     def read():
         for file in files:
             try:
-                picture = np.asarray(Image.open(file).convert("RGB"))
+                picture = rgb(Image.open(file))
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 raise UserError(f"cannot read the image {file}: {error}") from None
             yield file.relative_to(path).with_suffix("").as_posix(), picture

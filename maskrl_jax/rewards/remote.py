@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from maskrl_jax.data.pixels import rgb
 from maskrl_jax.errors import UserError
 from maskrl_jax.rewards import wire
 
@@ -209,7 +210,7 @@ def read_probe(path: str) -> Probe:
     try:
         found = json.loads(place.read_text())
         rows = found["pictures"]
-        images = [np.asarray(Image.open(place.parent / row["image"]).convert("RGB"), np.float32) / 255 for row in rows]
+        images = [rgb(Image.open(place.parent / row["image"])).astype(np.float32) / 255 for row in rows]
         scores = np.array([float(row["score"]) for row in rows])
         return Probe(np.stack(images), tuple(str(row["prompt"]) for row in rows), scores, float(found["tolerance"]))
     except (KeyError, OSError, TypeError, ValueError) as error:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from maskrl_jax.data.pixels import rgb
+
 TYPE = "application/json"
 
 
@@ -26,7 +28,7 @@ class Bounds:
 
     bytes: int = 64 * 2**20  # of the body
     images: int = 256
-    pixels: int = 2**26  # of all pictures: a small PNG may hold many
+    pixels: int = 2**24  # of all pictures, 16 of 1024 x 1024: a small PNG may hold many
     prompt: int = 2000  # characters
 
     def __post_init__(self):
@@ -113,6 +115,6 @@ def _opened(text: str) -> Image.Image:
 
 def _pixels(image: Image.Image) -> np.ndarray:
     try:
-        return np.asarray(image.convert("RGB"), np.float32) / 255
+        return rgb(image).astype(np.float32) / 255
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"an image is a broken PNG: {str(error)[:80]}") from error
+        raise ValueError(f"an image is a PNG that cannot be read: {str(error)[:80]}") from error
