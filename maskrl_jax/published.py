@@ -217,7 +217,8 @@ def read(
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         reason = error.args[0] if error.args else type(error).__name__
         raise UserError(
-            f"{path} does not fit family {name!r} with this config and what is below it: {reason}"
+            f"{path} does not fit family {name!r} at the sizes of {config or 'the published config'} and of what is below "
+            f"it: {reason}"
         ) from error
     runner.keep(made, out, store, dict(below), params, family.extra(made))
     print(f"{out}: a {made.task!r} stage of {sum(x.size for x in jax.tree.leaves(params)):,} parameters")

@@ -168,8 +168,8 @@ def _torch(file: pathlib.Path, entry: str) -> dict[str, np.ndarray]:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # UnpicklingError, RuntimeError for a file that is not a zip, ...
         raise UserError(
-            f"{file} holds more than tensors, or is damaged, and nothing of it was run; save its state dict as "
-            f"safetensors where you trust it ({_first_line(error)})"
+            f"{file} holds more than tensors, or is damaged ({type(error).__name__}), and nothing of it was run; save its "
+            "state dict as safetensors where you trust it"
         ) from error
     names = [name for name in ([entry] if entry else ENTRIES) if isinstance(found, dict) and name in found]
     if entry and not names:
@@ -194,7 +194,3 @@ def _arrays(file: pathlib.Path, flat: Mapping[str, Any]) -> dict[str, np.ndarray
     if not found:
         raise UserError(f"{file} holds no arrays")
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

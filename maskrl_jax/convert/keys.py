@@ -47,7 +47,12 @@ class Keys:
         """Return an array of this shape; None stands for any length (not where `write` is wanted)."""
         if name not in self.left:
             raise ValueError(f"the state lacks {name}")
-        array = np.asarray(self.left.pop(name), np.float32)
+        found = np.asarray(self.left.pop(name))
+        if found.dtype.kind in "biuOSU":
+            raise ValueError(f"{name} holds {found.dtype}, not floating-point numbers")
+        array = np.asarray(found, np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds numbers that are not finite")
         fits = array.ndim == len(shape) and all(want in (None, n) for want, n in zip(shape, array.shape, strict=True))
         if not fits:
             wanted = ", ".join("*" if n is None else str(n) for n in shape)

@@ -1,6 +1,7 @@
 """Published weights become a stage that samples and is tuned from, and go back byte for byte."""
 
 import dataclasses
+import pathlib
 import subprocess
 import sys
 
@@ -198,6 +199,11 @@ def test_a_model_without_a_null_class_is_not_guided(stages):
     studio = dataclasses.replace(runner.task_module(context.config).studio(context, params), guided=False)
     with pytest.raises(UserError, match="--guidance is not for this model"):
         studio.asked({"guidance": 3.0, "num_steps": 2}, None)
+
+
+def test_the_help_names_every_family():
+    text = pathlib.Path(published.__file__).with_name("convert").joinpath("__main__.py").read_text()
+    assert all(f" {name}," in text or f" {name};" in text for name in FAMILIES)
 
 
 def test_the_command_takes_one_path():

@@ -35,7 +35,7 @@ def test_names_are_the_published_ones():
 
 def test_kernels_are_transposed_and_moments_find_their_places():
     weight = np.random.default_rng(0).normal(size=SHAPES[CONV]).astype(np.float32)
-    moments = {f"Mixed_6c.branch7x7dbl_4.bn.{name}": np.full(160, i) for i, name in enumerate(
+    moments = {f"Mixed_6c.branch7x7dbl_4.bn.{name}": np.full(160, float(i)) for i, name in enumerate(
         ("weight", "bias", "running_mean", "running_var"))}  # fmt: skip
     found = params_of(state() | {CONV: weight} | moments)["params"]["Mixed_6c"]["branch7x7dbl_4"]
     np.testing.assert_array_equal(found["kernel"], weight.transpose(2, 3, 1, 0))

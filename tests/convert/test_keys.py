@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from maskrl_jax.convert.keys import read, write
+from maskrl_jax.convert.keys import Keys, read, write
 
 
 def describe(keys, width):
@@ -112,3 +112,15 @@ def test_a_description_that_copies_or_takes_twice_is_refused():
 def test_parameters_on_a_device_are_written():
     params = jax.tree.map(jax.numpy.asarray, read(describe, state(), 3))
     np.testing.assert_array_equal(write(describe, params, 3)["q"], state()["q"])
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones(2, np.int32), "a holds int32, not floating-point"),
+        (np.float32([1, np.nan]), "a holds numbers that are not"),
+    ],
+)
+def test_what_are_no_weights_is_refused(array, message):
+    with pytest.raises(ValueError, match=message):
+        Keys({"a": array}).take("a", 2)
