@@ -22,7 +22,6 @@ from maskrl_jax.parallel import Parallel
 from maskrl_jax.phase import Phase
 from maskrl_jax.state import OptimizerConfig, optimizer_of
 from maskrl_jax.target import local_target
-from maskrl_jax.tasks import base
 from maskrl_jax.tasks.task import Context, Parent
 
 TASKS = {
@@ -144,6 +143,8 @@ def _test_service(config):
     settings, reason = config.get("service", {"url": ""}), None
     if not settings["url"]:
         return
+    from maskrl_jax.tasks import base  # late: it draws figures, too
+
     if jax.process_index() == 0:
         try:
             with _settings_of_the_user(config):
