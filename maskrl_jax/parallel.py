@@ -60,14 +60,6 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         ) from error
 
 
-def of_processes(array: np.ndarray) -> np.ndarray:
-    """Return a host array of every process, [processes, ...]: bit for bit, float64 too, which no device would keep."""
-    if jax.process_count() == 1:
-        return array[None]
-    rows = multihost_utils.process_allgather(np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8))
-    return np.stack([np.frombuffer(row.tobytes(), array.dtype).reshape(array.shape) for row in np.asarray(rows)])
-
-
 def mean_gradients(grads_sum: Any, weight: jax.Array, axis: Axis) -> Any:
     """Turn the gradient of a weighted sum into the gradient of the mean over all devices.
 

@@ -31,7 +31,7 @@ class Family:
     task: str  # of the stage
     config: Callable[[State], str]  # the stage's config file:argument at published sizes, told from the weights
     sizes: Callable[[ConfigDict], Any]  # static sizes of the network of such a stage
-    runs: Mapping[str, Callable[[ConfigDict, Any], tuple[ConfigDict, Any]]]  # task -> (the stage's config, network)
+    runs: tuple[str, ...] = ()  # tasks of other runs that hold such a network, of the sizes of their parent `task`
     parents: tuple[str, ...] = ()  # stages below it
     extra: Callable[[ConfigDict], dict] = lambda config: {}  # what such a stage keeps beside its parameters
 
@@ -45,15 +45,6 @@ class Family:
 
     def _module(self):
         return importlib.import_module(f"maskrl_jax.convert.{self.module}")
-
-
-def _itself(config, params):
-    return config, params
-
-
-def _of_parent(name, part=""):
-    """A run whose parameters, or a part of them, are a network of a parent's sizes."""
-    return lambda config, params: (config.parents[name], params[part] if part else params)
 
 
 def _pixels(tokens: int, patch: int = 16) -> int:
@@ -128,21 +119,18 @@ FAMILIES = {
         task="tokenizer",
         config=lambda state: "configs/tokenizer.py:taming256",
         sizes=_codec("taming"),
-        runs={"tokenizer": _itself},
     ),
     "google-vqgan": Family(
         module="google_vqgan",
         task="tokenizer",
         config=lambda state: "configs/tokenizer.py:google256",
         sizes=_codec("google"),
-        runs={"tokenizer": _itself},
     ),
     "maskgit-port": Family(
         module="maskgit_port",
         task="maskgit",
         config=lambda state: f"configs/maskgit.py:port{_pixels(_length(state, 'pos_emb', 1) - 1)}",
         sizes=_generator("port"),
-        runs={"maskgit": _itself},
         parents=("tokenizer",),
     ),
     "google-maskgit": Family(
@@ -152,7 +140,6 @@ FAMILIES = {
             f"configs/maskgit.py:google{_pixels(_length(state, 'params/Embed_0/position_embeddings/embedding', 0) - 1)}"
         ),
         sizes=_generator("google"),
-        runs={"maskgit": _itself},
         parents=("tokenizer",),
     ),
     "kl16": Family(
@@ -160,7 +147,6 @@ FAMILIES = {
         task="kl_vae",
         config=lambda state: "configs/kl_vae.py:kl16",
         sizes=_kl_sizes,
-        runs={"kl_vae": _itself},
         extra=_latents,
     ),
     "mar": Family(
@@ -168,7 +154,7 @@ FAMILIES = {
         task="mar",
         config=_mar_config,
         sizes=_mar_sizes,
-        runs={"mar": _itself, "marval": _of_parent("mar"), "marval_rl": _of_parent("mar")},
+        runs=("marval", "marval_rl"),
         parents=("tokenizer",),
     ),
     "shortcut": Family(
@@ -176,7 +162,6 @@ FAMILIES = {
         task="shortcut",
         config=lambda state: "configs/shortcut.py:maskgit512",
         sizes=_shortcut_sizes,
-        runs={"shortcut": _itself},
         parents=("tokenizer", "maskgit"),
     ),
 }
@@ -231,13 +216,12 @@ def write(name: str, workdir: str, out: str) -> None:
         raise UserError(f"{out} exists already; name another --out")
     context, params = runner.open_workdir(workdir)
     task = context.config.task
-    if task not in family.runs:
-        raise UserError(
-            f"{workdir} holds a {task!r} stage, which has no network of {name!r}; that have: {', '.join(family.runs)}"
-        )
-    config, network = family.runs[task](context.config, params)
+    if task not in (family.task, *family.runs):
+        known = ", ".join((family.task, *family.runs))
+        raise UserError(f"{workdir} holds a {task!r} stage, which has no network of {name!r}; that have: {known}")
+    config = context.config if task == family.task else context.config.parents[family.task]
     try:
-        state = family.state(network, config)
+        state = family.state(params, config)
     except ValueError as error:
         raise UserError(f"the network of {workdir} does not fit the layout of {name!r}: {error}") from error
     files.write(out, state)

@@ -90,9 +90,11 @@ def _given(studio):
         return None
     from PIL import Image, UnidentifiedImageError
 
+    from maskrl_jax.data.pixels import rgb
+
     try:
-        picture = np.asarray(Image.open(IMAGE.value).convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+        picture = rgb(Image.open(IMAGE.value))
+    except (OSError, UnidentifiedImageError, ValueError) as error:
         raise UserError(f"cannot read --image {IMAGE.value}: {error}") from None
     try:
         box = [int(number) for number in BOX.value]

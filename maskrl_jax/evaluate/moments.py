@@ -1,11 +1,9 @@
-"""Mean and covariance of a stream of features, merged exactly over batches and processes."""
+"""Mean and covariance of a stream of features, merged exactly over batches."""
 
 import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
-
-from maskrl_jax.parallel import of_processes
 
 ROWS_AT_ONCE = 4096  # of a stream, kept until they are folded in
 
@@ -53,14 +51,6 @@ def merged(parts: Iterable[Moments]) -> Moments:
     """Return the moments of all parts together; ValueError where there is none."""
     first, *others = parts
     return sum(others, first)
-
-
-def over_processes(own: Moments) -> Moments:
-    """Return the moments of the rows of all processes together; every process must call it."""
-    packed = np.concatenate([[own.count], own.mean, own.scatter.ravel()])
-    size = len(own.mean)
-    rows = of_processes(packed)
-    return merged(Moments(int(row[0]), row[1 : size + 1], row[size + 1 :].reshape(size, size)) for row in rows)
 
 
 class Stream:

@@ -91,25 +91,28 @@ class GoogleMaskGIT(nn.Module):
         return self.logits(self.features(ids_BN, cond))
 
     def features(self, ids_BN: Array, cond: Array) -> Array:
-        """Output of the last norm, [B,1+N,D] float32, class slot first. Arguments as in `__call__`."""
+        """Output of the last norm, [B,N+1,D] float32. Arguments as in `__call__`.
+
+        The class slot, which the network has first, comes last here, as in our other models.
+        """
         c = self.config
         image, cond = self._rows(ids_BN), cond.reshape(-1, c.cond_length)
         inside = (cond >= 0) & (cond < c.num_classes)
         rows_BS = jnp.concatenate([jnp.where(inside, c.codebook_size + cond, c.vocab), image], axis=1)
         x_BSD = self.norm_in(self._embedded(rows_BS) + self.position[None])
         x_BSD, _ = self.blocks(x_BSD)
-        return self.norm_out(nn.gelu(self.dense(x_BSD)))
+        return jnp.roll(self.norm_out(nn.gelu(self.dense(x_BSD))), -c.cond_length, axis=1)
 
     def logits(self, features: Array) -> Array:
-        """Tied head on features [..., 1+N or N, D] -> [..., N, K] float32: image positions and image codes only."""
+        """Tied head on features [..., N or N+1, D] -> [..., N, K] float32: image positions and image codes only."""
         c = self.config
         if features.shape[-2] not in (c.num_tokens, c.cond_length + c.num_tokens):
             raise ValueError(f"features of {features.shape[-2]} positions; the model has the class and {c.num_tokens}")
-        return self._scores(features[..., -c.num_tokens :, :], c.codebook_size)
+        return self._scores(features[..., : c.num_tokens, :], c.codebook_size)
 
     def entries(self, features: Array) -> Array:
-        """Scores of every row of the table at every slot, [..., 1+N, V] float32, as the published head gives them."""
-        return self._scores(features, self.config.vocab)
+        """Scores of every row of the table at every slot, [..., 1+N, V] float32, as published: class slot first."""
+        return jnp.roll(self._scores(features, self.config.vocab), self.config.cond_length, axis=-2)
 
     def controls(self, ids_Bn: Array, positions_Bn: Array) -> Array:
         """Embedding plus position of some image tokens, [B,n,D] float32: what the model sees of them."""

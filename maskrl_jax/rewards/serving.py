@@ -21,6 +21,13 @@ JUDGED = judge.names("cells")
 KNOWN = (*VERIFIED, *JUDGED, *clip.KINDS)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        print(f"warning: a client broke off: {sys.exception()!r}", file=sys.stderr)
+
+
 def make_server(
     name: str, score: Score, host: str = "127.0.0.1", port: int = 0, bounds: wire.Bounds | None = None
 ) -> ThreadingHTTPServer:
@@ -80,13 +87,7 @@ def make_server(
         def log_message(self, *_):
             pass
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *_):
-            print(f"warning: a client broke off: {sys.exception()!r}", file=sys.stderr)
-
-    return Server((host, port), Handler)
+    return _Server((host, port), Handler)
 
 
 def local_reward(name: str, workdir: str | None = None, folder: str | None = None) -> Score:

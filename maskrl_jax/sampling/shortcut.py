@@ -122,8 +122,7 @@ def decode(
         is_full = source != SHORTCUT
         drift = memory.drift
         if refresh.by_drift:
-            image = parts.image or (lambda f: f[:, : ids_BN.shape[1]])
-            drift = drift + _drift(image(features), image(memory.features), tiled(ids_BN == mask_id, rows))
+            drift += _drift(parts, features, memory.features, tiled(ids_BN == mask_id, rows))
         memory = Memory(
             features=features,
             previous=memory.features if extrapolate else memory.previous,
@@ -233,8 +232,10 @@ def guided(plan: Plan, step: Array, logits: Array) -> Array:
     return draws.mixed(logits, jnp.asarray(plan.guidance)[step]) if plan.guide else logits
 
 
-def _drift(after: Array, before: Array, masked_bN: Array) -> Array:
+def _drift(parts: Parts, after: Array, before: Array, masked_bN: Array) -> Array:
     """Mean over masked positions of |f' - f| / |f| (extension 4); 0 where nothing is masked."""
+    image = parts.image or (lambda features: features[:, : masked_bN.shape[1]])
+    after, before = image(after), image(before)
     length = jnp.linalg.norm(before, axis=-1)
     share = jnp.linalg.norm(after - before, axis=-1) / jnp.maximum(length, 1e-6)
     return (share * masked_bN).sum() / jnp.maximum(masked_bN.sum(), 1)

@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax.data.batches import batch_at
@@ -74,21 +73,10 @@ def network(config: Sizes) -> nn.Module:
 def generator(config: Sizes) -> Generator:
     """Wrap a network of these sizes."""
     model = network(config)
-
-    def features(p, ids, cond):
-        found = model.apply(p, ids, cond, method="features")
-        # Form B has the class first.
-        return jnp.roll(found, -1, axis=1) if isinstance(config, GoogleMaskGITConfig) else found
-
-    def head(p, found):
-        # Of form B without the slot of the class, which is no longer where its head looks for it.
-        own = found[..., : config.num_tokens, :] if isinstance(config, GoogleMaskGITConfig) else found
-        return model.apply(p, own, method="logits")
-
     return Generator(
         logits=lambda p: lambda ids, timestep, cond: model.apply(p, ids, cond),
-        features=lambda p: lambda ids, timestep, cond: features(p, ids, cond),
-        head=lambda p: lambda found: head(p, found),
+        features=lambda p: lambda ids, timestep, cond: model.apply(p, ids, cond, method="features"),
+        head=lambda p: lambda features: model.apply(p, features, method="logits"),
         controls=lambda p: lambda ids, positions: model.apply(p, ids, positions, method="controls"),
     )
 

@@ -1,11 +1,4 @@
-"""Moments of a stream equal those of all rows at once, however it is cut, also over processes."""
-
-import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
+"""Moments of a stream equal those of all rows at once, however it is cut."""
 
 import numpy as np
 import pytest
@@ -14,14 +7,6 @@ from maskrl_jax.evaluate import moments
 from maskrl_jax.evaluate.moments import Moments, Stream, merged
 
 ROWS = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-PROGRAM = """
-import json, sys, jax, numpy as np
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from maskrl_jax.evaluate.moments import Moments, over_processes
-rows = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32).astype(float)
-found = over_processes(Moments.of(rows[int(sys.argv[2]) :: 2] + 1e9))
-print(json.dumps([found.count, (found.mean - 1e9).tolist(), found.covariance.tolist()]))
-"""
 
 
 def close(found, rows, atol=1e-12):
@@ -77,35 +62,3 @@ def test_one_row_has_no_covariance_and_unlike_features_do_not_merge():
         _ = Moments.of(ROWS[:1]).covariance
     with pytest.raises(ValueError, match="of 3 and 2 dimensions do not merge"):
         _ = Moments.of(ROWS) + Moments.of(ROWS[:, :2])
-
-
-def test_one_process_is_whole():
-    close(moments.over_processes(Moments.of(ROWS)), ROWS)
-
-
-@pytest.mark.slow
-def test_two_processes_see_the_same_moments_with_all_digits_of_float64():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(index)],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
-            cwd=pathlib.Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    outputs = []
-    for process in processes:
-        out, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        outputs.append(out.splitlines()[-1])
-    assert outputs[0] == outputs[1]
-    count, mean, covariance = json.loads(outputs[0])
-    assert count == 50
-    np.testing.assert_allclose(mean, ROWS.mean(axis=0, dtype=float), atol=1e-6)  # float32 would be off by 64
-    np.testing.assert_allclose(covariance, np.cov(ROWS.astype(float), rowvar=False), atol=1e-6)
