@@ -24,7 +24,7 @@ from maskrl_jax.data.dataset import conditioning_of  # noqa: E402
 from maskrl_jax.evaluate import report  # noqa: E402
 from maskrl_jax.sampling import draws  # noqa: E402
 from maskrl_jax.sampling.maskgit import SamplerConfig, decode, make_plan  # noqa: E402
-from maskrl_jax.tasks import generators  # noqa: E402
+from maskrl_jax.tasks import forms  # noqa: E402
 from maskrl_jax.tasks import maskgit as maskgit_task  # noqa: E402
 
 BATCH = flags.DEFINE_integer("batch", 64, "samples")
@@ -37,9 +37,9 @@ def main(_: list[str]) -> None:
     """Measure and write."""
     config = maskgit_config.get_config(SIZE.value)
     conditioning = conditioning_of(config.data.name)
-    sizes = generators.model_config(config, config.parents.tokenizer, conditioning)
+    sizes = forms.model_config(config, config.parents.tokenizer, conditioning)
     params = maskgit_task.Wiring(config, conditioning).init(jax.random.key(0)).params
-    logits_of = generators.generator(sizes).logits
+    logits_of = forms.generator(sizes).logits
     batch, steps = BATCH.value, STEPS.value
     cond = jnp.ones((batch, *conditioning.null.shape), jnp.int32)
     keys = jax.random.split(jax.random.key(1), batch)

@@ -42,6 +42,26 @@ class Axis:
         """Return the maximum over the devices; the identity under sharded."""
         return jax.lax.pmax(value, AXIS) if self.mesh is None else value
 
+    def in_parts(self, fn: Callable, rows: Any, at_once: int | None) -> Any:
+        """fn(rows [B,...]) -> [B,...], of at most so many rows a device at a time, one part after the other; None: all.
+
+        A part is the largest divisor of a device's rows that is small enough. Every part holds rows of every device.
+        """
+        own = len(jax.tree.leaves(rows)[0]) // self.size
+        if at_once is None or own <= at_once:
+            return fn(rows)
+        part = max(count for count in range(1, at_once + 1) if own % count == 0)
+
+        def cut(x):
+            x = self.split(x.reshape(self.size, -1, part, *x.shape[1:]))
+            return x.swapaxes(0, 1).reshape(own // part, self.size * part, *x.shape[3:])
+
+        def joined(x):
+            x = x.reshape(own // part, self.size, part, *x.shape[2:]).swapaxes(0, 1)
+            return self.split(x.reshape(self.size * own, *x.shape[3:]))
+
+        return jax.tree.map(joined, jax.lax.map(lambda x: fn(self.split(x)), jax.tree.map(cut, rows)))
+
     def split(self, tree: Any) -> Any:
         """Keep dim 0 of every array spread over the devices; the identity under pmap."""
         if self.mesh is None:

@@ -16,7 +16,7 @@ from maskrl_jax.convert import files
 from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.models.shortcut import ShortcutConfig
-from maskrl_jax.tasks import codecs, continuous, generators, kl_vae
+from maskrl_jax.tasks import codecs, continuous, forms, kl_vae
 
 State = Mapping[str, np.ndarray]
 MAR_WIDTHS = {768: "base", 1024: "large", 1280: "huge"}
@@ -98,8 +98,8 @@ def _codec(form: str) -> Callable[[ConfigDict], Any]:
 def _generator(form: str) -> Callable[[ConfigDict], Any]:
     def sizes(config):
         conditioning = conditioning_of(config.data.name, config.data.text_length)
-        found = generators.model_config(config, config.parents.tokenizer, conditioning)
-        if not isinstance(found, generators.PUBLISHED[form]):
+        found = forms.model_config(config, config.parents.tokenizer, conditioning)
+        if not isinstance(found, forms.CLASSES[form]):
             raise UserError(f"weights of this family are of a generator of model.form={form}, which this one is not")
         return found
 
@@ -109,7 +109,7 @@ def _generator(form: str) -> Callable[[ConfigDict], Any]:
 def _shortcut_sizes(config: ConfigDict) -> ShortcutConfig:
     base = config.parents.maskgit
     conditioning = conditioning_of(base.data.name, base.data.text_length)
-    sizes = generators.model_config(base, base.parents.tokenizer, conditioning)
+    sizes = forms.model_config(base, base.parents.tokenizer, conditioning)
     return ShortcutConfig(num_tokens=sizes.num_tokens, width=sizes.width, **config.model)
 
 

@@ -59,7 +59,7 @@ def _plain(params, plan, cond, null, keys_B, given):
 
 @functools.partial(jax.jit, static_argnames="most")
 def _light(params, plan, asks, cond, null, keys_B, given, first, most):
-    parts = dimoo.parts(small(params)[0], LAYOUT, cond, null, small(params)[1])
+    parts = dimoo.parts(small(params)[0], LAYOUT, null, small(params)[1])
     return shortcut.decode(parts, keys_B, cond, null, plan, asks, given, K, most=most, first=first)
 
 

@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from maskrl_jax.sampling.draws import mixed
+from maskrl_jax.sampling.draws import mixed, with_null
 from maskrl_jax.sampling.maskgit import Rollout
 from maskrl_jax.sampling.shortcut import Controls, tiled
 from maskrl_jax.sampling.shortcut_teacher import step_pairs
@@ -24,7 +24,7 @@ class Buffer(flax.struct.PyTreeNode):
     """Teacher rollouts from empty grids."""
 
     features: Array  # float32 [B, branches, S, T, D], of every step
-    cond: Array  # int32 [B, ...]
+    cond: Any  # [B, ...]
     ids: Array  # int32 [B, N]
     commit_step: Array  # uint8 [B, N]
 
@@ -75,16 +75,18 @@ class Student:
     """The network that is trained, with what it takes from its base.
 
     Attributes:
-      advance: (params, features [b,T,D], Controls, masked share [b]) -> the next step's features [b,T,D].
+      advance: (params, features [b,T,D], Controls, masked share [b], cond [b, ...]) -> the next step's features.
       head: features [..., D] at image positions first -> logits [..., N, K] of image codes.
+      null: condition of one sample of the unconditional branch.
       num_tokens: N.
       most: places for controls.
       redraw: (keys [b], cond [b, ...], Rollout, step [b], features [branches * b,T,D]) -> the rollout with that step
         drawn anew and the teacher's features at the next; for `student_tokens` alone.
     """
 
-    advance: Callable[[Any, Array, Controls, Array], Array]
+    advance: Callable[[Any, Array, Controls, Array, Any], Array]
     head: Callable[[Array], Array]
+    null: Any
     num_tokens: int
     most: int
     redraw: Callable[[Array, Array, Rollout, Array, Array], tuple[Rollout, Array]] | None = None
@@ -128,7 +130,7 @@ def loss(
     """
     pairs, step_b = step.shape[1], step.reshape(-1)
     repeated = lambda x: jnp.repeat(x, pairs, axis=0)  # noqa: E731
-    rollout, cond_b, lengths = jax.tree.map(repeated, buffer.rollout()), repeated(buffer.cond), buffer.lengths()
+    rollout, cond_b, lengths = *jax.tree.map(repeated, (buffer.rollout(), buffer.cond)), buffer.lengths()
     length_b = repeated(lengths)
     keys_b = jax.vmap(jax.random.fold_in)(repeated(keys_B), jnp.tile(jnp.arange(pairs), len(keys_B)))
     branches = buffer.features.shape[1] if settings.student_tokens else 1
@@ -143,6 +145,10 @@ def loss(
             found = jax.vmap(lambda features, branch, at: features[branch, at])(buffer.features, branch, at)
         return found.reshape(-1, *buffer.features.shape[3:])
 
+    if settings.student_tokens:
+        own = with_null(cond_b, student.null) if branches > 1 else cond_b
+    else:
+        own = _of_branch(cond_b, student.null, branch.reshape(-1))
     # Of a chain, every step is computed again on the way back.
     advance = jax.checkpoint(student.advance) if settings.chain > 1 else student.advance
     features = start = known(0)
@@ -155,7 +161,7 @@ def loss(
             wanted = known(k + 1)
         masked_bN, controls, share_b = jax.tree.map(spread, step_pairs(rollout, step_b + k, student.most))
         features = features if settings.through or k == 0 else jax.lax.stop_gradient(features)
-        features = advance(params, features, controls, share_b)
+        features = advance(params, features, controls, share_b, own)
         exists_b = spread(step_b + k + 1 < length_b).astype(jnp.float32)
         weight_bT = _positions(settings, masked_bN, features.shape[1]) * exists_b[:, None]
         errors.append(_mean(jnp.square(features - wanted).mean(-1), weight_bT).sum())
@@ -172,6 +178,16 @@ def loss(
         divergence = sum(divergences) / settings.chain
         metrics["kl"], total = (divergence, count), total + settings.kl * divergence
     return total, metrics | {"loss": (total, count)}
+
+
+def _of_branch(cond_b: Any, null: Any, branch_b: Array) -> Any:
+    """The condition of branch 0, or the null one."""
+
+    def one(cond, null):
+        conditional = (branch_b == 0).reshape(-1, *[1] * (cond.ndim - 1))
+        return jnp.where(conditional, cond, jnp.asarray(null)[None].astype(cond.dtype))
+
+    return jax.tree.map(one, cond_b, null)
 
 
 def _kl(teacher: Array, own: Array) -> Array:
@@ -209,6 +225,7 @@ def open_loop(
     longest = longest or steps - 1
     whole = (buffer.rollout(), buffer.lengths())
     rollout, length_b = jax.tree.map(lambda x: tiled(x, branches * batch), whole)
+    conds = with_null(buffer.cond, student.null) if branches > 1 else buffer.cond
     # Branch by branch, as `advance` sees them.
     teacher_SbTD = jnp.transpose(buffer.features, (2, 1, 0, 3, 4)).reshape(steps, -1, *buffer.features.shape[3:])
 
@@ -221,7 +238,7 @@ def open_loop(
             step = jnp.minimum(start + k, steps - 1)
             masked_bN, controls, share_b = step_pairs(rollout, jnp.full(length_b.shape, step - 1), student.most)
             if not frozen:
-                features = student.advance(params, features, controls, share_b)
+                features = student.advance(params, features, controls, share_b, conds).astype(features.dtype)
             wanted = teacher_SbTD[step]
             exists_b = (start + k < length_b).astype(jnp.float32)
             own, true = (x[:, : student.num_tokens] for x in (features, wanted))

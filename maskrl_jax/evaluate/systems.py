@@ -1,6 +1,7 @@
 """Generators as systems to be measured: the base with a fixed plan, a shortcut on it, a clocked policy with its head."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from maskrl_jax.evaluate.measure import Generated, Scorer, System
 from maskrl_jax.evaluate.measured import identity
 from maskrl_jax.keys import EVALUATE, sample_keys
-from maskrl_jax.parallel import Parallel
+from maskrl_jax.parallel import Axis, Parallel
 from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.sampling import adaptive, shortcut
 from maskrl_jax.sampling.maskgit import GIVEN, SamplerConfig, decode, make_plan
@@ -25,8 +26,8 @@ class Engine:
     Attributes:
       parallel: where programs run.
       logits: params -> logits_fn(ids, timestep, cond).
-      decode: (tokenizer params, ids [B,N]) -> images [B,H,W,3] in [0,1].
-      tokenizer: parameters of the tokenizer.
+      codec: the tokenizer, with what reads prompts where there is such (`tasks.codecs.Codec`).
+      tokenizer: its parameters.
       null: null condition of one sample.
       num_tokens: N.
       mask_id: id of MASK.
@@ -34,11 +35,15 @@ class Engine:
 
     parallel: Parallel
     logits: Callable
-    decode: Callable
+    codec: Any
     tokenizer: Any
     null: np.ndarray
     num_tokens: int
     mask_id: int
+
+    def conditions(self, frozen: Mapping[str, Any], cond: Any) -> tuple[Any, Any]:
+        """What the network reads of a batch's conditions and of the null one."""
+        return self.codec.told(frozen["tokenizer"], cond, self.null)
 
     def run(self, program: Callable, params: Any, frozen: Mapping[str, Any], batch: Mapping[str, np.ndarray]) -> dict:
         """Run a per-sample program over a batch that every process holds; rows of all processes as numpy."""
@@ -62,10 +67,9 @@ def fixed_program(engine: Engine, pictures: bool = True) -> Callable:
 
     def program(p, frozen, batch, axis):
         keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
-        rollout = decode(
-            engine.logits(p), keys_B, batch["cond"], engine.null, frozen["plan"], batch["given"], engine.mask_id
-        )
-        return _outputs(engine, frozen, rollout) if pictures else {"ids": rollout.ids}
+        cond, null = engine.conditions(frozen, batch["cond"])
+        rollout = decode(engine.logits(p), keys_B, cond, null, frozen["plan"], batch["given"], engine.mask_id)
+        return _outputs(engine, frozen, rollout, axis) if pictures else {"ids": rollout.ids}
 
     return engine.parallel.map(program)
 
@@ -109,11 +113,12 @@ def shortcut_program(
 
     def program(p, frozen, batch, axis):
         keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
+        cond, null = engine.conditions(frozen, batch["cond"])
         rollout, _ = shortcut.decode(
             parts_of(p),
             keys_B,
-            batch["cond"],
-            engine.null,
+            cond,
+            null,
             frozen["plan"],
             frozen["refresh"],
             batch["given"],
@@ -125,7 +130,7 @@ def shortcut_program(
             return {"ids": rollout.ids}
         steps_B = jnp.where(rollout.commit_step == GIVEN, 0, rollout.commit_step.astype(jnp.int32) + 1).max(-1)
         calls_B = frozen["full"] * rollout.calls + frozen["light"] * (steps_B - rollout.calls)
-        return _outputs(engine, frozen, rollout) | {"calls": calls_B, "steps": steps_B}
+        return _outputs(engine, frozen, rollout, axis) | {"calls": calls_B, "steps": steps_B}
 
     return engine.parallel.map(program)
 
@@ -176,17 +181,18 @@ def clocked_program(
 
     def program(p, frozen, batch, axis):
         keys_B = sample_keys(0, EVALUATE, batch["seed"][0], batch["index"])
+        cond, null = engine.conditions(frozen, batch["cond"])
         record = adaptive.rollout(
             engine.logits(p["model"]),
             decide(p, batch["setting"]),
             keys_B,
-            batch["cond"],
-            engine.null,
+            cond,
+            null,
             config,
             engine.num_tokens,
             engine.mask_id,
         )
-        return _outputs(engine, frozen, record) if pictures else {"ids": record.ids}
+        return _outputs(engine, frozen, record, axis) if pictures else {"ids": record.ids}
 
     return engine.parallel.map(program)
 
@@ -214,8 +220,9 @@ def _batch(cond: np.ndarray, sample_ids: np.ndarray, seed: int) -> dict[str, np.
     return {"cond": cond, "index": sample_ids, "seed": np.full(len(sample_ids), seed, np.int32)}
 
 
-def _outputs(engine: Engine, frozen: Any, rollout: Any) -> dict[str, jax.Array]:
-    images = engine.decode(frozen["tokenizer"], rollout.ids)
+def _outputs(engine: Engine, frozen: Any, rollout: Any, axis: Axis) -> dict[str, jax.Array]:
+    decode = functools.partial(engine.codec.decode, frozen["tokenizer"])
+    images = axis.in_parts(decode, rollout.ids, engine.codec.at_once)
     return {"images": images, "calls": rollout.calls, "commit_step": rollout.commit_step}
 
 

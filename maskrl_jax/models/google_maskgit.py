@@ -110,6 +110,10 @@ class GoogleMaskGIT(nn.Module):
             raise ValueError(f"features of {features.shape[-2]} positions; the model has the class and {c.num_tokens}")
         return self._scores(features[..., : c.num_tokens, :], c.codebook_size)
 
+    def row_logits(self, rows: Array) -> Array:
+        """The head on single rows [..., D] of image tokens -> [..., K] float32."""
+        return self._scores(rows, self.config.codebook_size)
+
     def entries(self, features: Array) -> Array:
         """Scores of every row of the table at every slot, [..., 1+N, V] float32, as published: class slot first."""
         return jnp.roll(self._scores(features, self.config.vocab), self.config.cond_length, axis=-2)

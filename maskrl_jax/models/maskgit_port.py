@@ -124,6 +124,11 @@ class MaskGITPort(nn.Module):
         scores = jnp.einsum("...nd,kd->...nk", image, self.tokens[: c.codebook_size])
         return scores + jnp.broadcast_to(self.bias[: c.num_tokens, : c.codebook_size], scores.shape)
 
+    def logits_at(self, rows: Array, places: Array) -> Array:
+        """The head on single rows [..., D] of image tokens at places int32 [...] -> [..., K] float32."""
+        scores = jnp.einsum("...d,kd->...k", rows.astype(jnp.float32), self.tokens[: self.config.codebook_size])
+        return scores + self.bias[places, : self.config.codebook_size]
+
     def controls(self, ids_Bn: Array, positions_Bn: Array) -> Array:
         """Embedding plus position of some image tokens, [B,n,D] float32: what the model sees of them."""
         return self._embedded(ids_Bn, 0, self.config.mask_id) + jnp.take(self.position, positions_Bn, axis=0)

@@ -137,7 +137,7 @@ class SpeedUpdate:
             calls = Calls(
                 inputs=record.state_before(call, self.mask_id, row),
                 timestep=jnp.asarray(self.sampler.clock.timestep)[tick],
-                cond=batch["cond"][row],
+                cond=jax.tree.map(lambda x: x[row], batch["cond"]),
                 ids=ids,
                 committed=committed,
                 remasked=remasked,
@@ -176,7 +176,7 @@ class SpeedUpdate:
             tick = jnp.minimum(share * clock.ticks, clock.ticks - 1).astype(jnp.int32)
             kl_weight = surrogate.budget_weight(masked, levels) * real[:, None]
             token_weight = surrogate.budget_weight(masked, levels) * (batch["keep"][row] * real)[:, None]
-            timestep, cond = jnp.asarray(clock.timestep)[tick], batch["cond"][row]
+            timestep, cond = jnp.asarray(clock.timestep)[tick], jax.tree.map(lambda x: x[row], batch["cond"])
             of_row = (batch["ids"][row], masked, self.mask_id, timestep, cond, batch["advantage"][row])
             return masked_images(*of_row, token_weight, kl_weight), jnp.zeros(row.shape)
 

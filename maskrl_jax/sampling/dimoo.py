@@ -82,37 +82,57 @@ def logits_fn(base: Base, layout: Layout) -> draws.LogitsFn:
 
 
 def parts(
-    base: Base, layout: Layout, cond: Prompt, null_cond: Prompt, move: Move, prompt_controls: bool = True
+    base: Base, layout: Layout, null_cond: Prompt, move: Move | None, prompt_controls: bool = True
 ) -> shortcut.Parts:
-    """The model cut at its feature, for `shortcut.decode` with the same conditions.
+    """The model cut at its feature, whose rows are those of the image tokens first.
 
     Args:
-      move: the shortcut network.
+      null_cond: the prompt of the unconditional branch.
+      move: the shortcut network; None where nothing is moved.
       prompt_controls: whether the tokens of the prompt are controls in the conditional branch, at every step.
     """
-    both, batch = draws.with_null(cond, null_cond), len(cond.ids)
 
     def features(ids_bN, _, prompt):
-        return base(*layout.sequence(ids_bN, prompt), method="features")
+        return layout.image_first(base(*layout.sequence(ids_bN, prompt), method="features"))
 
-    def advance(features_bLD, controls, share_b):
-        rows = len(features_bLD)
-        prompt = jax.tree.map(lambda x: x[:rows], both)
-        empty = jnp.full((rows, layout.num_tokens), layout.codebook_size)
-        _, positions_bL, real_bL = layout.sequence(empty, prompt)
-        places = jnp.take_along_axis(layout.image(positions_bL), controls.positions, axis=1)
-        ids = layout.token_ids(jnp.where(controls.valid, controls.ids, 0))
-        valid = controls.valid
-        if prompt_controls:
-            length, conditional_b = prompt.ids.shape[1], jnp.arange(rows) < batch
-            ids = jnp.concatenate([prompt.ids, ids], axis=1)
-            places = jnp.concatenate([positions_bL[:, :length], places], axis=1)
-            valid = jnp.concatenate([prompt.real & conditional_b[:, None], valid], axis=1)
-        told = base(ids, method="embedded")
-        found = move(features_bLD, told, places, valid, share_b, ~real_bL, positions_bL)
-        return found.astype(features_bLD.dtype)
+    def head(features_bLD):
+        return base(features_bLD[:, : layout.num_tokens], method="logits")
 
-    return shortcut.Parts(features, lambda f: base(layout.image(f), method="logits"), advance, layout.image)
+    def advance(features_bLD, controls, share_b, prompt):
+        moved = advanced(base, layout, null_cond, move, features_bLD, controls, share_b, prompt, prompt_controls)
+        return moved.astype(features_bLD.dtype)
+
+    return shortcut.Parts(features, head, advance)
+
+
+def advanced(
+    base: Base,
+    layout: Layout,
+    null_cond: Prompt,
+    move: Move,
+    features_bLD: Array,
+    controls: shortcut.Controls,
+    share_b: Array,
+    prompt: Prompt,
+    prompt_controls: bool = True,
+) -> Array:
+    """What the shortcut makes of features [b,L,D], image tokens first, in its own type; arguments as in `parts`."""
+    empty = jnp.full((len(features_bLD), layout.num_tokens), layout.codebook_size)
+    _, positions_bL, real_bL = layout.sequence(empty, prompt)
+    told = _told(base, layout, controls, positions_bL, prompt, null_cond if prompt_controls else None)
+    return move(features_bLD, *told, share_b, *(layout.image_first(x) for x in (~real_bL, positions_bL)))
+
+
+def _told(base, layout, controls, positions_bL, prompt, null_cond):
+    """Embeddings of the controls, their positions, and whether they are any; the prompt's first unless it is null."""
+    places = jnp.take_along_axis(layout.image(positions_bL), controls.positions, axis=1)
+    ids, valid = layout.token_ids(jnp.where(controls.valid, controls.ids, 0)), controls.valid
+    if null_cond is not None:
+        conditional_b1 = (prompt.ids != jnp.asarray(null_cond.ids)[None]).any(-1, keepdims=True)
+        ids = jnp.concatenate([prompt.ids, ids], axis=1)
+        places = jnp.concatenate([positions_bL[:, : prompt.ids.shape[1]], places], axis=1)
+        valid = jnp.concatenate([prompt.real & conditional_b1, valid], axis=1)
+    return base(ids, method="embedded"), places, valid
 
 
 def decode_cached(

@@ -106,6 +106,13 @@ class Layout:
         """Take the image tokens' rows of a whole sequence, [B,L,...] -> [B,N,...]."""
         return x_BLD[:, x_BLD.shape[1] - self.length :][:, self.places]
 
+    def image_first(self, x_BLD: Array) -> Array:
+        """The rows of a whole sequence in another order, [B,L,...]: the image tokens', then all others as they come."""
+        length = x_BLD.shape[1]
+        image = length - self.length + self.places
+        others = np.setdiff1d(np.arange(length), image)
+        return x_BLD[:, np.concatenate([image, others])]
+
     def codes(self, ids_BL: Array) -> Array:
         """Codes int32 [B,N] of whole sequences, K where one is MASK: the inverse of `sequence`."""
         ids_BN = self.image(ids_BL)

@@ -34,16 +34,14 @@ class Parts:
     """A base model cut at its feature, and the network that moves the feature on.
 
     Attributes:
-      features: (ids int32 [b,N], timestep int32 [b], cond) -> [b,T,D] float32; T >= N.
+      features: (ids int32 [b,N], timestep int32 [b], cond) -> [b,T,D] of any float type; T >= N, image tokens first.
       head: [b,T,D] -> logits [b,N,K] float32, of image positions and codes alone.
-      advance: (features [b,T,D], Controls, masked share float32 [b]) -> the next step's features [b,T,D].
-      image: [b,T,D] -> those of the image tokens [b,N,D]; None: they are the first.
+      advance: (features [b,T,D], Controls, masked share float32 [b], cond) -> the next step's features [b,T,D].
     """
 
     features: Callable[[Array, Array, Any], Array]
     head: Callable[[Array], Array]
-    advance: Callable[[Array, Controls, Array], Array]
-    image: Callable[[Array], Array] | None = None
+    advance: Callable[[Array, Controls, Array, Any], Array]
 
 
 class Memory(flax.struct.PyTreeNode):
@@ -109,7 +107,7 @@ def decode(
             return memory.features + jnp.where(step > 1, memory.features - memory.previous, 0.0)
         controls = controls_of(ids_BN, commit_BN == (step - 1).astype(jnp.uint8), most)
         share_B = (ids_BN == mask_id).mean(-1, dtype=jnp.float32)
-        return parts.advance(memory.features, *jax.tree.map(lambda x: tiled(x, rows), (controls, share_B)))
+        return parts.advance(memory.features, *jax.tree.map(lambda x: tiled(x, rows), (controls, share_B)), conds)
 
     def predict(memory, step, ids_BN, commit_BN):
         source = _source(refresh, memory, step, first is not None)
@@ -122,7 +120,7 @@ def decode(
         is_full = source != SHORTCUT
         drift = memory.drift
         if refresh.by_drift:
-            drift += _drift(parts, features, memory.features, tiled(ids_BN == mask_id, rows))
+            drift += _drift(features, memory.features, tiled(ids_BN == mask_id, rows))
         memory = Memory(
             features=features,
             previous=memory.features if extrapolate else memory.previous,
@@ -192,7 +190,7 @@ def decode_unrolled(
             elif step:
                 exact = controls_of(ids_BN, commit_BN == step - 1, int(left[step - 1] - left[step]))
                 share_b = jnp.full((rows,), left[step] / num_tokens, jnp.float32)
-                features = parts.advance(features, jax.tree.map(lambda x: tiled(x, rows), exact), share_b)
+                features = parts.advance(features, jax.tree.map(lambda x: tiled(x, rows), exact), share_b, conds)
             return guided(plan, jnp.int32(step), parts.head(features)), features, jnp.bool_(runs)
 
         carry = maskgit.call(predict, keys_B, plan, start_B, mask_id, carry)
@@ -232,10 +230,9 @@ def guided(plan: Plan, step: Array, logits: Array) -> Array:
     return draws.mixed(logits, jnp.asarray(plan.guidance)[step]) if plan.guide else logits
 
 
-def _drift(parts: Parts, after: Array, before: Array, masked_bN: Array) -> Array:
+def _drift(after: Array, before: Array, masked_bN: Array) -> Array:
     """Mean over masked positions of |f' - f| / |f| (extension 4); 0 where nothing is masked."""
-    image = parts.image or (lambda features: features[:, : masked_bN.shape[1]])
-    after, before = image(after), image(before)
+    after, before = (x[:, : masked_bN.shape[1]] for x in (after, before))
     length = jnp.linalg.norm(before, axis=-1)
     share = jnp.linalg.norm(after - before, axis=-1) / jnp.maximum(length, 1e-6)
     return (share * masked_bN).sum() / jnp.maximum(masked_bN.sum(), 1)

@@ -1,6 +1,7 @@
 """The base that a tuning stage starts from, and the rewards of what it makes."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,14 +14,14 @@ from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.evaluate.systems import Engine
 from maskrl_jax.models.judge import Judge, JudgeConfig
-from maskrl_jax.models.maskgit import MaskGITConfig
+from maskrl_jax.parallel import Axis
 from maskrl_jax.rewards import energy_distance, mix
 from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.rewards.alarm import AlarmConfig
 from maskrl_jax.rewards.remote import RemoteConfig, RemoteReward, read_probe
 from maskrl_jax.rl.token_terms import Model
 from maskrl_jax.sampling.maskgit import SamplerConfig
-from maskrl_jax.tasks import checks, codecs, generators
+from maskrl_jax.tasks import checks, codecs, forms, generators
 from maskrl_jax.tasks import maskgit as maskgit_task
 from maskrl_jax.tasks.task import Context
 
@@ -72,13 +73,9 @@ class Base:
         base = config.parents.maskgit
         self.config, self.trained_with, self.null = config, base, conditioning.null
         checks.same_tokenizer(config.parents.tokenizer, base.parents.tokenizer)
-        self.sizes = generators.model_config(base, base.parents.tokenizer, conditioning)
-        if not isinstance(self.sizes, MaskGITConfig):
-            raise UserError(
-                f"a base of model.form={base.model.form} cannot be tuned by rewards yet; its head is of whole grids alone"
-            )
-        self.generator = generators.generator(self.sizes)
-        self.model = Model(self.generator.features, self.generator.head, self.null)
+        self.sizes = forms.model_config(base, base.parents.tokenizer, conditioning)
+        self.generator = forms.generator(self.sizes)
+        self.model = Model(self.generator.row_features, self.generator.row_head, self.null)
         self.codec = codecs.codec(codecs.sizes(base.parents.tokenizer.model), None)
         self.judge_sizes = JudgeConfig(**config.parents.judge.model)
         self.judge = Judge(self.judge_sizes)
@@ -128,12 +125,22 @@ class Base:
         match = f"energy distance to {whole}, {size} block means, x {weight:g} (against collapse)"
         return (*rewards, match) if weight else rewards
 
-    def score(self, frozen: Any, ids_BN: Array, target: Array) -> dict[str, Array]:
+    def conditions(self, frozen: Any, cond: Array) -> tuple[Any, Any]:
+        """What the network reads of conditions [B,...] and of the null one."""
+        return self.codec.told(frozen["tokenizer"], cond, self.null)
+
+    def learnt(self, frozen: Any, batch: dict) -> tuple[Model, dict]:
+        """The network of an update's losses, and the batch, with conditions as the network reads them."""
+        cond, null = self.conditions(frozen, batch["cond"])
+        return self.model._replace(null=null), batch | {"cond": cond}
+
+    def score(self, frozen: Any, ids_BN: Array, target: Array, axis: Axis) -> dict[str, Array]:
         """Decode and score token grids: images, every score of the judge, and their weighted sum `quality`.
 
         What a service gives is added on the host (`rollouts.Rollouts`).
         """
-        images = self.codec.decode(frozen["tokenizer"], ids_BN)
+        decode = functools.partial(self.codec.decode, frozen["tokenizer"])
+        images = axis.in_parts(decode, ids_BN, self.codec.at_once)
         scores = judge_reward.score(self.judge_sizes.kind, self.judge.apply(frozen["judge"], images), target)
         parts = {f"reward/{name}": score for name, score in scores.items()}
         return parts | {"quality": mix.weighted_sum(scores, self.judged), "images": images}

@@ -5,85 +5,24 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from maskrl_jax.data.batches import batch_at
-from maskrl_jax.data.dataset import Conditioning, Dataset, open_dataset
-from maskrl_jax.errors import UserError, unknown
+from maskrl_jax.data.dataset import Dataset, open_dataset
+from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import measured
 from maskrl_jax.evaluate.bench import CHOICE, Bench, Evaluation, tuning_notes
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Engine, features_of, judge_scorer
-from maskrl_jax.models.google_maskgit import GoogleMaskGIT, GoogleMaskGITConfig
-from maskrl_jax.models.maskgit import MaskGIT, MaskGITConfig
-from maskrl_jax.models.maskgit_port import MaskGITPort, PortConfig
 from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
-from maskrl_jax.tasks import codecs
+from maskrl_jax.tasks import codecs, forms
 from maskrl_jax.tasks import judge as judge_task
 from maskrl_jax.tasks.task import Context, Parent, Task
 
 REAL_PICTURES = 2048  # about so many stand for the real ones
-Sizes = MaskGITConfig | PortConfig | GoogleMaskGITConfig
-PUBLISHED = {"port": PortConfig, "google": GoogleMaskGITConfig}
 DRAWN_BY = ("maskgit", "mar", "tokenizer")  # stages that pictures depend on
-
-
-@dataclasses.dataclass(frozen=True)
-class Generator:
-    """A base model as functions of its parameters."""
-
-    logits: Callable[[Any], Callable]  # params -> logits_fn(ids, timestep, cond)
-    features: Callable[[Any], Callable]  # params -> feature_fn(ids, timestep, cond) [B,T,D], T >= N, image tokens first
-    head: Callable[[Any], Callable]  # params -> head_fn(features [...,D]) -> logits [...,K]
-    controls: Callable[[Any], Callable]  # params -> fn(ids [b,n], positions [b,n]) -> [b,n,D], for a shortcut
-
-
-def model_config(config: Any, tokenizer: Any, conditioning: Conditioning) -> Sizes:
-    """Sizes that follow from the tokenizer and the data, and those that the config names.
-
-    `model.form` is `ours`, where a config names none, or for classes `port` or `google`, forms A and B of
-    specs/maskgit.md.
-    """
-    sizes = codecs.sizes(tokenizer.model)
-    own, form = dict(config.model), config.model.get("form", "ours")
-    own.pop("form", None)
-    grid = {"num_tokens": sizes.num_tokens, "codebook_size": sizes.codebook_size}
-    if form in PUBLISHED:
-        if conditioning.kind != "class":
-            raise UserError(f"model.form={form} is conditioned on classes, and {config.data.name} has captions")
-        tuned = dict(config.evaluation).get("tune_guidance", (1.0,))
-        if form == "google" and (config.sampler.guidance != 1 or config.cond_drop or any(x != 1 for x in tuned)):
-            raise UserError(
-                "model.form=google knows no null class; set sampler.guidance=1, evaluation.tune_guidance=(1.0,), cond_drop=0"
-            )
-        return PUBLISHED[form](**grid, num_classes=conditioning.vocab_size - 1, **own)
-    if form != "ours":
-        raise unknown("model.form", form, ("ours", *PUBLISHED))
-    return MaskGITConfig(**grid, cond_vocab=conditioning.vocab_size, cond_length=max(conditioning.length, 1), **own)
-
-
-def network(config: Sizes) -> nn.Module:
-    """The module of these sizes."""
-    return {MaskGITConfig: MaskGIT, PortConfig: MaskGITPort, GoogleMaskGITConfig: GoogleMaskGIT}[type(config)](config)
-
-
-def generator(config: Sizes) -> Generator:
-    """Wrap a network of these sizes."""
-    model = network(config)
-    return Generator(
-        logits=lambda p: lambda ids, timestep, cond: model.apply(p, ids, cond),
-        features=lambda p: lambda ids, timestep, cond: model.apply(p, ids, cond, method="features"),
-        head=lambda p: lambda features: model.apply(p, features, method="logits"),
-        controls=lambda p: lambda ids, positions: model.apply(p, ids, positions, method="controls"),
-    )
-
-
-def knows_null(config: Sizes) -> bool:
-    """Whether a network was trained without its condition too, so that it can be guided."""
-    return not isinstance(config, GoogleMaskGITConfig)
 
 
 def check_steps(sampler: SamplerConfig, steps: Iterable[int], num_tokens: int) -> None:
@@ -102,13 +41,13 @@ def dataset_of(context: Context, split: str) -> Dataset:
     return open_dataset(data.name, split, context.data_dir, size, data.text_length)
 
 
-def engine_of(context: Context, sizes: Sizes, null: np.ndarray) -> Engine:
+def engine_of(context: Context, sizes: forms.Sizes, null: np.ndarray) -> Engine:
     """What systems of this stage and of those above it generate with."""
     codec = codecs.load(context.parents["tokenizer"])
     return Engine(
         parallel=context.parallel,
-        logits=generator(sizes).logits,
-        decode=codec.decode,
+        logits=forms.generator(sizes).logits,
+        codec=codec,
         tokenizer=context.parallel.replicate(codec.params),
         null=null,
         num_tokens=sizes.num_tokens,

@@ -122,11 +122,12 @@ class Wiring:
         if self.config.rollout_noise == "frozen":  # as the official code: the same noise at every iteration
             round_, index = 0, index % self.config.group
         base = self.base
+        cond, null = base.conditions(frozen, batch["cond"])
         made = routing.rollout(
             base.generator.logits(params),
             sample_keys(self.config.seed, ROLLOUT, round_, index),
-            batch["cond"],
-            base.null,
+            cond,
+            null,
             self.routing,
             base.sizes.num_tokens,
             base.sizes.mask_id,
@@ -135,15 +136,18 @@ class Wiring:
         fields = {
             "ids": made.ids,
             "commit_step": made.commit_step,
-            "similarity": critical_steps.similarity(frozen["tokenizer"]["codebook"], made.predictions, made.ids),
+            "similarity": critical_steps.similarity(
+                base.codec.codebook(frozen["tokenizer"]), made.predictions, made.ids
+            ),
             "explored": made.explore.mean(0, dtype=jnp.float32),
             "calls": jnp.full(made.ids.shape[:1], self.routing.num_steps, jnp.int32),
         }
-        return fields | base.score(frozen, made.ids, batch["target"])
+        return fields | base.score(frozen, made.ids, batch["target"], axis)
 
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
         """One optimizer update a chosen step (sequential), or one of all; the state's step counts rollouts."""
-        focus, first = self.focus, state
+        model, batch = self.base.learnt(frozen, batch)
+        focus, first = dataclasses.replace(self.focus, model=model), state
         old = state.params if focus.mode == "sequential" else None
         reference = frozen["reference"] if focus.kl_coefficient else None
 

@@ -17,7 +17,7 @@ from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling.draws import commit_top
 from maskrl_jax.sampling.maskgit import SamplerConfig
-from maskrl_jax.tasks import codecs, generators
+from maskrl_jax.tasks import codecs, forms, generators
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
@@ -44,6 +44,15 @@ def masked_cross_entropy(logits_BNK: Array, ids_BN: Array, masked_BN: Array) -> 
     return -(token * masked_BN).sum(), masked_BN.sum().astype(jnp.float32)
 
 
+def timestep_of(masked_BN: Array) -> Array:
+    """What a network that knows its timestep is told of partly masked grids [B,N]: int32 [B], 63 down to 0.
+
+    The time of the cosine clock at which so many tokens are masked (specs/meissonic.md section 6, `clock64`).
+    """
+    done_B = 2 / jnp.pi * jnp.arccos(jnp.clip(masked_BN.mean(-1, dtype=jnp.float32), 0.0, 1.0))
+    return jnp.clip(jnp.ceil(64 * (1 - done_B)) - 1, 0, 63).astype(jnp.int32)
+
+
 class Wiring:
     """The stage's pure functions, closed over its static configuration."""
 
@@ -51,8 +60,8 @@ class Wiring:
         self.config = config
         self.tokens = codecs.sizes(config.parents.tokenizer.model)
         self.codec = codecs.codec(self.tokens, None)
-        self.sizes = generators.model_config(config, config.parents.tokenizer, conditioning)
-        self.model = generators.network(self.sizes)
+        self.sizes = forms.model_config(config, config.parents.tokenizer, conditioning)
+        self.model, self.weights = forms.generator(self.sizes), config.model.get("weights", "float32")
         self.null = conditioning.null
         settings = Evaluation(**config.evaluation)
         generators.check_steps(
@@ -62,16 +71,20 @@ class Wiring:
         self.tx = train_state.make_optimizer(self.optimizer)
 
     def init(self, key: Array) -> train_state.TrainState:
-        ids = jnp.zeros((1, self.sizes.num_tokens), jnp.int32)
-        cond = jnp.broadcast_to(jnp.asarray(self.null), (1, *self.null.shape))
-        return train_state.create(self.model.init(key, ids, cond), self.tx)
+        params = jax.tree.map(lambda x: x.astype(self.weights), self.model.init(key))
+        return train_state.create(params, self.tx)
+
+    def logits(self, params: Any, frozen: Any, inputs_BN: Array, masked_BN: Array, cond: Array) -> Array:
+        """Logits [B,N,K] of partly masked tokens."""
+        cond, _ = self.codec.told(frozen["tokenizer"], cond, self.null)
+        return self.model.logits(params)(inputs_BN, timestep_of(masked_BN), cond)
 
     def held_out_loss(self, params: Any, frozen: Any, images: Array, cond: Array) -> tuple[Array, Array]:
         """Masked cross-entropy (sum, weight) of held-out images, always under the same masks."""
         keys_B = sample_keys(self.config.seed, EVALUATE, 0, jnp.arange(len(images)))
         ids = self.codec.encode(frozen["tokenizer"], images.astype(jnp.float32) / 255)
         inputs, masked = mask_tokens(keys_B, ids, self.sizes.mask_id)
-        return masked_cross_entropy(self.model.apply(params, inputs, cond), ids, masked)
+        return masked_cross_entropy(self.logits(params, frozen, inputs, masked, cond), ids, masked)
 
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
         """One optimizer step on images [b,H,W,3] uint8 with conditions."""
@@ -83,7 +96,7 @@ class Wiring:
         cond = jnp.where(keep, batch["cond"], jnp.asarray(self.null)[None])
 
         def loss(params):
-            return masked_cross_entropy(self.model.apply(params, inputs, cond), ids, masked)
+            return masked_cross_entropy(self.logits(params, frozen, inputs, masked, cond), ids, masked)
 
         (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         grads = mean_gradients(grads, weight, axis)
@@ -117,7 +130,7 @@ def abstract_params(config: Any, conditioning: Conditioning) -> Any:
 def studio(context: Context, params: Any) -> Studio:
     """The trained base as a user samples from it."""
     held_out = generators.dataset_of(context, "validation")
-    sizes = generators.model_config(context.config, context.config.parents.tokenizer, held_out.conditioning)
+    sizes = forms.model_config(context.config, context.config.parents.tokenizer, held_out.conditioning)
     codec = codecs.load(context.parents["tokenizer"])
     return Studio(
         engine=generators.engine_of(context, sizes, held_out.conditioning.null),
@@ -126,7 +139,7 @@ def studio(context: Context, params: Any) -> Studio:
         sampler=read_sampler(context.workdir, SamplerConfig(**context.config.sampler)),
         encode=functools.partial(jax.jit(codec.encode), codec.params),
         image_size=codec.config.image_size,
-        guided=generators.knows_null(sizes),
+        guided=forms.knows_null(sizes),
     )
 
 

@@ -21,14 +21,13 @@ from maskrl_jax.evaluate.bench import Evaluation, read_sampler
 from maskrl_jax.evaluate.studio import Studio
 from maskrl_jax.evaluate.systems import Costs, shortcut_program, shortcut_system
 from maskrl_jax.keys import ROLLOUT, STUDENT, TRAIN, sample_keys
-from maskrl_jax.models.shortcut import Shortcut, ShortcutConfig
 from maskrl_jax.parallel import Axis, mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling import maskgit, refresh
 from maskrl_jax.sampling.maskgit import Plan, SamplerConfig, make_plan
-from maskrl_jax.sampling.shortcut import Controls, Parts, branches, most_controls
+from maskrl_jax.sampling.shortcut import Parts, branches, most_controls
 from maskrl_jax.sampling.shortcut_teacher import predict_fully, redraw
-from maskrl_jax.tasks import checks, generators, speed_rl
+from maskrl_jax.tasks import checks, codecs, forms, generators, shortcut_network, speed_rl
 from maskrl_jax.tasks import maskgit as maskgit_task
 from maskrl_jax.tasks.shortcut_gallery import ShortcutGallery
 from maskrl_jax.tasks.shortcut_systems import Curve, ShortcutSystems
@@ -70,11 +69,11 @@ class Wiring:
         self.config, self.null, self.sampler = config, conditioning.null, sampler
         checks.same_tokenizer(config.parents.tokenizer, base.parents.tokenizer)
         checks.same_data(config)
-        self.sizes = generators.model_config(base, base.parents.tokenizer, conditioning)
-        self.base = generators.generator(self.sizes)
+        self.sizes = forms.model_config(base, base.parents.tokenizer, conditioning)
+        self.base = forms.generator(self.sizes)
         self.teacher, self.loss = Teacher(**config.teacher), ShortcutLoss(**config.loss)
-        sizes = {"width": self.sizes.width, "num_tokens": self.sizes.num_tokens}
-        self.network = Shortcut(ShortcutConfig(**sizes, **config.model))
+        self.codec = codecs.codec(codecs.sizes(base.parents.tokenizer.model), None)
+        self.network = shortcut_network.mover(self.sizes, config.model, self.null)
         if self.loss.chain >= self.teacher.longest:
             raise UserError(f"loss.chain {self.loss.chain} exceeds the {self.teacher.longest - 1} pairs of a rollout")
         if self.loss.student_tokens and sampler.mode in maskgit.ORDERED:
@@ -103,34 +102,28 @@ class Wiring:
 
     def init(self, key: Array) -> train_state.TrainState:
         """Fresh weights; with `zero_init_out` a network that leaves the feature as it is."""
-        features, controls = (jnp.zeros((1, n, self.sizes.width)) for n in (self.sizes.num_tokens, self.most))
-        positions, valid = jnp.zeros((1, self.most), jnp.int32), jnp.ones((1, self.most), bool)
-        params = self.network.init(key, features, controls, positions, valid, jnp.ones((1,)))
-        return train_state.create(params, self.tx)
-
-    def advance(self, params: Any, base_params: Any):
-        """The network as a function of (features, controls, masked share)."""
-
-        def fn(features: Array, controls: Controls, share_b: Array) -> Array:
-            embedded = self.base.controls(base_params)(controls.ids, controls.positions)
-            return self.network.apply(params, features, embedded, controls.positions, controls.valid, share_b)
-
-        return fn
+        return train_state.create(self.network.init(key), self.tx)
 
     def parts(self, params: Any, base_params: Any) -> Parts:
         """What sampling with the shortcut needs."""
-        return Parts(self.base.features(base_params), self.base.head(base_params), self.advance(params, base_params))
+        advance = self.network.advance(params, base_params)
 
-    def student(self, base_params: Any, plan: Plan | None = None) -> Student:
-        """The network as what is trained; with a plan it can draw tokens of its own."""
+        def kept(features, *seen):  # in the base's type
+            return advance(features, *seen).astype(features.dtype)
+
+        return Parts(self.base.features(base_params), self.base.head(base_params), kept)
+
+    def student(self, base_params: Any, null: Any, plan: Plan | None = None) -> Student:
+        """The network as what is trained, for a null condition as the base reads it; with a plan it can draw tokens."""
 
         def drawn(keys_b, cond, rollout, step_b, features):
             parts = self.parts(None, base_params)
-            return redraw(parts, keys_b, cond, self.null, plan, rollout, step_b, features, self.sizes.mask_id)
+            return redraw(parts, keys_b, cond, null, plan, rollout, step_b, features, self.sizes.mask_id)
 
         return Student(
-            advance=lambda params, *state: self.advance(params, base_params)(*state),
+            advance=lambda params, *state: self.network.advance(params, base_params)(*state),
             head=self.base.head(base_params),
+            null=null,
             num_tokens=self.sizes.num_tokens,
             most=self.most,
             redraw=None if plan is None else drawn,
@@ -139,20 +132,24 @@ class Wiring:
     def rollout(self, base_params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
         """Sample with the base alone and keep the feature of every step; per-sample outputs."""
         keys_B = sample_keys(self.config.seed, ROLLOUT, batch["round"][0], batch["index"])
-        return self.teach(base_params, frozen["plan"], keys_B, batch["cond"])
+        return self.teach(base_params, frozen, keys_B, batch["cond"])
 
-    def teach(self, base_params: Any, plan: Plan, keys_B: Array, cond: Array) -> dict:
-        """A rollout of the base from empty grids: features [B,branches,S,T,D] of every step, ids, commit steps."""
-        rows = len(keys_B)
+    def teach(self, base_params: Any, frozen: Any, keys_B: Array, cond_B: Array) -> dict:
+        """A rollout of the base from empty grids: features [B,branches,S,T,D] of every step, ids, commit steps.
+
+        `frozen` are the plan and the tokenizer, whose text encoder, if it has one, reads the conditions.
+        """
+        rows, plan = len(keys_B), frozen["plan"]
+        cond, null = self.codec.told(frozen["tokenizer"], cond_B, self.null)
         empty = jnp.full((rows, self.sizes.num_tokens), self.sizes.mask_id, jnp.int32)
         parts = Parts(self.base.features(base_params), self.base.head(base_params), None)
-        predict, kept = predict_fully(parts, cond, self.null, plan, empty)
+        predict, kept = predict_fully(parts, cond, null, plan, empty)
         rollout, features_SbTD = maskgit.fill(predict, kept, keys_B, plan, empty, self.sizes.mask_id)
         steps, _, *rest = features_SbTD.shape
         by_branch = features_SbTD.reshape(steps, branches(plan), rows, *rest)
         return {
             "features": jnp.transpose(by_branch, (2, 1, 0, 3, 4)),
-            "cond": cond,
+            "cond": cond_B,
             "ids": rollout.ids,
             "commit_step": rollout.commit_step,
         }
@@ -160,8 +157,9 @@ class Wiring:
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
         """All minibatches of a buffer, one optimizer step each; the state's step counts buffers."""
         first = state
-        buffer = Buffer(batch["features"], batch["cond"], batch["ids"], batch["commit_step"])
-        student = self.student(frozen["base"], frozen["plan"])
+        cond, null = self.codec.told(frozen["tokenizer"], batch["cond"], self.null)
+        buffer = Buffer(batch["features"], cond, batch["ids"], batch["commit_step"])
+        student = self.student(frozen["base"], null, frozen["plan"])
         keys_B, student_keys_B = (
             sample_keys(self.config.seed, purpose, batch["round"][0], batch["index"]) for purpose in (TRAIN, STUDENT)
         )
@@ -216,7 +214,10 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     whole = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
     request = {"cond": jax.ShapeDtypeStruct((config.batch_size, *conditioning.null.shape), jnp.int32)}
     request |= {"index": whole, "round": whole}
-    frozen = {"plan": jax.eval_shape(lambda: jax.tree.map(jnp.asarray, wiring.plans[0]))}
+    frozen = {
+        "plan": jax.eval_shape(lambda: jax.tree.map(jnp.asarray, wiring.plans[0])),
+        "tokenizer": codecs.abstract(config.parents.tokenizer.model),
+    }
     made = jax.eval_shape(functools.partial(wiring.rollout, axis=Axis(1)), base, frozen, request)
     state = jax.eval_shape(wiring.init, jax.random.key(0))
     learn = made | {"index": whole, "round": whole}
@@ -275,10 +276,10 @@ def build(context: Context) -> Task:
         }
 
     def step(state, batch):
-        plan = plans[int(batch["round"][0]) % len(plans)]
-        made = roll_out(network, {"plan": plan}, batch)
+        frozen = {"plan": plans[int(batch["round"][0]) % len(plans)], "tokenizer": engine.tokenizer}
+        made = roll_out(network, frozen, batch)
         learn = made | {name: batch[name] for name in ("index", "round")}
-        return update(state, {"base": network, "plan": plan}, learn)
+        return update(state, {"base": network} | frozen, learn)
 
     return Task(
         init=lambda key: parallel.init(wiring.init, key),

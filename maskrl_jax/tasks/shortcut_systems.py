@@ -233,11 +233,11 @@ class ShortcutSystems:
 
         def program(base, frozen, batch, axis):
             keys_B = sample_keys(0, EVALUATE, 0, batch["index"])
-            return self.wiring.teach(base, frozen["plan"], keys_B, batch["cond"])
+            return self.wiring.teach(base, frozen, keys_B, batch["cond"])
 
         made = self.engine.parallel.map(program)(
             self.network,
-            {"plan": self.plan},
+            {"plan": self.plan, "tokenizer": self.engine.tokenizer},
             {"cond": cond[rows], "index": np.arange(count, dtype=np.int32)[rows]},
         )
         return Buffer(**self.engine.parallel.gather(made))
@@ -245,13 +245,15 @@ class ShortcutSystems:
     def drift(self, params: Any, frozen: bool = False, longest: int = 0) -> dict[str, np.ndarray]:
         """Mean errors [N, N] (or [N, longest + 1]) at (full step, steps since): see `open_loop`."""
         errors = self._drift_program(frozen, longest)
-        found = self.engine.parallel.whole(errors(self.network, params, self.calibration))
+        found = self.engine.parallel.whole(errors(self.network, params, self.engine.tokenizer, self.calibration))
         return {name: value[: self.curve.num_steps, : self.curve.num_steps] for name, value in found.items()}
 
     @functools.cache  # noqa: B019 - compiled once, for the life of the systems
     def _drift_program(self, frozen, longest):
-        def errors(network, params, buffer):
-            student = dataclasses.replace(self.wiring.student(network), most=self.most)
+        def errors(network, params, tokenizer, buffer):
+            cond, null = self.engine.conditions({"tokenizer": tokenizer}, buffer.cond)
+            student, buffer = self.wiring.student(network, null), buffer.replace(cond=cond)
+            student = dataclasses.replace(student, most=self.most)
             return open_loop(student, params, buffer, jnp.asarray(self.plan.guidance), frozen, longest)
 
         return jax.jit(errors)

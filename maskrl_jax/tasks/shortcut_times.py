@@ -104,7 +104,8 @@ class ShortcutTimes:
     def flops(self, params: Any) -> tuple[float, float]:
         """FLOPs of a full and of a shortcut step, an image, as compiled: network and head, both branches, no draw."""
         rows = branches(self.systems.plan)
-        features = jax.ShapeDtypeStruct((rows, *self.systems.calibration.features.shape[3:]), jnp.float32)
+        kept = self.systems.calibration.features
+        features = jax.ShapeDtypeStruct((rows, *kept.shape[3:]), kept.dtype)
         cond = jax.ShapeDtypeStruct((rows, *self.systems.calibration.cond.shape[1:]), jnp.int32)
         ids, time = (
             jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, self.systems.engine.num_tokens), (rows,))
@@ -116,16 +117,16 @@ class ShortcutTimes:
             parts = self.systems.wiring.parts(None, own["base"])
             return parts.head(parts.features(ids, time, cond))
 
-        def light(own, features, controls, share):
+        def light(own, features, controls, share, cond):
             parts = self.systems.wiring.parts(own["shortcut"], own["base"])
-            return parts.head(parts.advance(features, controls, share))
+            return parts.head(parts.advance(features, controls, share, cond))
 
         # Not placed: of the whole program, however arrays are split.
         own = {"base": self.systems.network, "shortcut": params}
         own = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own)
         compiled = (
             jax.jit(full).lower(own, ids, time, cond).compile(),
-            jax.jit(light).lower(own, features, controls, jax.ShapeDtypeStruct((rows,), jnp.float32)).compile(),
+            jax.jit(light).lower(own, features, controls, jax.ShapeDtypeStruct((rows,), jnp.float32), cond).compile(),
         )
         return tuple((one.cost_analysis() or {}).get("flops", math.nan) for one in compiled)
 

@@ -87,19 +87,20 @@ class Wiring:
         """Sample, decode and score a batch of rollouts; per-sample outputs."""
         keys_B = sample_keys(self.config.seed, ROLLOUT, batch["round"][0], batch["index"])
         logits = self.base.generator.logits(params["model"])
+        cond, null = self.base.conditions(frozen, batch["cond"])
         setting = jnp.zeros(len(keys_B)) if self.policy.kind == "adaptive" else self.policy.ticks / batch["jump"]
         record = adaptive.rollout(
             logits,
             self.decide(params, setting),
             keys_B,
-            batch["cond"],
-            self.base.null,
+            cond,
+            null,
             self.sampler,
             self.base.sizes.num_tokens,
             self.base.sizes.mask_id,
         )
         fields = {name: getattr(record, name) for name in RECORD}
-        return fields | self.base.score(frozen, record.ids, batch["target"])
+        return fields | self.base.score(frozen, record.ids, batch["target"], axis)
 
     def settings(self, place: np.ndarray) -> dict[str, np.ndarray]:
         """What a request asks of the sampler, by a rollout's place in the batch."""
@@ -122,9 +123,11 @@ class Wiring:
         """`inner_updates` optimizer steps on recorded rollouts; the state's step counts batches of rollouts."""
         first, old, infos = state, state.params if self.config.inner_updates > 1 else None, []
         reference = frozen["reference"] if self.config.loss.kl_coefficient else None  # whose forward costs a quarter
+        model, batch = self.base.learnt(frozen, batch)
+        speed = dataclasses.replace(self.speed, model=model)
         entropy = _linear(self.config.loss.head_entropy, state.step, self.config.num_steps)
         for _ in range(self.config.inner_updates):
-            grads, metrics = self.speed.gradients(state.params, old, reference, batch, entropy, axis)
+            grads, metrics = speed.gradients(state.params, old, reference, batch, entropy, axis)
             state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
             infos.append(info)
         weight = jnp.float32(len(infos))

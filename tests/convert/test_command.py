@@ -67,12 +67,13 @@ def work(tmp_path_factory):
 def _network(config):
     from maskrl_jax.models.kl_vae import KLVAE
     from maskrl_jax.models.mar import Mar
-    from maskrl_jax.tasks import codecs, generators
+    from maskrl_jax.models.maskgit_port import MaskGITPort
+    from maskrl_jax.tasks import codecs
 
     if config.task == "tokenizer":
         return codecs.sizes(config.model).network
     if config.task == "maskgit":
-        return generators.network(FAMILIES["maskgit-port"].sizes(config))
+        return MaskGITPort(FAMILIES["maskgit-port"].sizes(config))
     return KLVAE(FAMILIES["kl16"].sizes(config)) if config.task == "kl_vae" else Mar(FAMILIES["mar"].sizes(config))
 
 

@@ -27,7 +27,7 @@ def buffer():
 def student(step=0.0):
     """Move every feature by a parameter."""
     head = jnp.asarray(np.random.default_rng(0).normal(size=(D, K)), jnp.float32)
-    return Student(lambda p, f, controls, share: f + p + step, lambda f: f[:, :N] @ head, N, most=2)
+    return Student(lambda p, f, *_: f + p + step, lambda f: f[:, :N] @ head, np.int32(B), N, most=2)
 
 
 def every_pair():
@@ -184,7 +184,7 @@ def test_open_loop_errors_grow_as_the_steps_do(buffer):
 def test_drift_mixes_the_branches_as_the_sampler_does(buffer):
     """One step on, moved along the first axis alone: cosine by hand, and the KL of logits under guidance 3."""
     p, head = 0.5, student().head
-    who = dataclasses.replace(student(), advance=lambda p, f, controls, share: f + p * jnp.asarray([[[1.0, 0.0]]]))
+    who = dataclasses.replace(student(), advance=lambda p, f, *_: f + p * jnp.asarray([[[1.0, 0.0]]]))
     found = feature_shortcut.open_loop(
         who,
         jnp.float32(p),

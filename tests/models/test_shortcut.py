@@ -128,14 +128,14 @@ def test_loss_and_gradients_equal_the_reference(folder):
     )
     seen = {}
 
-    def advance(params, features, controls, _):
+    def advance(params, features, controls, *_):
         embedded = jnp.asarray(table)[controls.ids] + jnp.asarray(inputs["pos_emb"][0])[controls.positions]
         places, share = controls.positions, jnp.asarray(inputs["mask_ratio"])
         seen["features"] = Shortcut(config).apply(params, features, embedded, places, controls.valid, share)
         return seen["features"]
 
     def loss_of(params):
-        student = Student(advance, head=None, num_tokens=count, most=int(fresh.sum()))
+        student = Student(advance, head=None, null=np.int32(0), num_tokens=count, most=int(fresh.sum()))
         keys, last = jax.random.split(jax.random.key(0), 1), jnp.ones((1, 1), jnp.int32)
         total, _ = loss(ShortcutLoss(), student, params, jax.tree.map(jnp.asarray, buffer), 0 * last, last, keys)
         return total, seen["features"]

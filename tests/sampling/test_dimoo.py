@@ -92,7 +92,7 @@ def test_tokens_are_the_reference_s(folder, monkeypatch):
         rollout = jax.jit(run)(given)
     elif move:
         full = np.isin(np.arange(steps), refresh.even_steps(steps, described["budget"]))
-        parts = dimoo.parts(base, layout, cond, null, move, not described["no_prompt"])
+        parts = dimoo.parts(base, layout, null, move, not described["no_prompt"])
         asks, most = refresh.scheduled(np.flatnonzero(full), steps), shortcut.most_controls(plan, layout.num_tokens)
         run = functools.partial(shortcut.decode, parts, keys(0), cond, null, plan, asks, mask_id=codes, most=most)
         rollout, memory = jax.jit(lambda g: run(given_BN=g))(given)
@@ -212,7 +212,7 @@ def test_a_kept_first_step_is_the_computed_one():
 
     @jax.jit
     def computed(params):
-        parts = dimoo.parts(small(params)[0], LAYOUT, cond, null, small(params)[1])
+        parts = dimoo.parts(small(params)[0], LAYOUT, null, small(params)[1])
         return shortcut.empty_features(parts, cond, null, plan, N, K)
 
     first = computed(weights())
@@ -230,11 +230,12 @@ def test_controls_are_the_prompt_and_what_was_revealed(prompt_controls, prompt):
         seen.update(told=told, places=places, valid=valid, padding=padding)
         return f + 1.0
 
-    parts = dimoo.parts(small()[0], LAYOUT, cond, null, move, prompt_controls)
+    parts = dimoo.parts(small()[0], LAYOUT, null, move, prompt_controls)
     revealed = ([1, 6, 0], [5, 2, K], [True, True, False])
     controls = shortcut.Controls(*(jnp.asarray([x, x]) for x in revealed))
     features = jnp.zeros((2, 4 + LAYOUT.length, 16), jnp.bfloat16)
-    assert parts.advance(features, controls, jnp.ones(2)).dtype == jnp.bfloat16
+    both = draws.with_null(cond, null)
+    assert parts.advance(features, controls, jnp.ones(2), both).dtype == jnp.bfloat16
     assert np.isfinite(seen["told"]).all()
     assert seen["padding"].sum(1).tolist() == [1, 2]
     for row, (ids, length) in enumerate((([*prompt, 15, 12], 3), ([15, 12], 2))):
@@ -249,11 +250,11 @@ def test_drift_reads_the_image_tokens_alone():
     """A network that moves nothing but the newlines never asks for a full step."""
     plan, (cond, null) = make_plan(N, STEPS), conditions()
     length = cond.ids.shape[1] + LAYOUT.length
-    image = np.isin(np.arange(length), cond.ids.shape[1] + LAYOUT.places)[None, :, None]
+    image = (np.arange(length) < N)[None, :, None]
 
     @jax.jit
     def calls(moved):
-        parts = dimoo.parts(small()[0], LAYOUT, cond, null, lambda f, *_: f + moved)
+        parts = dimoo.parts(small()[0], LAYOUT, null, lambda f, *_: f + moved)
         asks, most = refresh.adaptive(1e-3, STEPS, STEPS, STEPS), shortcut.most_controls(plan, N)
         return shortcut.decode(parts, keys(0, 1), cond, null, plan, asks, EMPTY, K, most=most)[0].calls
 

@@ -36,6 +36,14 @@ def test_codes_are_read_back():
     np.testing.assert_array_equal(SMALL.image(jnp.arange(64 + 12)[None])[0], 64 + SMALL.places)
 
 
+def test_image_tokens_can_come_first():
+    ids, _, _ = SMALL.sequence(CODES, left_padded([[7, 8, 9]], multiple=4))
+    turned = SMALL.image_first(ids)
+    np.testing.assert_array_equal(turned[:, : SMALL.num_tokens], SMALL.image(ids))
+    assert sorted(turned[0].tolist()) == sorted(ids[0].tolist())
+    np.testing.assert_array_equal(turned[0, SMALL.num_tokens :][:4], ids[0, :4])
+
+
 def test_sequences_are_made_under_jit():
     made = jax.jit(SMALL.sequence)(CODES, left_padded([[7]]))
     jax.tree.map(np.testing.assert_array_equal, made, SMALL.sequence(CODES, left_padded([[7]])))

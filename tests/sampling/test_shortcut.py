@@ -43,7 +43,7 @@ def _parts(advance=None):
         x = jnp.pad(t["ids"][ids], ((0, 0), (0, 1), (0, 0))) + t["places"][None] + t["cond"][cond][:, None]
         return jnp.tanh(x + x.mean(1, keepdims=True) @ t["mix"]) + timestep[:, None, None] / 64
 
-    def move(f, controls, share):
+    def move(f, controls, share, _):
         told = (t["ids"][controls.ids] + t["places"][controls.positions]) * controls.valid[..., None]
         return f + 0.3 * jnp.tanh(f @ t["mix"] + told.sum(1, keepdims=True) + share[:, None, None])
 
@@ -176,7 +176,7 @@ def test_training_reads_what_sampling_read(mode):
     for step in range(steps - 1):
         masked, controls, share = shortcut_teacher.step_pairs(twice, jnp.full(12, step), most)
         np.testing.assert_allclose(share, masked.mean(-1))
-        features = parts.advance(features, controls, share)
+        features = parts.advance(features, controls, share, None)
     np.testing.assert_allclose(features, memory.features, atol=2e-5)
 
 
@@ -305,7 +305,7 @@ def test_parity_with_the_official_sampler(folder, monkeypatch):
         moved = convert_shortcut.params_of(light, network)
         steps = refresh.even_steps(sampler["steps"], sampler["budget"])
 
-        def advance(f, controls, share):
+        def advance(f, controls, share, _):
             told = base.apply(params, controls.ids, controls.positions, method="controls")
             return Shortcut(network).apply(moved, f, told, controls.positions, controls.valid, share)
 

@@ -15,7 +15,7 @@ from maskrl_jax.evaluate.systems import fixed_program, fixed_system
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
-from maskrl_jax.tasks import codecs, generators, maskgit
+from maskrl_jax.tasks import codecs, forms, generators, maskgit
 from maskrl_jax.tasks.task import Context
 from maskrl_jax.writers import read_metrics
 
@@ -105,7 +105,7 @@ def test_held_out_loss_always_sees_the_same_masks(trained):
 @pytest.fixture(scope="module")
 def engine(trained):
     context = Context(tiny.get_config("maskgit"), trained.parents, Parallel("sharded", jax.local_devices()[:1]), "", "")
-    sizes = generators.model_config(context.config, context.config.parents.tokenizer, conditioning_of("shapes"))
+    sizes = forms.model_config(context.config, context.config.parents.tokenizer, conditioning_of("shapes"))
     return generators.engine_of(context, sizes, conditioning_of("shapes").null)
 
 
