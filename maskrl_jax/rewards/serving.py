@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from maskrl_jax.data import verifier
+from maskrl_jax.data import captions, verifier
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.rewards import clip, judge, wire
 
@@ -178,14 +178,36 @@ def local_reward(name: str, workdir: str | None = None, folder: str | None = Non
     if name not in KNOWN:
         raise unknown("reward", name, KNOWN)
     if name in VERIFIED:
-        return lambda images, prompts: verifier.verify(images, list(prompts))[name]
+        return _of_captions(lambda images, prompts: verifier.verify(images, prompts)[name])
     if name in JUDGED:
         if not workdir:
             raise UserError(f"reward {name!r} is of a trained judge; give its run as --workdir")
-        return _judge(name, workdir)
+        return _of_captions(_judge(name, workdir))
     if not folder:
         raise UserError(f"reward {name!r} needs --folder with its weights; see docs/remote_rewards.md")
     return clip.open_reward(name, folder).score
+
+
+def _of_captions(score: Score) -> Score:
+    """`score`, and NaN for a caption outside the grammar; UserError where no caption of the request is inside it."""
+
+    def scored(images, prompts):
+        mistakes = [_mistake(prompt) for prompt in prompts]
+        if all(mistakes):
+            raise mistakes[0]
+        some = prompts[mistakes.index(None)]  # in the place of what cannot be read, so that shapes stay
+        found = score(images, [some if mistake else prompt for prompt, mistake in zip(prompts, mistakes, strict=True)])
+        return np.where([mistake is None for mistake in mistakes], found, np.nan)
+
+    return scored
+
+
+def _mistake(prompt: str) -> UserError | None:
+    try:
+        captions.parse(prompt)
+    except UserError as error:
+        return error
+    return None
 
 
 def _judge(name: str, workdir: str) -> Score:

@@ -439,13 +439,17 @@ def test_more_connections_than_it_has_threads_for_are_closed(monkeypatch):
         assert np.isfinite(patient.score(IMAGES[:1], "a")).all()
 
 
-def test_the_exact_verifier_as_a_service():
+def test_the_exact_verifier_as_a_service(capsys):
     from maskrl_jax.data.scenes import TONE_RGB
 
     empty = np.broadcast_to(np.float32(TONE_RGB[0]) / 255, (2, 32, 32, 3))
     with serving(local_reward("coherence")) as url:
         np.testing.assert_array_equal(client(url).score(empty, ["a red circle"] * 2), [1, 1])
-        assert np.isnan(client(url).score(empty, ["a red circle", "a purple cow"])).all()
+        # What cannot be read is no score, and harms no other; a request of nothing else is told why.
+        np.testing.assert_array_equal(client(url).score(empty, ["a red circle", "a purple cow"]), [1, np.nan])
+        np.testing.assert_array_equal(client(url).score(empty, ["", "a red circle"]), [np.nan, 1])
+        assert np.isnan(client(url).score(empty, ["a purple cow"] * 2)).all()
+    assert "status 400: cannot verify caption 'a purple cow'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
