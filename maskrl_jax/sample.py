@@ -7,7 +7,7 @@ from maskrl_jax import command
 from maskrl_jax.distill.diffusion import METHODS
 from maskrl_jax.errors import UserError
 from maskrl_jax.sampling.maskgit import MODES
-from maskrl_jax.sampling.schedules import SCHEDULES
+from maskrl_jax.sampling.schedules import IDLE, SCHEDULES
 
 WORKDIR = flags.DEFINE_string("workdir", None, "run of a stage that makes images", required=True)
 PROMPT = flags.DEFINE_multi_string("prompt", None, "caption, or class name or number; may be repeated")
@@ -22,7 +22,7 @@ FULL_STEPS = flags.DEFINE_integer(
 )
 DIAL = flags.DEFINE_float("dial", None, "asks a tuned policy for fewer (positive) or more calls")
 MODE = flags.DEFINE_string("mode", None, f"fixed sampler: {', '.join(MODES)}")
-SCHEDULE = flags.DEFINE_string("schedule", None, f"fixed sampler: {', '.join(SCHEDULES)}")
+SCHEDULE = flags.DEFINE_string("schedule", None, f"fixed sampler: {', '.join(SCHEDULES + IDLE)}")
 GUMBEL = flags.DEFINE_float("gumbel", None, "modes confidence, uncertain: noise on the order")
 TEMPERATURE = flags.DEFINE_float(
     "temperature", None, "fixed sampler: divides the logits before a draw; MAR and its students: of the noise"

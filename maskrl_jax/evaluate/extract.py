@@ -27,6 +27,7 @@ class Extracted:
     spatial_groups: list[Moments]
     pool: np.ndarray | None  # float32 [n, 2048] where they are kept
     logits: np.ndarray | None  # float32 [n, 1008] where they are kept
+    rounded: bool = False  # whether an image was rounded to bytes as the protocol has it
 
     @property
     def moments(self) -> tuple[Moments, Moments]:
@@ -74,9 +75,10 @@ def extract(
     Raises:
       ValueError: if a key comes twice, or there is no sample.
     """
-    digest, seen = hashlib.sha256(), set()
+    digest, seen, rounded = hashlib.sha256(), set(), False
     streams, kept = {name: Stream(groups) for name in ("pool", "spatial")}, {name: [] for name in keep}
     for batch in _batches(samples, batch_size, limit):
+        rounded |= any(protocol.rounds(image) for _, image in batch)
         images = [protocol.pixels(image) for _, image in batch]
         for (key, _), image in zip(batch, images, strict=True):
             if key in seen:
@@ -92,7 +94,7 @@ def extract(
         raise ValueError("there are no samples to measure")
     whole = {name: np.concatenate(rows) for name, rows in kept.items()}
     pool, spatial = (stream.groups() for stream in streams.values())
-    return Extracted(len(seen), digest.hexdigest(), pool, spatial, whole.get("pool"), whole.get("logits"))
+    return Extracted(len(seen), digest.hexdigest(), pool, spatial, whole.get("pool"), whole.get("logits"), rounded)
 
 
 def _batches(samples, size, limit):

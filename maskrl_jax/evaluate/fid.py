@@ -30,7 +30,9 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "images of one call of the n
 GROUPS = flags.DEFINE_integer(
     "groups", 10, "groups of the jackknife behind standard errors; a distance each; 0 for none", lower_bound=0
 )
-SAVE = flags.DEFINE_string("save_statistics", None, "npz to write with the statistics of --samples")
+SAVE = flags.DEFINE_string(
+    "save_statistics", None, "npz to write with the statistics of --samples, and how they were made"
+)
 OUT = flags.DEFINE_string("out", None, "JSON file to write")
 
 
@@ -64,7 +66,7 @@ def main() -> None:
     keep = inception_metrics.kept(protocol, reference)
     samples = run(images, keep, max(GROUPS.value, 1), NUM_SAMPLES.value)
     if SAVE.value:
-        statistics.write(SAVE.value, *samples.moments, protocol)
+        statistics.write(SAVE.value, *samples.moments, protocol, samples.rounded)
     result = {
         "protocol": {"name": PROTOCOL.value} | dataclasses.asdict(protocol),
         "metrics": inception_metrics.measure(samples, reference, protocol),

@@ -26,6 +26,7 @@ class Reference:
     spatial: statistics.Gaussian | None
     features: np.ndarray | None = None  # float32 [M, 2048] of real images
     declared: bool = True  # that they were made as the protocol asks; a foreign file does not say
+    rounding: bool = True  # that this is known of the rounding of floats; a file of ours from before does not say
 
 
 def kept(protocol: FidProtocol, reference: Reference) -> tuple[str, ...]:
@@ -102,6 +103,8 @@ def remarks(samples: Extracted, reference: Reference, protocol: FidProtocol) -> 
         notes.append(f"no more samples than the {POOL} dimensions of a feature: the distance is mostly bias")
     if not reference.declared:
         notes.append("the file of statistics does not say how it was made; that it fits this protocol is not checked")
+    elif not reference.rounding:
+        notes.append("the file of statistics does not say how floats were rounded; it was written before that was kept")
     if "sfid" in protocol.metrics and reference.spatial is None:
         notes.append("no sFID: the statistics hold no mu_s and sigma_s")
     if "precision" in protocol.metrics and reference.features is None:
@@ -141,4 +144,4 @@ def read_reference(
     if keep and stored.images:
         found = run(image_set.open_images(path), keep)
         features, facts = found.pool, facts | {"images": found.count}
-    return Reference(stored.pool, stored.spatial, features, stored.declared), facts
+    return Reference(stored.pool, stored.spatial, features, stored.declared, stored.rounding), facts

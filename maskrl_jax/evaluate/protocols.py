@@ -43,6 +43,10 @@ class FidProtocol:
         if self.samples < 2:
             raise ValueError(f"samples {self.samples} must be at least 2")
 
+    def rounds(self, images: np.ndarray) -> bool:
+        """Tell whether `rounding` has a part in `pixels` of these: bytes come as they are unless they are stretched."""
+        return images.dtype != np.uint8 or self.values == "stretch"
+
     def pixels(self, images: np.ndarray) -> np.ndarray:
         """Return images [..., H, W, 3], of bytes or of floats in [0, 1], as the bytes that are measured.
 
@@ -51,7 +55,7 @@ class FidProtocol:
         Raises:
           ValueError: for another kind of number, or values that are not finite.
         """
-        if images.dtype == np.uint8 and self.values == "clip":
+        if not self.rounds(images):
             return images
         if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
             raise ValueError(f"images must be of bytes or of floats in [0, 1], not of {images.dtype}")

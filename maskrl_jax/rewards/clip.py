@@ -29,6 +29,7 @@ from maskrl_jax.models.clip import LAION_H14, OPENAI_L14, AestheticHead, Clip, C
 from maskrl_jax.models.clip_pixels import Pixels, prepare
 
 Array = jax.Array
+KEPT = 4096  # prompts whose features are kept, those asked for last
 WEIGHTS, HEAD, SIZES = "model.safetensors", "aesthetic.safetensors", "config.json"
 
 
@@ -54,7 +55,8 @@ KINDS = {
 class ClipReward:
     """`score(images, prompts)` on the default device; differentiable in the images, also inside another program.
 
-    `params` and `values` are for programs that hold the weights themselves. Text features are made once a prompt.
+    `params` and `values` are for programs that hold the weights themselves. Text features of `KEPT` prompts are
+    kept.
     """
 
     def __init__(self, kind: str, config: ClipConfig, params: Any, tokens: ClipTokens | None, batch_size: int = 32):
@@ -80,13 +82,18 @@ class ClipReward:
         """Features of length 1, float32 [B,P]; zeros where the reward does not read prompts."""
         if not KINDS[self.kind].reads_prompt:
             return np.zeros((len(prompts), self.model.config.text.projection), np.float32)
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        wanted = dict.fromkeys(prompts)
+        found = {prompt: self._known.pop(prompt) for prompt in wanted if prompt in self._known}
+        new = [prompt for prompt in wanted if prompt not in found]
         for start in range(0, len(new), self.batch_size):
             part = new[start : start + self.batch_size]
             ids = self._tokens.encode(part + [""] * (self.batch_size - len(part)))  # one shape, one program
             features = jax.device_get(_encode(self.model, self.params["clip"], jax.device_put(ids)))
-            self._known |= zip(part, features[: len(part)], strict=True)
-        return np.stack([self._known[prompt] for prompt in prompts])
+            found |= {prompt: row.copy() for prompt, row in zip(part, features, strict=False)}  # no view of the batch
+        self._known |= found
+        for prompt in list(self._known)[:-KEPT]:
+            del self._known[prompt]
+        return np.stack([found[prompt] for prompt in prompts])
 
     def values(self, params: Any, images: Array, texts_BP: Array) -> Array:
         """Pure: score pictures by `text_features`, float32 [B], a batch of `batch_size` after the other."""

@@ -4,6 +4,7 @@ A score that could not be had is NaN, never 0: `rl.credit.assign` rejects a grou
 the update nor any memory.
 """
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -169,8 +170,12 @@ def post(url: str, body: bytes, timeout: float) -> tuple[int, bytes]:
     connection = kind(parts.hostname, parts.port, timeout=timeout)
     path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
     try:
-        connection.request("POST", path, body, {"Content-Type": wire.TYPE, "Connection": "close"})
+        connection.connect()
         socket = connection.sock  # which the connection forgets once it has the head of the answer
+        socket.settimeout(_left(end))
+        # A service that refuses a request may answer and break off before it has all of it.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.request("POST", path, body, {"Content-Type": wire.TYPE, "Connection": "close"})
         socket.settimeout(_left(end))
         response, found = connection.getresponse(), b""
         while part := response.read1(65536):

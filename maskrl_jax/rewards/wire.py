@@ -30,6 +30,7 @@ class Bounds:
     images: int = 256
     pixels: int = 2**24  # of all pictures, 16 of 1024 x 1024: a small PNG may hold many
     prompt: int = 2000  # characters
+    seconds: int = 60  # until all of it has come
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -45,6 +46,9 @@ def request(images: np.ndarray, prompts: Sequence[str]) -> bytes:
 
 def read_request(body: bytes, bounds: Bounds) -> tuple[np.ndarray, list[str]]:
     """Read a request: (pictures float32 [B,H,W,3] in [0,1], prompts). ValueError of one line for what is not one."""
+    # Values of JSON take far more memory than their text; a request has two lists of strings, with commas in prompts.
+    if sum(map(body.count, (b",", b"[", b"{"))) > bounds.images * (bounds.prompt + 2) + 4:
+        raise ValueError("the request holds too many values")
     found = _parsed(body, "the request")
     images, prompts = (found.get(name) for name in ("images", "prompts"))
     for name, values in (("images", images), ("prompts", prompts)):
@@ -60,7 +64,10 @@ def read_request(body: bytes, bounds: Bounds) -> tuple[np.ndarray, list[str]]:
         raise ValueError("images differ in size; send one size a request")
     if len(opened) * size[0] * size[1] > bounds.pixels:
         raise ValueError(f"{len(opened)} images of {size[0]} x {size[1]} exceed {bounds.pixels} pixels")
-    return np.stack([_pixels(image) for image in opened]), prompts
+    pictures = np.empty((len(opened), size[1], size[0], 3), np.float32)
+    for picture, image in zip(pictures, opened, strict=True):
+        picture[:] = _pixels(image)
+    return pictures, prompts
 
 
 def answer(scores: np.ndarray) -> bytes:

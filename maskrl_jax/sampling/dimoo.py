@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskrl_jax.sampling import draws, maskgit, schedules, shortcut
+from maskrl_jax.sampling import draws, maskgit, shortcut
 from maskrl_jax.sampling.dimoo_sequence import Layout, Prompt
 from maskrl_jax.sampling.maskgit import Plan, Rollout, SamplerConfig
 
@@ -48,27 +48,29 @@ class CacheConfig:
         return (steps <= warmup) | ((steps - warmup) % self.refresh_interval == 0)
 
 
-def make_plan(num_tokens: int, num_steps: int = 64, cfg_scale: float = 4.0, temperature: float = 1.0) -> Plan:
-    """Tables of the published sampler: constant guidance l_c + cfg (l_c - l_u) and noise that is not annealed.
+def sampler_of(num_steps: int = 64, cfg_scale: float = 4.0, temperature: float = 1.0) -> SamplerConfig:
+    """The published sampler: constant guidance l_c + cfg (l_c - l_u) and noise that is not annealed.
 
     The temperature divides the logits of the draw alone and scales the noise of the confidence, which is read from
-    the logits as they are; 0 takes the most likely codes. ValueError where T exceeds N.
+    the logits as they are; 0 takes the most likely codes. ValueError where it is negative.
     """
     if temperature < 0:
         raise ValueError(f"temperature {temperature} must be at least 0")
-    config = SamplerConfig(
+    return SamplerConfig(
         num_steps=num_steps,
         max_steps=num_steps,
+        schedule="floored-cosine",
         gumbel=temperature,
+        last_gumbel=temperature,
         temperature=max(temperature, GREEDY),
+        plain_confidence=True,
         guidance=1 + cfg_scale,
     )
-    return maskgit.make_plan(config, num_tokens).replace(
-        masked_after=schedules.floored_cosine(num_tokens, num_steps),
-        noise=np.full(num_steps, temperature, np.float32),
-        least=0,
-        plain_confidence=True,
-    )
+
+
+def make_plan(num_tokens: int, num_steps: int = 64, cfg_scale: float = 4.0, temperature: float = 1.0) -> Plan:
+    """Tables of `sampler_of` for N tokens. ValueError where T exceeds N."""
+    return maskgit.make_plan(sampler_of(num_steps, cfg_scale, temperature), num_tokens)
 
 
 def logits_fn(base: Base, layout: Layout) -> draws.LogitsFn:

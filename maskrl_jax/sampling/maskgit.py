@@ -39,6 +39,7 @@ class SamplerConfig:
     factor_power: float = 1.0
     factor_warmup: int = 0  # steps at which the factor is halved
     entropy_filtering: bool = False  # divides them by `draws.entropy_temperature` besides, as in MaskFocus' scheduler
+    plain_confidence: bool = False  # confidences are read from the logits before all of that, as in Lumina-DiMOO
     timesteps: str = "clock"  # what the network is told: 63 down to 0 whatever T, or the `countdown` T-1 down to 0
     randomize: bool = True  # mode halton: every sample begins elsewhere in the order
     guidance: float = 1.0  # 1 = no guidance
@@ -86,7 +87,6 @@ class Plan(flax.struct.PyTreeNode):
     filtered: bool = flax.struct.field(pytree_node=False, default=False)
     roll: bool = flax.struct.field(pytree_node=False, default=True)  # whether a sample rolls the order
     least: int = flax.struct.field(pytree_node=False, default=1)  # tokens that a step commits whatever its count says
-    # Whether the confidence is read from the logits before the temperature divides them.
     plain_confidence: bool = flax.struct.field(pytree_node=False, default=False)
     # Tokens left masked after each step by how many were at the start, int32 [S,N+1]; None: in proportion.
     left: Array | None = None
@@ -145,6 +145,8 @@ def make_plan(config: SamplerConfig, num_tokens: int) -> Plan:
         guide=config.guidance != 1.0,
         filtered=config.entropy_filtering,
         roll=config.randomize,
+        least=int(config.schedule not in schedules.IDLE),
+        plain_confidence=config.plain_confidence,
         left=None if shares == config.schedule else pad(schedules.shares_left(shares, num_tokens, steps), np.int32),
     )
 

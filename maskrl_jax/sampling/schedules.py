@@ -18,12 +18,13 @@ _FLOAT32_SHARES = {
 }
 # Shares left; the same in float32; shares of each step (`increments`); the published Halton sampler's (`halton_left`).
 SCHEDULES = (*_SHARES, *_FLOAT32_SHARES, *(f"steps-{mode}" for mode in _OF_STEPS), "halton")
+IDLE = ("floored-cosine",)  # schedules besides whose steps may reveal nothing: Lumina-DiMOO's (`floored_cosine`)
 _PUBLISHED = ("cosine", "uniform", "pow<exponent>", "log", "exp")  # of sampler B, as `shares-<name>`
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
 
 
 def masked_after(schedule: str, num_tokens: int, num_steps: int) -> np.ndarray:
-    """Tokens still masked after each of T steps, int32 [T]; strictly decreasing, 0 at the end.
+    """Tokens still masked after each of T steps, int32 [T]; strictly decreasing but for IDLE, 0 at the end.
 
     Cumulative rule (specs/maskgit.md section 4): floor(N * gamma((s+1)/T)), at least one token is
     committed a step and at least one stays masked before the last. gamma: cosine cos(pi r/2),
@@ -31,11 +32,12 @@ def masked_after(schedule: str, num_tokens: int, num_steps: int) -> np.ndarray:
     share left, not the share of each step as in the sampler of that name in section 3. Linear, square: our choice.
     A whole N * gamma stays whole, as on the clock (specs/speed_rl.md 4.1); the official float32 loses one token
     there (cosine, r = 2/3). As published instead: `float32-cosine` and `float32-linear` are Meissonic's scheduler,
-    `steps-<mode>` sampler A's increments, `halton` sampler C's counts, and `shares-<method>` sampler B's float32 shares
-    (`shares_left`), which may end with steps that leave one token.
+    `steps-<mode>` sampler A's increments, `halton` sampler C's counts, `floored-cosine` Lumina-DiMOO's
+    (`floored_cosine`), and `shares-<method>` sampler B's float32 shares (`shares_left`), which may end with steps that
+    leave one token.
     """
-    if schedule not in SCHEDULES and not schedule.startswith("shares-"):
-        raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}, shares-<method>")
+    if schedule not in SCHEDULES + IDLE and not schedule.startswith("shares-"):
+        raise ValueError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES + IDLE)}, shares-<method>")
     if not 1 <= num_steps <= num_tokens:
         raise ValueError(f"num_steps {num_steps} must lie in 1..{num_tokens}, the number of image tokens")
     if schedule.startswith("steps-"):
@@ -44,6 +46,8 @@ def masked_after(schedule: str, num_tokens: int, num_steps: int) -> np.ndarray:
         )
     if schedule == "halton":
         return halton_left(num_tokens, num_steps)
+    if schedule == "floored-cosine":
+        return floored_cosine(num_tokens, num_steps)
     if schedule.startswith("shares-"):
         table = shares_left(schedule.removeprefix("shares-"), num_tokens, num_steps)[:, num_tokens]
         return np.minimum(table, np.maximum(num_tokens - np.arange(1, num_steps + 1), 1)).astype(np.int32)

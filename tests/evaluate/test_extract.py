@@ -57,7 +57,13 @@ def test_images_of_several_sizes_share_a_batch(means):
 
 def test_floats_are_measured_as_their_bytes(means):
     floats = [(key, image / np.float32(255)) for key, image in SAMPLES]
-    assert extract(floats, means, PROTOCOL, 4).sha256 == extract(SAMPLES, means, PROTOCOL, 4).sha256
+    rounded, whole = extract(floats, means, PROTOCOL, 4), extract(SAMPLES, means, PROTOCOL, 4)
+    assert rounded.sha256 == whole.sha256
+    assert (rounded.rounded, whole.rounded, extract(SAMPLES, means, PROTOCOLS["stretch"], 4).rounded) == (
+        True,
+        False,
+        True,
+    )
 
 
 def test_limit_takes_the_first(means):

@@ -113,6 +113,12 @@ def test_remarks_tell_what_is_missing_and_what_does_not_compare():
     assert remarks(many, REFERENCE, PROTOCOLS["adm"]) == []
 
 
+def test_a_file_that_does_not_tell_its_rounding_is_named_in_one_line():
+    older = Reference(gaussian(REAL), None, REAL, rounding=False)
+    notes = remarks(dataclasses.replace(extracted(FAKE), count=50_000), older, PROTOCOLS["torch_fidelity"])
+    assert notes == ["the file of statistics does not say how floats were rounded; it was written before that was kept"]
+
+
 def test_reference_statistics_with_images_give_both(tmp_path):
     file = str(tmp_path / "reference.npz")
     np.savez(file, hashed.images(3, 4, 4), mu=np.zeros(2048), sigma=np.eye(2048))

@@ -52,6 +52,22 @@ def test_what_is_written_is_read_again_by_protocols_that_see_the_same_images(tmp
     refused(file, f"{file} was made with values 'clip'; this protocol has 'stretch'", "stretch")
 
 
+def test_how_floats_were_rounded_is_kept_and_another_rounding_refused(tmp_path):
+    moments = [Moments.of(hashed.hashed((3, size), size)) for size in (2048, 2023)]
+    file = str(tmp_path / "floats")
+    statistics.write(file, *moments, PROTOCOLS["torch_fidelity"], rounded=True)
+    assert statistics.read(file, PROTOCOLS["torch_fidelity"]).rounding
+    refused(file, f"{file} was made with rounding 'nearest'; this protocol has 'down'")
+    statistics.write(file, *moments, PROTOCOLS["adm"])  # bytes, which no protocol rounds
+    with np.load(file) as stored:
+        arrays = dict(stored)
+    assert arrays["rounding"] == "none"
+    del arrays["rounding"]  # as it was written before
+    np.savez(tmp_path / "older.npz", **arrays)
+    found = statistics.read(str(tmp_path / "older.npz"), PROTOCOLS["torch_fidelity"])
+    assert found.declared and not found.rounding
+
+
 def test_images_alone_are_no_statistics(tmp_path):
     np.savez(tmp_path / "a.npz", hashed.images(3, 4, 4))
     assert not statistics.holds_statistics(str(tmp_path / "a.npz"))

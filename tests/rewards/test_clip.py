@@ -104,6 +104,20 @@ def test_texts_are_encoded_once(folder):
     np.testing.assert_array_equal(reward.text_features(PROMPTS)[0], reward.text_features(["a cat"])[0])
 
 
+def test_as_many_texts_are_kept_as_were_asked_for_last(folder, monkeypatch):
+    monkeypatch.setattr(clip, "KEPT", 2)
+    reward = clip.open_reward("hps", folder, batch_size=3)
+    first = reward.text_features(PROMPTS)  # more at once than are kept
+    assert len(first) == 4 and list(reward._known) == ["red dog", "cat cat"]
+    reward.text_features(["red dog", "dog"])
+    assert list(reward._known) == ["red dog", "dog"]
+    reward.text_features(["red dog"])
+    reward.text_features(["cat"])
+    assert list(reward._known) == ["red dog", "cat"]
+    assert all(row.base is None for row in reward._known.values())  # no view that holds a batch
+    np.testing.assert_array_equal(reward.text_features(PROMPTS), first)
+
+
 def test_the_gradient_reaches_every_picture(folder):
     reward = opened("pick_score", folder)
     slope = jax.jit(jax.grad(lambda x: reward.score(x, PROMPTS).sum()))(images())

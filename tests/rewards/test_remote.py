@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from maskrl_jax.errors import UserError
+from maskrl_jax.rewards import serving as serving_module
 from maskrl_jax.rewards import wire
 from maskrl_jax.rewards.remote import Probe, RemoteConfig, RemoteReward, post, read_probe
 from maskrl_jax.rewards.serving import local_reward, make_server
@@ -345,13 +346,110 @@ def test_more_clients_than_it_can_take_are_told_to_come_again():
     assert sorted(found) == 4 * [200] + 4 * [503]
 
 
-def test_the_exact_verifier_as_a_service():
+def test_pictures_are_decoded_one_request_ahead_and_no_more(monkeypatch):
+    decoded, started, release = [], threading.Semaphore(0), threading.Event()
+    read = wire.read_request
+    monkeypatch.setattr(wire, "read_request", lambda *args: decoded.append(1) or read(*args))
+
+    def slow(images, prompts):
+        started.release()
+        release.wait(10)
+        return brightness(images, prompts)
+
+    body = wire.request(IMAGES[:1], "a")
+    with serving(slow) as url:
+        threads = [threading.Thread(target=post, args=(url, body, 10)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        started.acquire(timeout=10)
+        time.sleep(0.3)
+        assert len(decoded) == 2  # of the request that is scored, and of the next one
+        release.set()
+        for thread in threads:
+            thread.join()
+    assert len(decoded) == 4
+
+
+def dripping(url, head, part):
+    """Send a head, then a part of ten bytes a second until the service answers or is gone; returns what it said."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.settimeout(0.1)
+        connection.sendall(head)
+        for _ in range(40):
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.sendall(part)
+            with contextlib.suppress(TimeoutError):
+                return connection.recv(4096)
+    raise AssertionError("the service waits for ever")
+
+
+def test_a_request_that_comes_too_slowly_is_given_up():
+    head = f"POST / HTTP/1.0\r\nContent-Type: {wire.TYPE}\r\n".encode()
+    with serving(brightness, bounds=wire.Bounds(seconds=1)) as url:
+        said = dripping(url, head + b"Content-Length: 1000\r\n\r\n", b" ")
+        assert b" 408 " in said.splitlines()[0]
+        assert dripping(url, head, b"X") == b""  # a head that does not end
+        assert np.isfinite(client(url).score(IMAGES, PROMPTS)).all()
+
+
+@pytest.mark.parametrize(
+    ("header", "code"), [({}, 413), ({"Content-Type": "text/plain"}, 415), ({"Transfer-Encoding": "chunked"}, 411)]
+)
+def test_a_request_refused_by_its_head_is_told_why_while_it_is_sent(header, code):
+    body = b" " * 2**25
+    if code == 411:
+        body = iter([b"2000000\r\n", body, b"\r\n0\r\n\r\n"])
+    with serving(brightness, bounds=wire.Bounds(bytes=1000)) as url:
+        assert status(url, body, **({"Content-Type": wire.TYPE} | header))[0] == code
+
+
+def test_a_client_reads_why_a_service_broke_off(capsys):
+    said = b'HTTP/1.0 413 no\r\nContent-Type: application/json\r\n\r\n{"error": "too large"}'
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def rude():
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(100)
+            connection.sendall(said)
+            connection.shutdown(socket.SHUT_WR)
+            time.sleep(0.2)  # closed with most of the request unread
+
+    thread = threading.Thread(target=rude)
+    thread.start()
+    pictures = np.random.default_rng(0).random((1, 2048, 2048, 3), np.float32)
+    with server:
+        remote = client(f"http://127.0.0.1:{server.getsockname()[1]}", retries=0)
+        assert np.isnan(remote.score(pictures, "a")).all()
+        thread.join()
+    assert "status 413: too large" in capsys.readouterr().out
+
+
+def test_more_connections_than_it_has_threads_for_are_closed(monkeypatch):
+    monkeypatch.setattr(serving_module, "CONNECTIONS", 2)
+    with serving(brightness) as url:
+        host, port = url.removeprefix("http://").split(":")
+        idle = [socket.create_connection((host, int(port))) for _ in range(2)]
+        with pytest.raises(OSError):
+            post(url, wire.request(IMAGES[:1], "a"), 5)
+        for connection in idle:
+            connection.close()
+        patient = RemoteReward(RemoteConfig(url, retries=99), sleep=lambda seconds: time.sleep(0.05))
+        assert np.isfinite(patient.score(IMAGES[:1], "a")).all()
+
+
+def test_the_exact_verifier_as_a_service(capsys):
     from maskrl_jax.data.scenes import TONE_RGB
 
     empty = np.broadcast_to(np.float32(TONE_RGB[0]) / 255, (2, 32, 32, 3))
     with serving(local_reward("coherence")) as url:
         np.testing.assert_array_equal(client(url).score(empty, ["a red circle"] * 2), [1, 1])
-        assert np.isnan(client(url).score(empty, ["a red circle", "a purple cow"])).all()
+        # What cannot be read is no score, and harms no other; a request of nothing else is told why.
+        np.testing.assert_array_equal(client(url).score(empty, ["a red circle", "a purple cow"]), [1, np.nan])
+        np.testing.assert_array_equal(client(url).score(empty, ["", "a red circle"]), [np.nan, 1])
+        assert np.isnan(client(url).score(empty, ["a purple cow"] * 2)).all()
+    assert "status 400: cannot verify caption 'a purple cow'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,18 @@ def test_no_other_request_is_taken(change, named):
         wire.read_request(asked(**change), BOUNDS)
 
 
+@pytest.mark.parametrize("flood", [b"[],", b"{},", b"1,"])
+def test_values_are_bounded_before_they_are_made(flood, monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda body: pytest.fail("parsed"))
+    with pytest.raises(ValueError, match="too many values"):
+        wire.read_request(b'{"images": [' + flood * 60, wire.Bounds(images=4, prompt=10))
+
+
+def test_prompts_may_be_of_commas_alone():
+    body = wire.request(IMAGES, [",[{" * 3 + ","] * 2)
+    assert wire.read_request(body, wire.Bounds(images=2, prompt=10))[1] == [",[{,[{,[{,"] * 2
+
+
 def test_sizes_are_bounded_before_pixels_are_made():
     for bounds, named in ((wire.Bounds(pixels=47), "exceed 47 pixels"), (wire.Bounds(images=1), "wanted are 1..1")):
         with pytest.raises(ValueError, match=named):

@@ -262,6 +262,28 @@ def test_drift_reads_the_image_tokens_alone():
     assert calls(image).tolist() == [STEPS // 2] * 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_a_config_alone_gives_the_published_plan(temperature):
+    """As a config file writes it; 1e-6 stands for the temperature 0."""
+    written = {
+        "num_steps": 12,
+        "max_steps": 12,
+        "schedule": "floored-cosine",
+        "gumbel": temperature,
+        "last_gumbel": temperature,
+        "temperature": temperature or 1e-6,
+        "plain_confidence": True,
+        "guidance": 5.0,
+    }
+    plan = maskgit.make_plan(maskgit.SamplerConfig(**written), 16)
+    chex.assert_trees_all_equal(plan, make_plan(16, 12, cfg_scale=4.0, temperature=temperature))
+    np.testing.assert_array_equal(plan.masked_after, schedules.floored_cosine(16, 12))
+    np.testing.assert_array_equal(plan.noise, np.full(12, temperature, np.float32))
+    np.testing.assert_array_equal(plan.guidance, np.full(12, 5, np.float32))
+    np.testing.assert_array_equal(plan.temperature, np.full(12, temperature or 1e-6, np.float32))
+    assert (plan.least, plan.plain_confidence, plan.guide) == (0, True, True)
+
+
 def test_impossible_plans_are_refused():
     with pytest.raises(ValueError, match="^temperature -1 must be at least 0$"):
         make_plan(16, 4, temperature=-1)
