@@ -46,7 +46,7 @@ def embedded(arg: str):
         save_every=20,
         parents={"tokenizer": generator.parents.tokenizer, "judge": generator.parents.judge, "maskgit": generator},
         init={"tokenizer": "", "judge": "", "maskgit": ""},
-        data={"name": "shapes", "text_length": 8},
+        data=sizes.data("shapes"),
         model={},
         **sizes.rewards(
             **{"judge": 0.5, "compositional": 1.0},

@@ -40,7 +40,7 @@ def embedded(arg: str):
         save_every=20,
         parents=parents,
         init=dict.fromkeys(parents, ""),
-        data={"name": "shapes", "text_length": 8},
+        data=sizes.data("shapes"),
         model={
             "ratio": 2.0,
             "n_block": 1,

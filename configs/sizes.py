@@ -20,6 +20,18 @@ def data_set(arg: str) -> str:
     return "digits" if arg.startswith("digits") else "shapes"
 
 
+def data(name: str, **more) -> dict:
+    """The set that a generator is trained or tuned on, and how its texts become token ids (docs/own_data.md)."""
+    return {
+        "name": name,  # shapes, digits, a TFDS set, a .txt or .jsonl file of prompts, a folder of images
+        "text_length": 8,  # ids of a text; CLIP's 77
+        "tokens": "",  # words of shapes; clip; dimoo: Lumina-DiMOO's template
+        "tokenizer": "",  # folder with the files of clip's or dimoo's tokenizer
+        "pad": 49407,  # clip: id behind the end token, by default that token itself
+        **more,
+    }
+
+
 def parent(arg: str) -> str:
     """Argument of the tokenizer and the judge below a generator's: they have no `full` size."""
     return "" if arg == "full" else arg

@@ -36,7 +36,7 @@ def embedded(arg: str):
         save_every=20,
         parents={"tokenizer": base.parents.tokenizer, "judge": base.parents.judge, "maskgit": base},
         init={"tokenizer": "", "judge": "", "maskgit": ""},
-        data={"name": "shapes", "text_length": 8},
+        data=sizes.data("shapes"),
         model={},
         **sizes.rewards(judge=1.0, energy_distance=2.0),
         policy=policy(arg),

@@ -67,7 +67,7 @@ def _mar_config(state: State) -> str:
 
 
 def _mar_sizes(config: ConfigDict) -> Any:
-    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    conditioning = conditioning_of(config.data)
     return continuous.model_config(config, kl_vae.model_config(config.parents.tokenizer.model), conditioning)
 
 
@@ -97,7 +97,7 @@ def _codec(form: str) -> Callable[[ConfigDict], Any]:
 
 def _generator(form: str) -> Callable[[ConfigDict], Any]:
     def sizes(config):
-        conditioning = conditioning_of(config.data.name, config.data.text_length)
+        conditioning = conditioning_of(config.data)
         found = forms.model_config(config, config.parents.tokenizer, conditioning)
         if not isinstance(found, forms.CLASSES[form]):
             raise UserError(f"weights of this family are of a generator of model.form={form}, which this one is not")
@@ -108,7 +108,7 @@ def _generator(form: str) -> Callable[[ConfigDict], Any]:
 
 def _shortcut_sizes(config: ConfigDict) -> ShortcutConfig:
     base = config.parents.maskgit
-    conditioning = conditioning_of(base.data.name, base.data.text_length)
+    conditioning = conditioning_of(base.data)
     sizes = forms.model_config(base, base.parents.tokenizer, conditioning)
     return ShortcutConfig(num_tokens=sizes.num_tokens, width=sizes.width, **config.model)
 

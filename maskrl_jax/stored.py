@@ -13,6 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from maskrl_jax.data.settings import read_keys
 from maskrl_jax.errors import UserError
 
 CONFIG = "config.json"
@@ -118,7 +119,7 @@ def changes(config: ConfigDict, workdir: str) -> dict[str, str]:
 def differences(old: dict, new: dict) -> dict[str, str]:
     """Return {dotted key: "key: old -> new"} of two plain configs; neutral keys of parents do not count.
 
-    A service without a url is none, as in configs of before there were services.
+    A service without a url is none, as in configs of before there were services, and so are tokens without a kind.
     """
     old, new = _flat(_served(old)), _flat(_served(new))
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
@@ -139,8 +140,10 @@ def _of_reaching(key):
 
 
 def _served(config):
-    """Return a plain config without the services, its own and its parents', that have no url."""
+    """Return a plain config without the services, its own and its parents', that have no url, and keys nobody reads."""
     own = {key: value for key, value in config.items() if key != "service" or value.get("url")}
+    if "data" in own:
+        own["data"] = read_keys(own["data"])
     if "parents" in own:
         own["parents"] = {name: _served(parent) for name, parent in own["parents"].items()}
     return own

@@ -34,18 +34,32 @@ class ClipTokens:
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids int32 [P,length]; what is too long is cut before its end token."""
-        rows_PL = np.full((len(prompts), self.length), self.pad, np.int32)
+        return self.counted(prompts)[0]
+
+    def counted(self, prompts: Sequence[str]) -> tuple[np.ndarray, int]:
+        """The same, and how many prompts were cut."""
+        rows_PL, cut = np.full((len(prompts), self.length), self.pad, np.int32), 0
         for row, found in zip(
             rows_PL, self._tokenizer.encode_batch(list(prompts), add_special_tokens=False), strict=True
         ):
             ids = [self.start, *found.ids[: self.length - 2], self.end]
             row[: len(ids)] = ids
-        return rows_PL
+            cut += len(found.ids) > self.length - 2
+        return rows_PL, cut
+
+    def decode(self, ids_PL: np.ndarray) -> list[str]:
+        """Texts of rows [P,length], lower-cased as `encode` saw them, without start, end and what follows it."""
+        from tokenizers import decoders
+
+        texts = []
+        for row in np.asarray(ids_PL).tolist():
+            ids = row[1 : row.index(self.end)] if self.end in row else row[1:]
+            pieces = [self._tokenizer.id_to_token(number) or "" for number in ids]
+            texts.append(decoders.ByteLevel().decode(pieces).replace(WORD_END, " ").strip())
+        return texts
 
 
 def _read(folder: pathlib.Path):
-    from tokenizers import Tokenizer
-
     whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     if vocabulary.exists() and merges.exists():
         return _byte_pairs(vocabulary, merges)
@@ -53,7 +67,19 @@ def _read(folder: pathlib.Path):
         raise UserError(
             f"{folder} has no vocab.json with merges.txt, and no tokenizer.json; copy those of the CLIP there"
         )
-    found = Tokenizer.from_file(str(whole))
+    return read_whole(whole)
+
+
+def read_whole(file: pathlib.Path):
+    """The tokenizer of a tokenizer.json, without the padding and cutting that it may ask for; UserError for none."""
+    from tokenizers import Tokenizer
+
+    if not file.exists():
+        raise UserError(f"{file.parent} has no {file.name}; name the folder that holds the model's own")
+    try:
+        found = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"cannot read {file} ({' '.join(str(error).split())[:120]}); copy it again") from None
     found.no_padding()
     found.no_truncation()
     return found

@@ -3,33 +3,21 @@
 import functools
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from maskrl_jax.data import captions, digits, images, shapes, verifier
+from maskrl_jax.data import digits, folder, images, prompts, shapes, verifier
+from maskrl_jax.data.conditioning import Conditioning
 from maskrl_jax.data.scenes import IMAGE_SIZE
+from maskrl_jax.data.settings import DataSettings, settings_of
+from maskrl_jax.data.texts import Texts, texts_of
 from maskrl_jax.errors import UserError
 
 SPLITS = ("train", "validation")
 HELD_OUT_SHARE = 4  # one caption in so many
-LONGEST_CAPTION = 7  # words of "a red circle left of a blue square", where "left of" is one
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a generator is told of a picture.
-
-    kind is `caption` (a row of `length` word ids, pad 0) or `class` (one id, `length` 0). `vocab_size` counts
-    every id a model can meet, the null one included; `null` (int32, shape of one condition) stands for "not
-    told": only pads, or the id after the last class.
-    """
-
-    kind: str
-    vocab_size: int
-    length: int
-    null: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -37,8 +25,9 @@ class Dataset:
     """A split of an image set, addressed by position; `open_dataset` makes one.
 
     `columns` holds `image` (uint8 [H, W, 3] per position), `cond`, `label` and, for shapes, `tone`; each is
-    an array or, for a set too large to keep, read from disk when indexed. `encode` and `describe` translate
-    prompts to conditions and back; `verify` judges pictures exactly (shapes only, else None).
+    an array or, for a set too large to keep, read from disk when indexed. A set of prompts has no `label`, and
+    may have no `image`. `encode` and `describe` translate prompts to conditions and back; `verify` judges pictures
+    exactly (shapes only, else None).
     """
 
     name: str
@@ -50,7 +39,18 @@ class Dataset:
 
     def __len__(self) -> int:
         """Return the number of samples."""
-        return len(self.columns["label"])
+        return len(next(iter(self.columns.values())))
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the set has pictures, and not prompts alone."""
+        return "image" in self.columns
+
+    def with_pictures(self) -> "Dataset":
+        """Return this set; UserError where it has no pictures."""
+        if not self.has_pictures:
+            raise UserError(f'{self.name} has no pictures; give every line an "image", or name another set')
+        return self
 
     def get(self, position: int) -> dict[str, np.ndarray]:
         """Return one sample: image uint8 [H, W, 3], cond, label and, for shapes, the background tone."""
@@ -69,7 +69,13 @@ class Dataset:
         cond = np.unique(np.asarray(self.columns["cond"]), axis=0)
         if self.conditioning.kind == "class":
             return cond
-        return cond[[is_held_out(text) == held_out for text in self.describe(cond)]]
+        pool = cond[[is_held_out(text) == held_out for text in self.describe(cond)]]
+        if not len(pool):
+            raise UserError(
+                f"{self.name} has {len(cond)} prompts, and none of them is {'' if held_out else 'not '}held out; "
+                "give more, about a quarter is"
+            )
+        return pool
 
     def prompts(self, n: int, seed: int, *, held_out: bool = True) -> list[str]:
         """Draw n prompts from a pool, every one once before any comes again; the same for the same seed."""
@@ -116,46 +122,108 @@ def is_held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % HELD_OUT_SHARE == 0
 
 
-def open_dataset(name: str, split: str, data_dir: str, image_size: int, text_length: int = 8) -> Dataset:
-    """Open a split (`train` or `validation`) of `shapes`, `digits` or any TFDS set of labelled images.
+def open_dataset(data: Mapping[str, Any] | str, split: str, data_dir: str, image_size: int) -> Dataset:
+    """Open a split (`train` or `validation`) of a set, as the `data` of a config says (`settings.DataSettings`).
 
-    Sets that are not in `data_dir` are written there first. `text_length` counts for captions only.
-    Raises UserError for an unknown name or split, or a size that the set cannot have.
+    Its `name` is `shapes`, `digits`, a file of prompts, a folder of images or any TFDS set of labelled images; it may
+    stand for the mapping. TFDS sets that are not in `data_dir` are written there first. A file of prompts is the same
+    in both splits. Raises UserError for an unknown name or split, or a size that the set cannot have.
     """
+    settings = settings_of(data)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; choose one of: {', '.join(SPLITS)}")
-    if name == "shapes":
-        return _open_shapes(split, data_dir, image_size, text_length)
+    if settings.name == "shapes":
+        return _open_shapes(settings, split, data_dir, image_size)
     if image_size < 1:
         raise UserError(f"image_size is {image_size}; give a positive number of pixels")
-    if name == "digits":
-        return _class_dataset(name, *digits.load(split, image_size))
-    return _class_dataset(name, *images.load(name, split, data_dir, image_size))
+    if settings.is_prompts:
+        return _open_prompts(settings, image_size)
+    return _class_dataset(settings.name, *_load_classes(settings, split, data_dir, image_size))
 
 
-def _open_shapes(split: str, data_dir: str, image_size: int, text_length: int) -> Dataset:
+def open_pictures(data: Mapping[str, Any] | str, split: str, data_dir: str, image_size: int) -> Dataset:
+    """The same for a stage that sees pictures alone: captions of the user's own are not read, and need no tokens."""
+    settings = settings_of(data)
+    if split not in SPLITS or not settings.is_prompts:
+        return open_dataset(data, split, data_dir, image_size).with_pictures()
+    return _open_prompts(settings, image_size, told=False).with_pictures()
+
+
+def open_conditions(data: Mapping[str, Any] | str, data_dir: str, image_size: int) -> Dataset:
+    """What a generator can be asked for: the set's validation split, or its class names alone, which need no pictures.
+
+    For `encode`, `describe` and `prompts`.
+    """
+    settings = settings_of(data)
+    if settings.name == "shapes" or settings.is_prompts:
+        return open_dataset(data, "validation", data_dir, image_size)
+    names = _class_names(settings)
+    return _class_dataset(settings.name, {"cond": np.arange(len(names), dtype=np.int32)}, names)
+
+
+def conditioning_of(data: Mapping[str, Any] | str) -> Conditioning:
+    """What pictures of a set are conditioned on, without opening (or writing) the set; UserError as `open_dataset`.
+
+    No file is read, but a folder of images is, for its classes.
+    """
+    settings = settings_of(data)
+    if settings.name == "shapes" or settings.is_prompts:
+        return _texts(settings).conditioning
+    return _classes(len(_class_names(settings)))
+
+
+def _texts(settings: DataSettings) -> Texts:
+    if settings.name == "shapes" and settings.tokens:
+        raise UserError(f'captions of shapes are words of their own; data.tokens is {settings.tokens!r}, set ""')
+    return texts_of(settings)
+
+
+def _open_shapes(settings: DataSettings, split: str, data_dir: str, image_size: int) -> Dataset:
     if image_size != IMAGE_SIZE:
         raise UserError(f"shapes has pictures of {IMAGE_SIZE} pixels, not {image_size}; set {IMAGE_SIZE}")
-    conditioning = _captions(text_length)
+    told = _texts(settings)
     columns = dict(shapes.load(split, data_dir))
     texts, inverse = np.unique(columns.pop("caption"), return_inverse=True)
-    columns["cond"] = captions.encode(texts.tolist(), text_length)[inverse]
-    return Dataset(
-        name="shapes",
-        columns=columns,
-        conditioning=conditioning,
-        encode=lambda prompts: captions.encode(prompts, text_length),
-        describe=captions.decode,
-        verify=verifier.verify,
-    )
+    columns["cond"] = told.encode(texts.tolist())[inverse]
+    return Dataset("shapes", columns, told.conditioning, told.encode, told.decode, verifier.verify)
 
 
-def _captions(text_length: int) -> Conditioning:
-    if text_length < LONGEST_CAPTION:
-        raise UserError(
-            f"text_length is {text_length}; captions of shapes have up to {LONGEST_CAPTION} words, set at least that"
-        )
-    return Conditioning("caption", len(captions.WORDS), text_length, np.full(text_length, captions.PAD, np.int32))
+def _open_prompts(settings: DataSettings, image_size: int, told: bool = True) -> Dataset:
+    found, texts = prompts.read(settings.name), _texts(settings)
+    columns = {"image": folder.pictures(found.pictures, image_size)} if found.pictures else {}
+    if not told:
+        return Dataset(settings.name, columns, texts.conditioning, texts.encode, texts.decode)
+    columns["cond"] = texts.encode(found.texts)
+    columns["cond"].setflags(write=False)
+    # The first text of a condition: others may be cut to the same.
+    null, known = texts.conditioning.null, {}
+    for cond, text in zip(columns["cond"], found.texts, strict=True):
+        known.setdefault(cond.tobytes(), text)
+    known[null.tobytes()] = ""
+
+    def describe(cond: np.ndarray) -> list[str]:
+        rows = np.asarray(cond, np.int32).reshape(-1, *null.shape)
+        return [known[key] if (key := row.tobytes()) in known else texts.decode(row[None])[0] for row in rows]
+
+    return Dataset(settings.name, columns, texts.conditioning, texts.encode, describe)
+
+
+def _load_classes(settings: DataSettings, split: str, data_dir: str, image_size: int) -> tuple[dict, list[str]]:
+    if settings.name == "digits":
+        return digits.load(split, image_size)
+    if settings.is_folder:
+        return folder.load(settings.name, split, image_size)
+    return images.load(settings.name, split, data_dir, image_size)
+
+
+def _class_names(settings: DataSettings) -> list[str]:
+    if settings.name == "digits":
+        return [str(i) for i in range(digits.NUM_CLASSES)]
+    return folder.class_names(settings.name) if settings.is_folder else images.class_names(settings.name)
+
+
+def _classes(count: int) -> Conditioning:
+    return Conditioning("class", count + 1, 0, np.array(count, np.int32))
 
 
 def _class_dataset(name: str, columns: dict, names: list[str]) -> Dataset:
@@ -167,8 +235,7 @@ def _class_dataset(name: str, columns: dict, names: list[str]) -> Dataset:
     def describe(cond: np.ndarray) -> list[str]:
         return [names[i] if i < len(names) else "" for i in np.asarray(cond).reshape(-1)]
 
-    null = np.array(len(names), np.int32)
-    return Dataset(name, columns, Conditioning("class", len(names) + 1, 0, null), encode, describe)
+    return Dataset(name, columns, _classes(len(names)), encode, describe)
 
 
 def _class_id(prompt: str, ids: dict[str, int], name: str) -> int:
@@ -178,11 +245,3 @@ def _class_id(prompt: str, ids: dict[str, int], name: str) -> int:
         return int(prompt)
     some = ", ".join(list(ids)[:10])
     raise UserError(f"{name} has no class {prompt!r}; give a number below {len(ids)} or a name: {some}")
-
-
-def conditioning_of(name: str, text_length: int = 8) -> Conditioning:
-    """What pictures of a set are conditioned on, without opening (or writing) the set; UserError as `open_dataset`."""
-    if name == "shapes":
-        return _captions(text_length)
-    classes = digits.NUM_CLASSES if name == "digits" else images.num_classes(name)
-    return Conditioning("class", classes + 1, 0, np.array(classes, np.int32))

@@ -1,5 +1,6 @@
 """Any TFDS set of labelled images by its name, resized and cut to a square."""
 
+import contextlib
 import functools
 import io
 from collections.abc import Callable
@@ -8,6 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, UnidentifiedImageError
 
+from maskrl_jax.data import pixels
 from maskrl_jax.data.prepare import Records, prepared
 from maskrl_jax.errors import UserError
 
@@ -56,7 +58,7 @@ def load(name: str, split: str, data_dir: str, image_size: int) -> tuple[dict, l
     image, label = _features(builder.info.features, name)
     records = Records(builder, _split(builder, split), {image: tfds.decode.SkipDecoding()})
     columns = {
-        "image": StoredColumn(records, image, functools.partial(square, size=image_size)),
+        "image": StoredColumn(records, image, functools.partial(decoded, size=image_size)),
         "label": StoredColumn(records, label, np.int32),
     }
     if len(records) * image_size**2 * 3 <= MEMORY_LIMIT:
@@ -64,29 +66,35 @@ def load(name: str, split: str, data_dir: str, image_size: int) -> tuple[dict, l
     return columns | {"cond": columns["label"]}, builder.info.features[label].names
 
 
-def square(encoded: bytes, size: int) -> np.ndarray:
-    """Decode a picture, cut its middle square and resize it: uint8 [size, size, 3]."""
+def decoded(encoded: bytes, size: int) -> np.ndarray:
+    """Middle square of an encoded picture, uint8 [size, size, 3]."""
     try:
-        picture = Image.open(io.BytesIO(encoded)).convert("RGB")
-    except UnidentifiedImageError:
-        raise UserError("a picture of the set is unreadable; remove the set from data_dir and repeat") from None
-    side = min(picture.size)
-    left, top = ((length - side) // 2 for length in picture.size)
-    middle = picture.crop((left, top, left + side, top + side))  # first: resize(box=...) reads beyond the box
-    return np.asarray(middle.resize((size, size), Image.Resampling.BICUBIC))
+        return pixels.square(Image.open(io.BytesIO(encoded)), size)
+    except (UnidentifiedImageError, ValueError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "it is unreadable"
+        raise UserError(
+            f"a picture of the set cannot be used ({reason}); remove the set from data_dir and repeat"
+        ) from None
 
 
-def num_classes(name: str) -> int:
-    """Number of classes of a TFDS set, from its definition alone; UserError as in `load`."""
+def class_names(name: str) -> list[str]:
+    """Names of the classes of a TFDS set, from its definition alone; UserError as in `load`."""
     features = _builder(name, None).info.features
-    return features[_features(features, name)[1]].num_classes
+    return features[_features(features, name)[1]].names
 
 
 def _builder(name: str, data_dir: str | None):
     try:
-        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        with contextlib.redirect_stdout(io.StringIO()):  # it writes a banner where it misses TensorFlow
+            return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError:
         raise UserError(f"unknown data set {name!r}; use shapes, digits or a TFDS image set") from None
+    except ImportError as error:
+        module = getattr(error, "name", None) or "tensorflow"
+        raise UserError(
+            f"the TFDS set {name!r} needs a missing package, {module}; sets that TFDS reads with TensorFlow cannot be "
+            "used here: choose another set, or save its pictures as files (docs/own_data.md)"
+        ) from None
     except ValueError as error:  # such as a copy of the set on disk in another file format
         raise UserError(f"cannot open TFDS set {name!r} in {data_dir} ({error}); use another data_dir") from None
 

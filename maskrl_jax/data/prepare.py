@@ -77,8 +77,19 @@ def _write(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
         print(f"writing data set {builder.name} to {builder.data_path}", flush=True)
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):  # it speaks of a download also where nothing is loaded
-            builder.download_and_prepare()
+            _prepare(builder)
     return builder
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+    try:
+        builder.download_and_prepare()
+    except AssertionError as error:  # so TFDS says that files are missing which only the user may download
+        if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "anual" not in str(error):
+            raise
+        files = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
+        place = builder.data_path.parent.parent / "downloads" / "manual"
+        raise UserError(f"data set {builder.name!r} is to be downloaded by hand, into {place}: {files}") from None
 
 
 def _whole(builder: tfds.core.DatasetBuilder) -> bool:

@@ -24,6 +24,14 @@ CHOICE = (  # what `tune` does, in words
     "one setting after another, on training captions: the best by the deciding measure, and among those within half "
     "the margin of it the one of the least Fréchet distance"
 )
+CHOICE_WITHOUT_PICTURES = (
+    "one setting after another, on training captions: the best by the deciding measure; the set has no pictures, so "
+    "nothing speaks for variety"
+)
+NO_PICTURES = (
+    "The set has no pictures: there is no Fréchet distance, precision or recall, and no measure here would see that all "
+    "pictures of a prompt are alike but the diversity."
+)
 NATURAL_ENDS = {"guidance": 1.0, "temperature": 1.0}  # none at all; the model's own law
 
 
@@ -84,7 +92,8 @@ class Bench:
 
     dataset: Any  # held-out split
     scorer: Scorer
-    real_features: Callable[[bool], np.ndarray]  # held out? -> features of real pictures of those prompts
+    # held out? -> features of real pictures of those prompts, None of a set without pictures
+    real_features: Callable[[bool], np.ndarray | None]
     settings: Evaluation
     workdir: str
     measured_dir: str  # where points of systems with an identity are kept
@@ -157,7 +166,9 @@ class Bench:
             quality = f"eval/{self.metric}@{s.reference}"
             least = max(row[quality] for row in rows) - s.margin / 2
             near = [row for row in rows if row[quality] >= least]
-            row = min(near, key=lambda row: row[f"eval/fd_judge@{s.reference}"])
+            distance = f"eval/fd_judge@{s.reference}"
+            # Without pictures there is no distance: the best of the deciding measure.
+            row = min(near, key=lambda row: row[distance] if distance in row else -row[quality])
             chosen = dataclasses.replace(chosen, **{other: row[other] for other in tuned})
         progress.close()
         if jax.process_index() == 0:
@@ -192,8 +203,15 @@ class Bench:
     def criteria(self) -> curve.Criteria:
         """What counts as equal quality."""
         return curve.Criteria(
-            margins={self.metric: self.settings.margin}, diversity_ratio=0.9 if self.settings.group > 1 else 0
+            margins={self.metric: self.settings.margin},
+            frechet_ratio=0 if self.real_features(True) is None else curve.Criteria.frechet_ratio,
+            diversity_ratio=0.9 if self.settings.group > 1 else 0,
         )
+
+    @property
+    def choice(self) -> str:
+        """What `tune` does, in words."""
+        return CHOICE_WITHOUT_PICTURES if self.real_features(True) is None else CHOICE
 
     def time(self, base: tuple[System, float], tuned: tuple[System, float], batch_sizes: Sequence[int]) -> list:
         """Wall-clock comparison at some batch sizes; each size is a program of its own."""
@@ -229,6 +247,8 @@ class Bench:
         """
         if jax.process_index() != 0:
             return
+        if self.real_features(True) is None:
+            findings = dataclasses.replace(findings, notes=(*findings.notes, NO_PICTURES))
         reference = findings.reference
         equality = report.equalities(findings).get(findings.tuned)
         prompts = self.protocol(self.settings.prompts).prompts
@@ -259,7 +279,8 @@ class Bench:
 def scalars(point: Point) -> dict[str, float]:
     """TensorBoard tags of a point, `eval/<measure>@<setting>`."""
     values = {name: interval.mean for name, interval in point.metrics.items()}
-    values |= {"fd_judge": point.frechet, "precision": point.precision, "recall": point.recall}
+    if point.frechet is not None:
+        values |= {"fd_judge": point.frechet, "precision": point.precision, "recall": point.recall}
     values |= {"calls": point.calls_mean}
     if point.diversity is not None:
         values["diversity"] = point.diversity.mean

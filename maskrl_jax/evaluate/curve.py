@@ -92,6 +92,8 @@ def interval_over_seeds(points: Sequence[Point], metric: str) -> Interval | None
     """
     if metric in ("frechet", "precision", "recall"):
         values = [getattr(point, metric) for point in points]
+        if None in values:
+            return None
         return Interval(float(np.mean(values)), min(values), max(values))
     if any(point.diversity is None if metric == "diversity" else metric not in point.metrics for point in points):
         return None
@@ -150,8 +152,8 @@ def compare(points: Sequence[Point], references: Sequence[Point], criteria: Crit
     tuned = {name: np.stack([point.per_prompt(name) for point in points]) for name in shared}
     base = {name: np.stack([point.per_prompt(name) for point in paired]) for name in shared}
     differences = {name: bootstrap.paired_difference(tuned[name], base[name]) for name in shared}
-    base_frechet = float(np.mean([point.frechet for point in paired]))
-    frechet_ratio = float(np.mean([point.frechet for point in points])) / base_frechet if base_frechet > 0 else None
+    own, base_own = (interval_over_seeds(side, "frechet") for side in (points, paired))
+    frechet_ratio = own.mean / base_own.mean if own and base_own and base_own.mean > 0 else None
     diversity_ratio = None
     if all(point.diversity is not None for point in (*points, *paired)):
         spread = [np.stack([point.per_prompt("diversity") for point in side]) for side in (points, paired)]

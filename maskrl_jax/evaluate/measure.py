@@ -92,9 +92,9 @@ class Point:
     calls_sd: float
     calls_histogram: dict[float, int]
     metrics: dict[str, Interval]
-    frechet: float
-    precision: float
-    recall: float
+    frechet: float | None  # this and the next two: None where no distance was asked for
+    precision: float | None
+    recall: float | None
     diversity: Interval | None  # None with one sample a prompt
     per_sample: dict[str, np.ndarray] = dataclasses.field(repr=False)  # [n] or [n, D], prompt-major
     kept: dict[str, np.ndarray] = dataclasses.field(
@@ -157,11 +157,8 @@ def measure(system: System, setting: float, protocol: Protocol, scorer: Scorer) 
     Sample i belongs to prompt i // G. Bounds are 95 % percentile bootstrap bounds over prompts.
 
     Raises:
-      ValueError: if prompts and conditions differ in number, a score is not finite or not [n], or the protocol has
-        no real features.
+      ValueError: if prompts and conditions differ in number, or a score is not finite or not [n].
     """
-    if protocol.real_features is None:
-        raise ValueError("a protocol without real features is for `collect`: no distance can be measured")
     num_prompts, group = len(protocol.prompts), protocol.group
     if num_prompts != len(protocol.cond) or not 0 <= protocol.keep <= num_prompts:
         raise ValueError(f"{num_prompts} prompts, {len(protocol.cond)} conditions, {protocol.keep} to keep")
@@ -171,7 +168,10 @@ def measure(system: System, setting: float, protocol: Protocol, scorer: Scorer) 
         if value.shape != (num_prompts * group,) or not np.isfinite(value).all():
             raise ValueError(f"score {name!r} must be finite [{num_prompts * group}], got shape {value.shape}")
     calls, features = numbers["calls"], numbers["features"]
-    precision, recall = frechet.precision_recall(protocol.real_features, features)
+    real, distance, precision, recall = protocol.real_features, None, None, None
+    if real is not None:
+        distance = frechet.frechet_distance(real, features)
+        precision, recall = frechet.precision_recall(real, features)
     spread = None
     if group > 1:
         grouped = features.reshape(num_prompts, group, -1)
@@ -192,7 +192,7 @@ def measure(system: System, setting: float, protocol: Protocol, scorer: Scorer) 
             name: bootstrap.mean_interval(value.reshape(num_prompts, group).mean(axis=1))
             for name, value in scores.items()
         },
-        frechet=frechet.frechet_distance(protocol.real_features, features),
+        frechet=distance,
         precision=precision,
         recall=recall,
         diversity=spread,

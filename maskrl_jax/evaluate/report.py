@@ -217,10 +217,11 @@ def _criteria(criteria: curve.Criteria) -> str:
         parts.append(f"the Fréchet distance is at most {criteria.frechet_ratio:g} × the reference's (point value)")
     if criteria.diversity_ratio:
         parts.append(f"within-prompt diversity is at least {criteria.diversity_ratio:g} × (point value)")
+    ratio = " with the Fréchet ratio as measured" if criteria.frechet_ratio else ""
     rule = f"Equal quality means, for all of: {'; '.join(parts)}."
     return (
         f"{rule} The setting is chosen on the prompts that judge it. In brackets behind the fewest calls: their range "
-        "over 95 % of the draws of prompts, each of which takes the same test with the Fréchet ratio as measured; "
+        f"over 95 % of the draws of prompts, each of which takes the same test{ratio}; "
         "`none`: a draw in which no measured setting passes."
     )
 

@@ -8,6 +8,7 @@ from maskrl_jax.evaluate.latency import Latency
 from maskrl_jax.evaluate.measure import Point
 from maskrl_jax.evaluate.timing import Spread, Timing
 
+DISTANCES = ("frechet", "precision", "recall")
 SET_METRICS = ("frechet", "diversity", "precision", "recall")
 HEADS = {"frechet": "Fréchet", "graded": "graded verifier", "strict": "strict verifier"}
 
@@ -19,8 +20,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def headline_metrics(points: Sequence[Point]) -> tuple[str, ...]:
-    """Return the main metrics that these points have: the verifier's if there is one, judge, distances."""
-    return tuple(name for name in curve.HEADLINE if name in points[0].metrics) + SET_METRICS
+    """Return the main metrics that these points have: the verifier's if there is one, judge, distances.
+
+    A set without pictures has no distances.
+    """
+    far = any(point.frechet is not None for point in points)
+    whole = tuple(name for name in SET_METRICS if far or name not in DISTANCES)
+    return tuple(name for name in curve.HEADLINE if name in points[0].metrics) + whole
 
 
 def _interval(value: Interval | None) -> str:
@@ -46,9 +52,8 @@ def points_table(points: Sequence[Point]) -> str:
         cells = [group[0].label, f"{group[0].setting:g}", f"{curve.mean_calls(group):.2f} ± {spread:.2f}"]
         for name in names:
             value = curve.interval_over_seeds(group, name)
-            whole = name in ("frechet", "precision", "recall")
-            one = whole and len(group) == 1  # the range over one seed says nothing
-            cells.append(f"{value.mean:.3f}" if one else _interval(value))
+            one = name in DISTANCES and len(group) == 1  # the range over one seed says nothing
+            cells.append(f"{value.mean:.3f}" if one and value is not None else _interval(value))
         rows.append(cells)
     return table(head, rows)
 

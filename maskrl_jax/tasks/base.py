@@ -91,8 +91,8 @@ class Base:
         self.service = service_of(config.get("service", {"url": ""}), names)
         self.rewards = self.judged | ({self.service.name: self.service.weight} if self.service else {})
         mix.check_held_out(tuple(held_out), self.rewards, (*names, *VERIFIED))
-        # A set of classes has no verifier.
-        known = names if conditioning.kind == "class" else (*names, *VERIFIED)
+        # The captions of shapes alone have a verifier.
+        known = (*names, *VERIFIED) if config.data.name == "shapes" else names
         self.held_out = {name: weight for name, weight in held_out.items() if name in known}
         self.reward_scale = config.get("reward_scale", "raw")
         if self.reward_scale not in SCALES:

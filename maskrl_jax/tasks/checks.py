@@ -3,6 +3,7 @@
 from typing import Any
 
 from maskrl_jax import stored
+from maskrl_jax.data import settings
 from maskrl_jax.errors import UserError
 from maskrl_jax.rl.credit import CreditConfig
 from maskrl_jax.rl.policy import Policy
@@ -71,7 +72,7 @@ def whole_groups(batch_size: int, group: int, parallel: Any) -> None:
 
 def same_data(config: Any) -> None:
     """Raise UserError where a tuning stage would prompt its base with other data than it was trained on."""
-    if config.data.to_dict() != config.parents.maskgit.data.to_dict():
+    if settings.filled(config.data) != settings.filled(config.parents.maskgit.data):
         raise UserError(
             f"data of {config.task} and of its base differ; change both, as in --config.parents.maskgit.data"
         )

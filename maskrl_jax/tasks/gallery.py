@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from maskrl_jax.evaluate import curve
-from maskrl_jax.evaluate.bench import CHOICE, Bench, tuning_notes
+from maskrl_jax.evaluate.bench import Bench, tuning_notes
 from maskrl_jax.evaluate.measure import Point, System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Engine, clocked_program, clocked_system, fixed_program, fixed_system
@@ -123,7 +123,7 @@ class Gallery:
         facts = {
             "base sampler": f"{self.sampler.mode}, {_settings(self.sampler.gumbel, self.sampler)}, "
             f"{self.sampler.schedule}",
-            "how it was chosen": CHOICE,
+            "how it was chosen": bench.choice,
             "policy sampler": f"{_deciding(policy)}, {_settings(policy.noise, policy)}",
             "updates": f"{config.num_steps} of {config.batch_size} rollouts, seed {config.seed}",
         }

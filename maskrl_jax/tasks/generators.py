@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from maskrl_jax.data.batches import batch_at
-from maskrl_jax.data.dataset import Dataset, open_dataset
+from maskrl_jax.data.dataset import Dataset, open_conditions, open_dataset
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import measured
-from maskrl_jax.evaluate.bench import CHOICE, Bench, Evaluation, tuning_notes
+from maskrl_jax.evaluate.bench import Bench, Evaluation, tuning_notes
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Engine, features_of, judge_scorer
@@ -36,9 +36,16 @@ def check_steps(sampler: SamplerConfig, steps: Iterable[int], num_tokens: int) -
 
 def dataset_of(context: Context, split: str) -> Dataset:
     """Open a split of the stage's data at the tokenizer's image size."""
-    data = context.config.data
-    size = context.config.parents.tokenizer.model.image_size
-    return open_dataset(data.name, split, context.data_dir, size, data.text_length)
+    return open_dataset(context.config.data, split, context.data_dir, _image_size(context))
+
+
+def conditions_of(context: Context) -> Dataset:
+    """What the stage's generator can be asked for, without its pictures."""
+    return open_conditions(context.config.data, context.data_dir, _image_size(context))
+
+
+def _image_size(context: Context) -> int:
+    return context.config.parents.tokenizer.model.image_size
 
 
 def engine_of(context: Context, sizes: forms.Sizes, null: np.ndarray) -> Engine:
@@ -62,12 +69,15 @@ def kept(system: System, stages: Mapping[str, Parent], *settings: Any) -> System
     return dataclasses.replace(system, identity=measured.identity(trained, *settings))
 
 
-def _real_pictures(context: Context, validation: Dataset, held_out: bool) -> np.ndarray:
+def _real_pictures(context: Context, validation: Dataset, held_out: bool) -> np.ndarray | None:
     """Real pictures uint8 [M,H,W,3] that distances are measured against.
 
     Of a caption set, pictures of the held-out captions, or of the others, in equal shares, as they are prompted; the
     validation split has too few of each, so they come from the training split (as is usual for Frechet distances).
+    None of a set without pictures.
     """
+    if not validation.has_pictures:
+        return None
     if validation.conditioning.kind == "class":
         return validation.take(np.arange(min(REAL_PICTURES, len(validation))))["image"]
     train, prompts = dataset_of(context, "train"), validation.describe(validation.pool(held_out=held_out))
@@ -85,9 +95,9 @@ def bench_of(context: Context) -> Bench:
     settings = Evaluation(**context.config.evaluation)
 
     @functools.cache
-    def real_features(prompts_held_out: bool) -> np.ndarray:
+    def real_features(prompts_held_out: bool) -> np.ndarray | None:
         pictures = _real_pictures(context, held_out, prompts_held_out)
-        return features_of(judge.read, judge.params, pictures)
+        return None if pictures is None else features_of(judge.read, judge.params, pictures)
 
     return Bench(
         dataset=held_out,
@@ -113,7 +123,7 @@ def base_task(
 
     `system(params, sampler)` generates; `facts(sampler)` are the report's lines about the sampler that was chosen.
     """
-    config, parallel = context.config, context.parallel
+    config, parallel, train = context.config, context.parallel, train.with_pictures()
     rows, update = parallel.rows(config.batch_size), parallel.update(wiring.update)
     bench = functools.cache(lambda: bench_of(context))
     held_out_loss = jax.jit(wiring.held_out_loss)
@@ -146,7 +156,7 @@ def base_task(
             held_out=("nothing of the prompts: the base has seen pictures of every caption",),
             notes=tuning_notes(context.workdir, bench().settings.reference),
         )
-        bench().write(findings, config.num_steps, {**facts(best), "how it was chosen": CHOICE})
+        bench().write(findings, config.num_steps, {**facts(best), "how it was chosen": bench().choice})
 
     return Task(
         init=lambda key: parallel.init(wiring.init, key),

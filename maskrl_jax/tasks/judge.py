@@ -14,6 +14,7 @@ from maskrl_jax import state as train_state
 from maskrl_jax.data import captions
 from maskrl_jax.data.batches import batch_at, positions_at
 from maskrl_jax.data.dataset import Dataset, conditioning_of, open_dataset
+from maskrl_jax.data.settings import settings_of
 from maskrl_jax.errors import UserError
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys
 from maskrl_jax.models.judge import Judge, JudgeConfig
@@ -134,6 +135,8 @@ class Wiring:
 
 def _check_data(sizes: JudgeConfig, name: str) -> None:
     """Raise UserError where the judge cannot read what the set's labels say."""
+    if settings_of(name).is_prompts:
+        raise UserError(f"a judge reads classes or the captions of shapes, not {name}; name another set")
     conditioning = conditioning_of(name)
     kind = "cells" if conditioning.kind == "caption" else "class"
     known = int(conditioning.null) if kind == "class" else 1 + len(captions.SHAPES) * len(captions.COLOURS)
@@ -164,8 +167,8 @@ def build(context: Context) -> Task:
     """Wire the judge stage."""
     config, parallel = context.config, context.parallel
     wiring = Wiring(config)
-    train = open_dataset(config.data.name, "train", context.data_dir, config.data.image_size)
-    held_out = open_dataset(config.data.name, "validation", context.data_dir, config.data.image_size)
+    train = open_dataset(config.data, "train", context.data_dir, config.data.image_size)
+    held_out = open_dataset(config.data, "validation", context.data_dir, config.data.image_size)
     rows = parallel.rows(config.batch_size)
     update = parallel.update(wiring.update)
     names = ("image", "index", "label") + (("tone",) if wiring.sizes.kind == "cells" else ())

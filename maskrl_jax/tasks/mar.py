@@ -155,7 +155,7 @@ class Wiring:
 
 def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
-    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    conditioning = conditioning_of(config.data)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
     side = wiring.codec.config.image_size
@@ -179,7 +179,7 @@ def engine_of(context: Context, wiring: Wiring) -> continuous.Engine:
 
 def studio(context: Context, params: Any) -> continuous.Studio:
     """The trained network as a user samples from it."""
-    held_out = generators.dataset_of(context, "validation")
+    held_out = generators.conditions_of(context)
     engine = engine_of(context, Wiring(context.config, held_out.conditioning))
     sampler = read_sampler(context.workdir, MarSampler(**context.config.sampler))
     params = context.parallel.replicate(params)

@@ -256,7 +256,7 @@ def _with(state: Any, auxiliary: Any) -> Any:
 
 def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
-    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    conditioning = conditioning_of(config.data)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
     side = wiring.base.codec.config.image_size
@@ -279,14 +279,14 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
 def studio(context: Context, params: Any) -> continuous.Studio:
     """The student as a user samples from it."""
     config = context.config
-    wiring = Wiring(config, conditioning_of(config.data.name, config.data.text_length))
+    wiring = Wiring(config, conditioning_of(config.data))
     return student_studio(context, wiring, mar_task.engine_of(context, wiring.base), params, "student, one call")
 
 
 def build(context: Context) -> Task:
     """Wire the stage."""
     config, parallel = context.config, context.parallel
-    train = generators.dataset_of(context, "train")
+    train = generators.dataset_of(context, "train").with_pictures()
     wiring = Wiring(config, train.conditioning)
     checks.same_codes({name: parent.workdir for name, parent in context.parents.items()}, "mar")
     engine = mar_task.engine_of(context, wiring.base)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from maskrl_jax.evaluate import gain
-from maskrl_jax.evaluate.bench import CHOICE, Bench, read_sampler, tuning_notes
+from maskrl_jax.evaluate.bench import Bench, read_sampler, tuning_notes
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.sampling import mar
@@ -48,7 +48,7 @@ def student_studio(
     """A one-call student as a user samples from it."""
     params = context.parallel.replicate(params)
     system = lambda chosen: one_step_system(engine, wiring, params, chosen, "fixed", label)  # noqa: E731
-    held_out, sampler = generators.dataset_of(context, "validation"), MarSampler(**context.config.sampler)
+    held_out, sampler = generators.conditions_of(context), MarSampler(**context.config.sampler)
     return continuous.Studio(engine, held_out, sampler, system, takes=("num_steps", "temperature", "full_noise"))
 
 
@@ -104,7 +104,7 @@ class MarvalGallery:
             "network calls": "iterations of the backbone, the teacher's second branch of guidance not counted; each also "
             f"runs {best.inner_steps} calls of the teacher's head or one of the student's",
             "sampler of the teacher": best.in_words(),
-            "how it was chosen": CHOICE,
+            "how it was chosen": bench.choice,
             "noise of the student": self.sampler.noise_in_words(),
         }
         bench.write(findings, config.num_steps, facts)
@@ -143,7 +143,7 @@ class MarvalRlGallery(MarvalGallery):
             "network calls": "iterations of the backbone; each also runs one call of the student's head or "
             f"{best.inner_steps} of the teacher's",
             "sampler of the teacher": best.in_words(),
-            "how it was chosen": CHOICE,
+            "how it was chosen": bench.choice,
             "noise of the student": self.sampler.noise_in_words(),
             "gradient": f"of the policy, noise {wiring.policy.settings.deviation:g}"
             if wiring.policy

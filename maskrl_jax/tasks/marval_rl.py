@@ -224,7 +224,7 @@ def _frozen_names(wiring: Wiring) -> tuple[str, ...]:
 
 def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
-    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    conditioning = conditioning_of(config.data)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
     side, struct = wiring.base.codec.config.image_size, jax.ShapeDtypeStruct
@@ -254,7 +254,7 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
 def studio(context: Context, params: Any) -> continuous.Studio:
     """The tuned student as a user samples from it."""
     config = context.config
-    wiring = Wiring(config, conditioning_of(config.data.name, config.data.text_length))
+    wiring = Wiring(config, conditioning_of(config.data))
     engine = mar_task.engine_of(context, wiring.base)
     return student_studio(context, wiring.marval, engine, params, "tuned student, one call")
 
@@ -264,6 +264,8 @@ def build(context: Context) -> Task:
     config, parallel, parents = context.config, context.parallel, context.parents
     train = generators.dataset_of(context, "train")
     wiring = Wiring(config, train.conditioning)
+    if wiring.anchor.kind != "none":
+        train = train.with_pictures()
     checks.same_codes({name: parent.workdir for name, parent in parents.items()}, "marval")
     checks.same_base(parents["marval"].workdir, parents["mar"].workdir, "mar")
     engine = mar_task.engine_of(context, wiring.base)

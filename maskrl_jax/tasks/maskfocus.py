@@ -167,7 +167,7 @@ class Wiring:
 
 def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
-    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    conditioning = conditioning_of(config.data)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
     checks.whole_groups(config.batch_size, config.group, parallel)

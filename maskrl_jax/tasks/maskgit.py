@@ -107,7 +107,7 @@ class Wiring:
 
 def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
-    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    conditioning = conditioning_of(config.data)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
     side = wiring.tokens.image_size
@@ -129,7 +129,7 @@ def abstract_params(config: Any, conditioning: Conditioning) -> Any:
 
 def studio(context: Context, params: Any) -> Studio:
     """The trained base as a user samples from it."""
-    held_out = generators.dataset_of(context, "validation")
+    held_out = generators.conditions_of(context)
     sizes = forms.model_config(context.config, context.config.parents.tokenizer, held_out.conditioning)
     codec = codecs.load(context.parents["tokenizer"])
     return Studio(

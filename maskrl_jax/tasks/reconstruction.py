@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax.data.batches import batch_at
-from maskrl_jax.data.dataset import open_dataset
+from maskrl_jax.data.dataset import open_pictures
 from maskrl_jax.evaluate.grid import image_grid
 from maskrl_jax.phase import Phase
 from maskrl_jax.tasks.task import Context, Task
@@ -28,9 +28,7 @@ def build(context: Context, wiring: Any, rebuild: Callable[[Any, np.ndarray], tu
     `rebuild(state, images [B,H,W,3] in [0,1])` gives the reconstructions and what else is to be logged, by tag.
     """
     config, parallel, size = context.config, context.parallel, wiring.image_shape[0]
-    train, held_out = (
-        open_dataset(config.data.name, split, context.data_dir, size) for split in ("train", "validation")
-    )
+    train, held_out = (open_pictures(config.data, split, context.data_dir, size) for split in ("train", "validation"))
     rows, update = parallel.rows(config.batch_size), parallel.update(wiring.update)
 
     def batch(step):

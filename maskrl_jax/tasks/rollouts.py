@@ -51,16 +51,10 @@ class Rollouts:
         self.reference_of = dict(zip((cond.tobytes() for cond in self.pool), reference, strict=True))
         # Prompts come from the pool in equal shares, whatever their share of the pictures.
         self.prompts = dataclasses.replace(train, columns={"cond": self.pool, "label": self.pool})
-        texts = train.describe(self.pool)
-        few = -(-REAL_PICTURES // len(texts))  # of each prompt
-        within = wiring.base.distance_scope == "prompt"
-        found = train.take(train.positions_of(texts, max(REAL_OF_PROMPT, few) if within else few))
-        real = energy_distance.blocks(np.float32(found["image"]) / 255)
+        self.real: np.ndarray | None = None  # block means of real pictures, where they enter the reward
         self.real_of: dict[bytes, np.ndarray] = {}  # by prompt, where pictures are compared within prompts
-        if within:
-            same = [(found["cond"] == cond).reshape(len(real), -1).all(axis=1) for cond in self.pool]
-            self.real_of = {cond.tobytes(): real[rows] for cond, rows in zip(self.pool, same, strict=True)}
-        self.real = real[:: max(len(real) // (few * len(texts)), 1)]
+        if self.config.energy_distance:
+            self._read_real()
         self.program = context.parallel.map(wiring.rollout)
         self.rounds = self.config.resample.rounds if "resample" in self.config else 0
         # Groups of a resampling program: those asked for, filled up until the devices divide their rollouts.
@@ -72,6 +66,20 @@ class Rollouts:
         self.warned: set[str] = set()
         self.images_per_sec = 0.0  # of the last first round
         self.remember = jax.jit(functools.partial(credit.remember, wiring.credit))
+
+    def _read_real(self):
+        """Block means of the real pictures; UserError where the set has none."""
+        if not self.train.has_pictures:
+            raise UserError(f"{self.train.name} has no pictures to be like; set energy_distance=0, or name another set")
+        train, texts = self.train, self.train.describe(self.pool)
+        few = -(-REAL_PICTURES // len(texts))  # of each prompt
+        within = self.wiring.base.distance_scope == "prompt"
+        found = train.take(train.positions_of(texts, max(REAL_OF_PROMPT, few) if within else few))
+        real = energy_distance.blocks(np.float32(found["image"]) / 255)
+        if within:
+            same = [(found["cond"] == cond).reshape(len(real), -1).all(axis=1) for cond in self.pool]
+            self.real_of = {cond.tobytes(): real[rows] for cond, rows in zip(self.pool, same, strict=True)}
+        self.real = real[:: max(len(real) // (few * len(texts)), 1)]
 
     @functools.cached_property
     def service(self) -> RemoteReward:
@@ -160,10 +168,15 @@ class Rollouts:
             spread = mix.standardised(scores, self.config.group)
             out["quality"] = np.float32(mix.weighted_sum(spread, self.wiring.base.rewards))
         blocks = energy_distance.blocks(np.asarray(out["images"]))
+        return out | {"blocks": blocks, "witness": self._witness(blocks, batch, others)}
+
+    def _witness(self, blocks, batch, others):
         if self.real_of:
             reals = [self.real_of[c.tobytes()] for c in batch["cond"][:: self.config.group]]
-            return out | {"blocks": blocks, "witness": energy_distance.witness_of_groups(blocks, reals)}
-        return out | {"blocks": blocks, "witness": energy_distance.witness(blocks, self.real, others)}
+            return energy_distance.witness_of_groups(blocks, reals)
+        if self.real is None:
+            return np.where(np.isfinite(blocks).all(1), np.float32(0), np.float32(np.nan))
+        return energy_distance.witness(blocks, self.real, others)
 
     def _served(self, out, batch):
         """What the service says of the pictures, and the quality with it; NaN, which drops a group, where it fails.
@@ -203,7 +216,6 @@ class Rollouts:
         seen = np.repeat(scored, self.config.group)  # a failed score drops its group
         values = {
             "reward/failed": 1 - scored.mean(),
-            "reward/energy_distance": energy_distance.energy_distance(out["blocks"], self.real),
             "reward/total": _mean(result.reward[scored]),
             "reward/sigma": memory.sigma,
             "sampling/images_per_sec": self.images_per_sec,
@@ -215,6 +227,8 @@ class Rollouts:
             "rl/dropped": result.dropped.mean(),
             "rl/updated": result.keep.mean(),
         }
+        if self.real is not None:
+            values["reward/energy_distance"] = energy_distance.energy_distance(out["blocks"], self.real)
         if self.wiring.credit.speed != "off":
             values |= {
                 "reward/speed": _mean(result.speed[scored]),

@@ -201,7 +201,7 @@ def teacher_of(context: Context) -> tuple[Any, SamplerConfig]:
 
 def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
-    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    conditioning = conditioning_of(config.data)
     sampler = SamplerConfig(**config.parents.maskgit.sampler)
     if "speed_rl" in config.parents:
         sampler = speed_rl.without_head(config.parents.speed_rl)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from maskrl_jax.evaluate import curve, latency, shortcut_figures, tables
-from maskrl_jax.evaluate.bench import CHOICE, tuning_notes
+from maskrl_jax.evaluate.bench import tuning_notes
 from maskrl_jax.evaluate.illustrate import Illustration
 from maskrl_jax.evaluate.latency import Latency
 from maskrl_jax.evaluate.report import Findings
@@ -128,7 +128,7 @@ class ShortcutGallery:
             "share of one that they take",
             "sampler of the base": _words(systems.sampler),
             "sampler with the shortcut": f"{_words(wiring.sampler)}; {systems.curve.num_steps} steps",
-            "how it was chosen": CHOICE,
+            "how it was chosen": self.systems.bench.choice,
             "a step's cost": ", ".join(
                 f"{cost.light:.3f} ({systems.labels[kind]})" for kind, cost in costs.items() if kind != "tuned"
             )

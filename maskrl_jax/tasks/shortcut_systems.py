@@ -163,7 +163,7 @@ class ShortcutSystems:
     def policy(self) -> TunedPolicy:
         """The policy that the shortcut stands on, where there is one."""
         trained, data = self.context.parents["speed_rl"], self.context.config.data
-        wiring = speed_rl.Wiring(trained.config, conditioning_of(data.name, data.text_length))
+        wiring = speed_rl.Wiring(trained.config, conditioning_of(data))
         headed = wiring.policy.kind == "adaptive"
         return TunedPolicy(
             program=lambda pictures: clocked_program(self.engine, wiring.sampler, wiring.decide, pictures),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from maskrl_jax.evaluate import gain
-from maskrl_jax.evaluate.bench import CHOICE, Bench, tuning_notes
+from maskrl_jax.evaluate.bench import Bench, tuning_notes
 from maskrl_jax.evaluate.illustrate import Illustration
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
@@ -88,7 +88,7 @@ class Showcase:
         facts = {
             "sampler of both": f"{self.sampler.mode}, Gumbel {self.sampler.gumbel:g}, guidance "
             f"{self.sampler.guidance:g}, temperature {self.sampler.temperature:g}, {self.sampler.schedule}",
-            "how it was chosen": CHOICE,
+            "how it was chosen": bench.choice,
             "updates": f"{config.num_steps} rounds of {config.batch_size} rollouts, seed {config.seed}",
             **self.facts,
         }

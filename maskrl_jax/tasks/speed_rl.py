@@ -142,7 +142,7 @@ def _linear(ends: tuple[float, float], step: Array, num_steps: int) -> Array:
 
 def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
-    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    conditioning = conditioning_of(config.data)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
     base, frozen, request = wiring.base.abstract(conditioning)

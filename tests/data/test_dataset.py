@@ -90,17 +90,17 @@ def test_columns_cannot_be_changed_by_accident(validation):
     ],
 )
 def test_bad_arguments_are_refused(shapes_dir, change, message):
-    arguments = {"name": "shapes", "split": "train", "data_dir": shapes_dir, "image_size": 32} | change
+    data = {"name": "shapes", "text_length": 8} | {key: change[key] for key in ("name", "text_length") if key in change}
     with pytest.raises(UserError, match=message):
-        open_dataset(**arguments)
+        open_dataset(data, change.get("split", "train"), shapes_dir, change.get("image_size", 32))
 
 
 def test_a_whole_caption_must_fit(shapes_dir, validation):
     longest = max(validation.describe(validation.pool(held_out=True)), key=len)
-    assert open_dataset("shapes", "validation", shapes_dir, 32, 7).encode([longest]).all()
-    assert conditioning_of("shapes", 7).length == 7
+    assert open_dataset({"name": "shapes", "text_length": 7}, "validation", shapes_dir, 32).encode([longest]).all()
+    assert conditioning_of({"name": "shapes", "text_length": 7}).length == 7
     with pytest.raises(UserError, match="text_length is 6; captions of shapes have up to 7 words"):
-        conditioning_of("shapes", 6)
+        conditioning_of({"name": "shapes", "text_length": 6})
 
 
 def test_alike_gives_another_sample_of_the_same_condition(validation):

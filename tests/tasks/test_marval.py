@@ -27,7 +27,7 @@ def wiring_of(prediction="noise", **changes):
     config.parents.mar.model.prediction = prediction
     config.batch_size, config.distillation.repeats = ROWS, 2
     config.update(changes)
-    return Wiring(config, conditioning_of(config.data.name, config.data.text_length))
+    return Wiring(config, conditioning_of(config.data))
 
 
 def batch_of(wiring):
@@ -227,5 +227,5 @@ def test_a_run_of_before_regression_could_come_first_is_still_read():
     config = marval_config.get_config("smoke")
     for name in ("regression", "regression_optimizer"):
         del config[name]
-    wiring = Wiring(config, conditioning_of(config.data.name, config.data.text_length))
+    wiring = Wiring(config, conditioning_of(config.data))
     assert wiring.regressor is None and wiring.update_from == config.distillation.warm_up

@@ -25,7 +25,7 @@ def wiring_of(**changes):
     config.batch_size, config.policy.group, config.truncation.detach_context = ROWS, 2, False
     config.anchor.update({"kind": "none", "weight": 0.0, "by": "loss"})
     config.update(changes)
-    return Wiring(config, conditioning_of(config.data.name, config.data.text_length))
+    return Wiring(config, conditioning_of(config.data))
 
 
 def networks():

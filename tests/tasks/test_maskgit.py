@@ -82,7 +82,7 @@ def test_a_dropped_condition_has_no_part_in_the_update(build, cond_drop, told):
 def test_phases_name_the_shapes_that_batches_have(trained, stage):
     config = tiny.get_config(stage)
     (update,) = maskgit.phases(config, Parallel("pmap"))
-    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    conditioning = conditioning_of(config.data)
     assert update.args[2]["cond"].shape == (16, *conditioning.null.shape)
     sizes = maskgit.Wiring(config, conditioning).sizes
     assert (sizes.num_tokens, sizes.codebook_size, sizes.mask_id) == (16, 16, MASK)
