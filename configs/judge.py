@@ -4,6 +4,8 @@ python -m maskrl_jax.main --config=configs/judge.py          # shapes, under a m
 python -m maskrl_jax.main --config=configs/judge.py:digits   # ten classes
 python -m maskrl_jax.main --config=configs/judge.py:tfds-cifar10   # or any other TFDS set of labelled images
 
+python -m maskrl_jax.convert --from=clip-rewards weights --out=runs/published/clip-rewards   # rewards that are a CLIP
+
 Expected of shapes: every held-out picture read exactly, and 99.6 % of those stitched from two.
 """
 
@@ -11,11 +13,18 @@ from configs import sizes
 from maskrl_jax.data.dataset import conditioning_of
 
 STEPS = {"": 1500, "digits": 1000, "smoke": 60, "digits-smoke": 60}
+# Rewards that are a CLIP, by size: all of them as published, or CLIPScore alone. They are converted, not trained here.
+PUBLISHED = {
+    "clip": {"clip_score": "l14", "pick_score": "h14", "hps": "h14", "aesthetic": "l14"},
+    **{f"clip-{size}": {"clip_score": size} for size in ("b32", "l14", "h14")},
+}
 
 
 def get_config(arg: str = ""):
-    """Sizes: default, `smoke`; `digits` and `tfds-<set>` for other sets."""
-    steps = STEPS.get(sizes.check(arg, tuple(STEPS), tfds=True), 10_000)
+    """Sizes: default, `smoke`; `digits` and `tfds-<set>` for other sets; `clip`, `clip-<size>` for rewards of a CLIP."""
+    steps = STEPS.get(sizes.check(arg, (*STEPS, *PUBLISHED), tfds=True), 10_000)
+    if arg in PUBLISHED:
+        return clip_rewards(arg)
     name = sizes.data_set(arg)
     return sizes.run(
         "judge",
@@ -38,4 +47,23 @@ def get_config(arg: str = ""):
             "decay_steps": 0,  # over the whole run
             "ema_decay": 0.98,
         },
+    )
+
+
+def clip_rewards(arg: str):
+    """Judge of any set whose prompts are texts. Keys of training say nothing here."""
+    return sizes.run(
+        "judge",
+        f"configs/judge.py:{arg}",
+        num_steps=1,
+        batch_size=1,
+        data={},
+        model={
+            "kind": "clip",
+            "rewards": PUBLISHED[arg],
+            "dtype": "float32",  # of the blocks' arithmetic; bfloat16 is faster
+            "remat": False,  # in a gradient, compute blocks again rather than keep their values
+            "batch_size": 32,  # pictures that go through a network at once
+        },
+        optimizer={},
     )

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from maskrl_jax import runner, stored
+from maskrl_jax import clip_stage, runner, stored
 from maskrl_jax.convert import files
 from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.errors import UserError, unknown
@@ -20,6 +20,7 @@ from maskrl_jax.tasks import codecs, continuous, forms, kl_vae
 
 State = Mapping[str, np.ndarray]
 MAR_WIDTHS = {768: "base", 1024: "large", 1280: "huge"}
+REWARDS = "clip-rewards"  # no family of one network, but a folder of several
 MAR_SCALE = 0.2325  # latents of KL-16 times this have unit variance (specs/mar.md section 2)
 
 
@@ -181,9 +182,13 @@ def read(
 
     Raises UserError for what is missing, left over, misshapen or in the way.
     """
-    family = _family(name)
     if os.path.exists(out):
         raise UserError(f"{out} exists already; name another --out")
+    if name == REWARDS:
+        if below or entry:
+            raise UserError(f"weights of {name!r} stand on no other stage and are safetensors; give their folder alone")
+        return clip_stage.read(path, _config(config or "configs/judge.py:clip", "judge"), out, store)
+    family = _family(name)
     for parent in family.parents:
         if parent not in below:
             flag = "base" if parent == "maskgit" else parent
@@ -211,6 +216,8 @@ def read(
 
 def write(name: str, workdir: str, out: str) -> None:
     """Write the network of a run in a family's layout, as safetensors; UserError where it has no such network."""
+    if name == REWARDS:
+        raise UserError(f"weights of {name!r} are never changed here; there is nothing to write back")
     family = _family(name)
     if os.path.exists(out):
         raise UserError(f"{out} exists already; name another --out")
@@ -230,7 +237,7 @@ def write(name: str, workdir: str, out: str) -> None:
 
 def _family(name: str) -> Family:
     if name not in FAMILIES:
-        raise unknown("family", name, FAMILIES)
+        raise unknown("family", name, (*FAMILIES, REWARDS))
     return FAMILIES[name]
 
 

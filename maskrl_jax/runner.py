@@ -6,8 +6,10 @@ import importlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -76,7 +78,9 @@ def _parent(name, config, store, seconds):
 def _as_trained(config):
     """Return the config with those parents in it that `init` put in the place of the ones it names."""
     replaced = {name: stored.read_config(path) for name, path in config.init.items() if path}
-    replaced = {name: parent for name, parent in replaced.items() if parent is not None}
+    # What is no such stage is refused when it is opened (`_ready`).
+    tasks = {name: parent.task for name, parent in config.parents.items()}
+    replaced = {name: found for name, found in replaced.items() if found and found.get("task") == tasks.get(name)}
     if not replaced:
         return config
     resolved = ConfigDict(stored.tuples(stored.plain(config)))
@@ -155,10 +159,19 @@ def _test_service(config):
         raise reason or UserError(f"no reward service at {settings['url']}; process 0 says why")
 
 
-def keep(config: ConfigDict, workdir: str, store: str, parents: dict[str, str], params: Any, extra: Any) -> None:
+def keep(
+    config: ConfigDict,
+    workdir: str,
+    store: str,
+    parents: dict[str, str],
+    params: Any,
+    extra: Any,
+    beside: Mapping[str, str] | None = None,
+) -> None:
     """Leave what a trained stage leaves, of parameters from elsewhere; `parents` are workdirs by name.
 
-    The folder appears by rename: a kill half-way leaves no half of a stage under its name.
+    `beside` are files that it needs, by their path within the stage; they are copied. The folder appears by rename: a
+    kill half-way leaves no half of a stage under its name.
     """
     place = os.path.abspath(workdir)
     os.makedirs(os.path.dirname(place), exist_ok=True)
@@ -167,6 +180,9 @@ def keep(config: ConfigDict, workdir: str, store: str, parents: dict[str, str], 
         os.mkdir(aside)
         stored.write(os.path.join(aside, stored.CONFIG), json.dumps(stored.plain(config), indent=1, sort_keys=True))
         stored.write_places(aside, parents, store, seen_from=place)
+        for name, file in (beside or {}).items():
+            os.makedirs(os.path.dirname(os.path.join(aside, name)), exist_ok=True)
+            shutil.copyfile(file, os.path.join(aside, name))
         checkpoint.save_params(aside, config.num_steps, params, extra)
         stored.finish(aside, config.num_steps, measured.identity(params, extra))
         os.rename(aside, place)
@@ -214,11 +230,14 @@ def build(context: Context) -> Any:
 
 
 def phases(config: ConfigDict, parallel: Parallel) -> list[Phase]:
-    """Return what a stage compiles, with abstract arguments; UserError for settings that cannot be."""
+    """Return what a stage compiles, with abstract arguments, on the parents that `init` gives it.
+
+    UserError for settings that cannot be.
+    """
     # Nothing but the config goes in: a key that is missing or misspelt in one's own file ends here too.
     kinds = (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, re.error)
     with _settings_of_the_user(config, kinds):
-        return task_module(config).phases(config, parallel)
+        return task_module(config).phases(_as_trained(config), parallel)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,11 @@
 python -m maskrl_jax.convert --from=kl16 kl16.ckpt --out=runs/published/kl16
 python -m maskrl_jax.convert --from=mar checkpoint-last.pth --tokenizer=runs/published/kl16 --out=runs/published/mar-base
 python -m maskrl_jax.main --config=configs/marval.py:base --config.init.tokenizer=runs/published/kl16 --config.init.mar=runs/published/mar-base
+python -m maskrl_jax.convert --from=clip-rewards weights --out=runs/published/clip-rewards
 python -m maskrl_jax.convert --to=mar runs/marval-base --out=student.safetensors
 
-Families: taming, maskgit-port, google-vqgan, google-maskgit, shortcut, kl16, mar; docs/published_weights.md says what they
-are. What is written is what a trained stage leaves: a config, a checkpoint, and the places of the stages below it.
+Families: taming, maskgit-port, google-vqgan, google-maskgit, shortcut, kl16, mar; clip-rewards, a folder of rewards that
+are a CLIP, becomes a judge; docs/published_weights.md says what they are. What is written is what a trained stage leaves: a config, a checkpoint, and the places of the stages below it.
 """
 
 from absl import flags

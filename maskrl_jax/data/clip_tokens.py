@@ -11,6 +11,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 # What is cut before bytes are paired: contractions, words, single digits, runs of other signs (arXiv 2103.00020).
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 WORD_END = "</w>"
+FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # that a tokenizer is read from, where they are there
 
 
 class ClipTokens:
@@ -60,7 +61,7 @@ class ClipTokens:
 
 
 def _read(folder: pathlib.Path):
-    whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    whole, vocabulary, merges = (folder / name for name in FILES)
     if vocabulary.exists() and merges.exists():
         return _byte_pairs(vocabulary, merges)
     if not whole.exists():

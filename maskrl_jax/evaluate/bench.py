@@ -98,11 +98,12 @@ class Bench:
     workdir: str
     measured_dir: str  # where points of systems with an identity are kept
     out: str = ""  # where the report goes, if not into workdir
+    judged: str = "judge"  # score of the judge that decides where the set has no verifier
 
     @property
     def metric(self) -> str:
         """The measure that decides: the exact verifier where there is one."""
-        return "judge" if self.dataset.verify is None else "graded"
+        return self.judged if self.dataset.verify is None else "graded"
 
     def protocol(
         self, prompts: int, *, group: int | None = None, keep: int = 0, seed: int | None = None, held_out: bool = True

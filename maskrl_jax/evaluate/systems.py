@@ -13,7 +13,7 @@ from maskrl_jax.evaluate.measure import Generated, Scorer, System
 from maskrl_jax.evaluate.measured import identity
 from maskrl_jax.keys import EVALUATE, sample_keys
 from maskrl_jax.parallel import Axis, Parallel
-from maskrl_jax.rewards import judge as judge_reward
+from maskrl_jax.rewards.judges import ClipJudge, TrainedJudge
 from maskrl_jax.sampling import adaptive, shortcut
 from maskrl_jax.sampling.maskgit import GIVEN, SamplerConfig, decode, make_plan
 from maskrl_jax.sampling.refresh import Refresh
@@ -226,24 +226,20 @@ def _outputs(engine: Engine, frozen: Any, rollout: Any, axis: Axis) -> dict[str,
     return {"images": images, "calls": rollout.calls, "commit_step": rollout.commit_step}
 
 
-def judge_scorer(read: Callable, params: Any, kind: str, dataset: Any) -> Scorer:
-    """The trained judge and, where the set has one, the exact verifier."""
+def judge_scorer(judge: TrainedJudge | ClipJudge, params: Any, dataset: Any) -> Scorer:
+    """The judge and, where the set has one, the exact verifier; its parameters best lie on the device."""
+    program = jax.jit(judge.measured)
 
-    @jax.jit
-    def scores(p, images, target):
-        outputs = read(p, images)
-        return judge_reward.score(kind, outputs, target) | {"features": outputs["features"]}
+    def scores(images, prompts):
+        target = judge.targets(dataset.encode(list(prompts)), prompts)
+        return jax.device_get(program(params, images, jnp.asarray(target)))
 
-    def judge(images, prompts):
-        target = judge_reward.targets(kind, dataset.encode(list(prompts)), prompts)
-        return jax.device_get(scores(params, images, jnp.asarray(target)))
-
-    return Scorer(judge, dataset.verify, identity(params, kind, dataset.name))
+    return Scorer(scores, dataset.verify, identity(params, judge.identity, dataset.name))
 
 
-def features_of(read: Callable, params: Any, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
+def features_of(judge: TrainedJudge | ClipJudge, params: Any, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
     """Judge features of uint8 images [n,H,W,3], float32 [n,D]."""
-    program = jax.jit(lambda p, x: read(p, x)["features"])
+    program = jax.jit(judge.features)
     parts = []
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size].astype(np.float32) / 255

@@ -95,6 +95,7 @@ def _published(projection: int, activation: str, text: tuple, picture: tuple, pa
 OPENAI_B32 = _published(512, "quick_gelu", (512, 12, 8), (768, 12, 12), patch=32)
 OPENAI_L14 = _published(768, "quick_gelu", (768, 12, 12), (1024, 24, 16), patch=14)
 LAION_H14 = _published(1024, "gelu", (1024, 24, 16), (1280, 32, 16), patch=14)
+PUBLISHED = {"b32": OPENAI_B32, "l14": OPENAI_L14, "h14": LAION_H14}
 
 
 class TextStates(NamedTuple):

@@ -52,6 +52,79 @@ KINDS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Formula:
+    """A reward as pure functions of the variables {"clip": of `Clip`, "head": of `AestheticHead`}; differentiable.
+
+    Of `clip` a reward that reads no prompt has the picture tower alone.
+    """
+
+    kind: str
+    config: ClipConfig
+    batch_size: int = 32  # so many pictures or texts go through a tower at once
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise unknown("reward", self.kind, KINDS)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size {self.batch_size} must be at least 1")
+
+    @property
+    def reads_prompt(self) -> bool:
+        return KINDS[self.kind].reads_prompt
+
+    @property
+    def pixels(self) -> Pixels:
+        known = KINDS[self.kind]
+        return Pixels(self.config.picture.image_size, known.fit, known.as_bytes)
+
+    def pictures(self, params: Any, images: Array) -> Array:
+        """Features of length 1, float32 [B,P], of pictures [B,H,W,3] in [0,1]."""
+
+        def features(x):
+            return self._apply(params, prepare(x, self.pixels), "picture_features")
+
+        return self._in_batches(features, images)
+
+    def texts(self, params: Any, ids: Array) -> Array:
+        """Features of length 1, float32 [B,P], of token ids int32 [B,L]."""
+        return self._in_batches(lambda x: self._apply(params, x, "text_features"), ids)
+
+    def value(self, params: Any, pictures_BP: Array, texts_BP: Array | None) -> Array:
+        """The reward of such features, float32 [B]; `texts_BP` are not read where prompts are not."""
+        if self.kind == "aesthetic":
+            return AestheticHead().apply(params["head"], pictures_BP)
+        cosine = (pictures_BP * texts_BP).sum(-1)
+        if self.kind == "clip_score":
+            return 100 * jnp.maximum(cosine, 0.0)
+        return jnp.exp(params["clip"]["params"]["logit_scale"]) * cosine if self.kind == "pick_score" else cosine
+
+    def abstract(self) -> Any:
+        """Shapes of the variables."""
+        size, struct = self.config.picture.image_size, jax.ShapeDtypeStruct
+        inputs = struct((1, size, size, 3), jnp.float32), struct((1, self.config.text.length), jnp.int32)
+        found = {"clip": jax.eval_shape(Clip(self.config).init, jax.random.key(0), *inputs)}
+        if self.kind == "aesthetic":
+            features = struct((1, self.config.picture.projection), jnp.float32)
+            found["head"] = jax.eval_shape(AestheticHead().init, jax.random.key(0), features)
+        return self.needed(found)
+
+    def needed(self, params: Any) -> Any:
+        """The variables without a text tower that is never asked."""
+        if self.reads_prompt:
+            return params
+        towers = {name: tree for name, tree in params["clip"]["params"].items() if name != "text"}
+        return params | {"clip": {"params": towers}}
+
+    def _apply(self, params, inputs, method):
+        return unit(Clip(self.config).apply(params["clip"], inputs, method=method))
+
+    def _in_batches(self, features, rows):
+        if len(rows) <= self.batch_size:
+            return features(rows)
+        return jax.lax.map(lambda row: features(row[None])[0], rows, batch_size=self.batch_size)
+
+
 class ClipReward:
     """`score(images, prompts)` on the default device; differentiable in the images, also inside another program.
 
@@ -60,11 +133,8 @@ class ClipReward:
     """
 
     def __init__(self, kind: str, config: ClipConfig, params: Any, tokens: ClipTokens | None, batch_size: int = 32):
-        """Take the variables {"clip": of `Clip`, "head": of `AestheticHead`}; pictures go in such batches."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} must be at least 1")
-        self.kind, self.model, self.batch_size = kind, Clip(config), batch_size
-        self.pixels = Pixels(config.picture.image_size, KINDS[kind].fit, KINDS[kind].as_bytes)
+        """Take the variables of `Formula`; pictures go in such batches."""
+        self.formula = Formula(kind, config, batch_size)
         self.params, self._tokens = jax.device_put(params), tokens
         self._known: dict[str, np.ndarray] = {}
         self._values = jax.jit(self.values)
@@ -80,15 +150,15 @@ class ClipReward:
 
     def text_features(self, prompts: Sequence[str]) -> np.ndarray:
         """Features of length 1, float32 [B,P]; zeros where the reward does not read prompts."""
-        if not KINDS[self.kind].reads_prompt:
-            return np.zeros((len(prompts), self.model.config.text.projection), np.float32)
-        wanted = dict.fromkeys(prompts)
+        if not self.formula.reads_prompt:
+            return np.zeros((len(prompts), self.formula.config.text.projection), np.float32)
+        wanted, size = dict.fromkeys(prompts), self.formula.batch_size
         found = {prompt: self._known.pop(prompt) for prompt in wanted if prompt in self._known}
         new = [prompt for prompt in wanted if prompt not in found]
-        for start in range(0, len(new), self.batch_size):
-            part = new[start : start + self.batch_size]
-            ids = self._tokens.encode(part + [""] * (self.batch_size - len(part)))  # one shape, one program
-            features = jax.device_get(_encode(self.model, self.params["clip"], jax.device_put(ids)))
+        for start in range(0, len(new), size):
+            part = new[start : start + size]
+            ids = self._tokens.encode(part + [""] * (size - len(part)))  # one shape, one program
+            features = jax.device_get(_encode(self.formula, self.params, jax.device_put(ids)))
             found |= {prompt: row.copy() for prompt, row in zip(part, features, strict=False)}  # no view of the batch
         self._known |= found
         for prompt in list(self._known)[:-KEPT]:
@@ -97,29 +167,12 @@ class ClipReward:
 
     def values(self, params: Any, images: Array, texts_BP: Array) -> Array:
         """Pure: score pictures by `text_features`, float32 [B], a batch of `batch_size` after the other."""
-
-        if len(images) <= self.batch_size:
-            return self._value(params, images, texts_BP)
-
-        def one(x):
-            return self._value(params, x[0][None], x[1][None])[0]
-
-        return jax.lax.map(one, (images, texts_BP), batch_size=self.batch_size)
-
-    def _value(self, params: Any, images: Array, texts_BP: Array) -> Array:
-        pictures = prepare(images, self.pixels)
-        pictures_BP = unit(self.model.apply(params["clip"], pictures, method="picture_features"))
-        if self.kind == "aesthetic":
-            return AestheticHead().apply(params["head"], pictures_BP)
-        cosine = (pictures_BP * texts_BP).sum(-1)
-        if self.kind == "clip_score":
-            return 100 * jnp.maximum(cosine, 0.0)
-        return jnp.exp(params["clip"]["params"]["logit_scale"]) * cosine if self.kind == "pick_score" else cosine
+        return self.formula.value(params, self.formula.pictures(params, images), texts_BP)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(model: Clip, params: Any, ids: Array) -> Array:
-    return unit(model.apply(params, ids, method="text_features"))
+def _encode(formula: Formula, params: Any, ids: Array) -> Array:
+    return formula.texts(params, ids)
 
 
 def open_reward(
@@ -137,6 +190,18 @@ def open_reward(
     Raises:
       UserError: one line about the file that is missing or does not fit.
     """
+    config, params, tokens = read_reward(kind, folder)
+    return ClipReward(kind, computed_in(config, dtype, remat), params, tokens, batch_size)
+
+
+def computed_in(config: ClipConfig, dtype: str, remat: bool) -> ClipConfig:
+    """The same sizes with other arithmetic of the blocks."""
+    towers = (config.text, config.picture)
+    return ClipConfig(*(dataclasses.replace(tower, dtype=dtype, remat=remat) for tower in towers))
+
+
+def read_reward(kind: str, folder: str) -> tuple[ClipConfig, Any, ClipTokens | None]:
+    """Sizes, variables and tokenizer (None where prompts are not read) from a folder; see `open_reward`."""
     if kind not in KINDS:
         raise unknown("reward", kind, KINDS)
     place, known = pathlib.Path(folder), KINDS[kind]
@@ -144,8 +209,6 @@ def open_reward(
     try:
         sizes = place / SIZES
         config = convert.config_of(files.json_object(sizes)) if sizes.exists() else known.sizes
-        towers = (config.text, config.picture)
-        config = ClipConfig(*(dataclasses.replace(tower, dtype=dtype, remat=remat) for tower in towers))
         params = {"clip": convert.params_of(state, config)}
     except (KeyError, ValueError) as error:
         raise UserError(f"reward {kind!r}: {place} does not hold {known.weights}: {error}") from error
@@ -158,7 +221,7 @@ def open_reward(
     tokens = ClipTokens(folder, config.text.length) if known.reads_prompt else None
     if tokens and tokens.end != config.text.end:
         raise UserError(f"{place}: the tokenizer ends a text by {tokens.end}, the weights by {config.text.end}")
-    return ClipReward(kind, config, params, tokens, batch_size)
+    return config, params, tokens
 
 
 def _state(path: pathlib.Path, kind: str, wanted: str) -> dict[str, np.ndarray]:

@@ -29,7 +29,9 @@ def standardised(scores: Mapping[str, np.ndarray], group: int) -> dict[str, np.n
 def check(weights: Mapping[str, float], available: Sequence[str]) -> None:
     """Raise UserError for an empty mix, or a reward that the judge does not give."""
     if not weights:
-        raise UserError("rewards is empty; name at least one, such as --config.rewards.judge=1.0")
+        raise UserError(
+            f"rewards is empty; name at least one with its weight; this judge gives: {', '.join(available)}"
+        )
     unknown = sorted(set(weights) - set(available))
     if unknown:
         raise UserError(f"unknown reward {unknown[0]!r}; this judge gives: {', '.join(available)}")

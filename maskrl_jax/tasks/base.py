@@ -13,11 +13,10 @@ from maskrl_jax.data.dataset import Conditioning
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.evaluate.systems import Engine
-from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.parallel import Axis
 from maskrl_jax.rewards import energy_distance, mix
-from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.rewards.alarm import AlarmConfig
+from maskrl_jax.rewards.judges import judge_of
 from maskrl_jax.rewards.remote import RemoteConfig, RemoteReward, read_probe
 from maskrl_jax.rl.token_terms import Model
 from maskrl_jax.sampling.maskgit import SamplerConfig
@@ -26,6 +25,7 @@ from maskrl_jax.tasks import maskgit as maskgit_task
 from maskrl_jax.tasks.task import Context
 
 Array = jax.Array
+VERIFIED_SETS = ("shapes",)  # that have an exact verifier
 VERIFIED = ("graded", "strict", "presence", "shape", "colour", "binding", "position", "coherence")
 SCALES = ("raw", "group")
 # What the logs have beside the rewards, under reward/.
@@ -77,22 +77,20 @@ class Base:
         self.generator = forms.generator(self.sizes)
         self.model = Model(self.generator.row_features, self.generator.row_head, self.null)
         self.codec = codecs.codec(codecs.sizes(base.parents.tokenizer.model), None)
-        self.judge_sizes = JudgeConfig(**config.parents.judge.model)
-        self.judge = Judge(self.judge_sizes)
+        self.judge = judge_of(config.parents.judge.model)
         checks.same_data(config)
         self.groups = checks.groups(config.batch_size, config.group)
         settings = Evaluation(**config.evaluation)
         generators.check_steps(SamplerConfig(**base.sampler), settings.steps, self.sizes.num_tokens)
         # Runs of before there were alarms have none of these keys.
         self.judged, held_out = dict(config.rewards), dict(config.get("rewards_heldout", {}))
-        names = judge_reward.names(self.judge_sizes.kind)
+        names = self.judge.names
         mix.check(self.judged, names)
         # Stages of before there were services have no such key.
         self.service = service_of(config.get("service", {"url": ""}), names)
         self.rewards = self.judged | ({self.service.name: self.service.weight} if self.service else {})
         mix.check_held_out(tuple(held_out), self.rewards, (*names, *VERIFIED))
-        # The captions of shapes alone have a verifier.
-        known = (*names, *VERIFIED) if config.data.name == "shapes" else names
+        known = (*names, *VERIFIED) if config.data.name in VERIFIED_SETS else names
         self.held_out = {name: weight for name, weight in held_out.items() if name in known}
         self.reward_scale = config.get("reward_scale", "raw")
         if self.reward_scale not in SCALES:
@@ -141,7 +139,7 @@ class Base:
         """
         decode = functools.partial(self.codec.decode, frozen["tokenizer"])
         images = axis.in_parts(decode, ids_BN, self.codec.at_once)
-        scores = judge_reward.score(self.judge_sizes.kind, self.judge.apply(frozen["judge"], images), target)
+        scores = self.judge.score(frozen["judge"], images, target)
         parts = {f"reward/{name}": score for name, score in scores.items()}
         return parts | {"quality": mix.weighted_sum(scores, self.judged), "images": images}
 
@@ -151,13 +149,13 @@ class Base:
         size, rows = config.parents.tokenizer.model.image_size, config.batch_size
         frozen = {
             "tokenizer": codecs.abstract(config.parents.tokenizer.model),
-            "judge": jax.eval_shape(self.judge.init, jax.random.key(0), jnp.zeros((1, size, size, 3))),
+            "judge": self.judge.abstract(size),
             "reference": base,
         }
         whole = jax.ShapeDtypeStruct((rows,), jnp.int32)
         request = {
             "cond": jax.ShapeDtypeStruct((rows, *conditioning.null.shape), jnp.int32),
-            "target": jax.ShapeDtypeStruct((rows, 3), jnp.int32) if self.judge_sizes.kind == "cells" else whole,
+            "target": jax.ShapeDtypeStruct((rows, *self.judge.target_shape), jnp.int32),
             "index": whole,
             "round": whole,
         }

@@ -92,21 +92,23 @@ def bench_of(context: Context) -> Bench:
         )
     held_out = dataset_of(context, "validation")
     judge = judge_task.load(context.parents["judge"])
-    settings = Evaluation(**context.config.evaluation)
+    params = jax.device_put(context.parents["judge"].params)  # once: those of a CLIP are large
+    settings, trained = Evaluation(**context.config.evaluation), context.config.get("rewards", {})
 
     @functools.cache
     def real_features(prompts_held_out: bool) -> np.ndarray | None:
         pictures = _real_pictures(context, held_out, prompts_held_out)
-        return None if pictures is None else features_of(judge.read, judge.params, pictures)
+        return None if pictures is None else features_of(judge, params, pictures)
 
     return Bench(
         dataset=held_out,
-        scorer=judge_scorer(judge.read, judge.params, judge.config.kind, held_out),
+        scorer=judge_scorer(judge, params, held_out),
         real_features=real_features,
         settings=settings,
         workdir=context.workdir,
         measured_dir=context.measured_dir,
         out=context.out,
+        judged=next((name for name in judge.names if trained.get(name)), judge.names[0]),
     )
 
 

@@ -1,8 +1,9 @@
-"""Stage `judge`: a classifier of image content; gives the training reward and the Frechet features."""
+"""Stage `judge`: a classifier of image content; gives the training reward and the Frechet features.
 
-import dataclasses
+Rewards that are a CLIP are such a stage too, one that is converted and never trained (`clip_rewards`).
+"""
+
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,24 +22,15 @@ from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.models.vqgan import to_patches
 from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
+from maskrl_jax.rewards.judges import ClipJudge, TrainedJudge, judge_of
 from maskrl_jax.tasks.task import Context, Parent, Task
 
 Array = jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedJudge:
-    """A trained judge as a function of its parameters."""
-
-    config: JudgeConfig
-    params: Any
-    read: Callable[[Any, Array], dict[str, Array]]  # (params, images [B,H,W,3] in [0,1]) -> Judge outputs
-
-
-def load(parent: Parent) -> LoadedJudge:
-    """Open a trained judge."""
-    config = JudgeConfig(**parent.config.model)
-    return LoadedJudge(config, parent.params, Judge(config).apply)
+def load(parent: Parent) -> TrainedJudge | ClipJudge:
+    """The judge of a stage that is there, which can make targets; its parameters are the parent's."""
+    return judge_of(parent.config.model, parent.workdir)
 
 
 def stitch(
@@ -93,6 +85,11 @@ class Wiring:
 
     def __init__(self, config: Any):
         self.config = config
+        if config.model.kind == "clip":
+            raise UserError(
+                "a judge of model.kind=clip is not trained here; convert its published weights with "
+                "python -m maskrl_jax.convert --from=clip-rewards, and set init.judge to what that makes"
+            )
         self.sizes = JudgeConfig(**config.model)
         _check_data(self.sizes, config.data.name)
         self.model = Judge(self.sizes)

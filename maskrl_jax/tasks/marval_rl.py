@@ -22,17 +22,17 @@ from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.evaluate import gain
 from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.keys import ROLLOUT, STEPS, sample_keys, step_key
-from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.parallel import Axis, mean_gradients
 from maskrl_jax.phase import Phase
-from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.rewards import mix
+from maskrl_jax.rewards.judges import judge_of
 from maskrl_jax.rl import reward_gradient
 from maskrl_jax.rl.action_noise import ActionNoise
 from maskrl_jax.rl.reward_gradient import Truncation
 from maskrl_jax.sampling import mar as sampling
 from maskrl_jax.sampling.mar import MarPlan
 from maskrl_jax.tasks import checks, continuous, generators, marval
+from maskrl_jax.tasks import judge as judge_task
 from maskrl_jax.tasks import kl_vae as kl_vae_task
 from maskrl_jax.tasks import mar as mar_task
 from maskrl_jax.tasks.continuous import MarSampler, row_noise
@@ -78,11 +78,10 @@ class Wiring:
         checks.same_tokenizer(config.parents.tokenizer, config.parents.marval.parents.tokenizer)
         self.marval = marval.Wiring(config.parents.marval, conditioning)
         self.base, self.network = self.marval.base, self.marval.network
-        self.judge_sizes = JudgeConfig(**config.parents.judge.model)
-        self.judge, self.rewards = Judge(self.judge_sizes), dict(config.rewards)
-        mix.check(self.rewards, judge_reward.names(self.judge_sizes.kind))
+        self.judge, self.rewards = judge_of(config.parents.judge.model), dict(config.rewards)
+        mix.check(self.rewards, self.judge.names)
         by_policy = self._by_policy()
-        steps = sorted(set(self.rewards) & set(judge_reward.WITHOUT_GRADIENT))
+        steps = sorted(set(self.rewards) & set(self.judge.without_gradient))
         if steps and not by_policy:
             raise UserError(f"reward {steps[0]!r} has no gradient; take it from rewards, or set gradient=policy")
         self.plan = MarPlan(self.base.sizes.num_tokens, **config.rollout)
@@ -133,8 +132,7 @@ class Wiring:
     def score(self, frozen: Any, tokens: Array, target: Array) -> tuple[Array, dict[str, Array]]:
         """Weighted sum of the judge's scores of tokens in raster order [B], and each of them; differentiable."""
         images = jax.checkpoint(self.base.codec.decode)(frozen["tokenizer"], tokens)
-        outputs = jax.checkpoint(self.judge.apply)(frozen["judge"], images)
-        scores = judge_reward.score(self.judge_sizes.kind, outputs, target)
+        scores = self.judge.score(frozen["judge"], images, target)
         total = mix.weighted_sum(scores, self.rewards)
         return total, scores | {"quality": total}
 
@@ -184,7 +182,7 @@ class Wiring:
                 ready = ready | {"keys": jax.vmap(jax.random.fold_in, (0, None))(ready["keys"], turn)}
         metrics = jax.tree.map(lambda *values: sum(values), *turns)
         if self.policy:
-            scores = {name: batch[name] for name in (*judge_reward.names(self.judge_sizes.kind), "quality")}
+            scores = {name: batch[name] for name in (*self.judge.names, "quality")}
             weight = jnp.float32(len(batch["quality"]))
             metrics |= {f"reward/{name}": axis.all_reduce((x.sum(), weight)) for name, x in scores.items()}
         return state.replace(step=first.step + 1), metrics
@@ -230,12 +228,12 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     side, struct = wiring.base.codec.config.image_size, jax.ShapeDtypeStruct
     whole = struct((config.batch_size,), jnp.int32)
     cond = struct((config.batch_size, *conditioning.null.shape), jnp.int32)
-    target = struct((config.batch_size, 3), jnp.int32) if wiring.judge_sizes.kind == "cells" else whole
+    target = struct((config.batch_size, *wiring.judge.target_shape), jnp.int32)
     request = {"cond": cond, "target": target, "index": whole, "round": whole}
     network = jax.eval_shape(wiring.base.init, jax.random.key(0)).params
     frozen = {
         "tokenizer": kl_vae_task.abstract_codec(config.parents.tokenizer),
-        "judge": jax.eval_shape(wiring.judge.init, jax.random.key(0), jnp.zeros((1, side, side, 3))),
+        "judge": wiring.judge.abstract(side),
     }
     found, learn = [], request
     if wiring.policy:
@@ -274,6 +272,7 @@ def build(context: Context) -> Task:
     frozen = {"tokenizer": engine.tokenizer, "judge": parallel.replicate(parents["judge"].params)}
     frozen |= {name: networks[name] for name in _frozen_names(wiring)}
     rows, pool = parallel.rows(config.batch_size), train.pool(held_out=False)
+    judge = judge_task.load(parents["judge"])
     update = parallel.update(wiring.update)
     roll_out = parallel.map(wiring.policy.rollout) if wiring.policy else None
     gallery = MarvalRlGallery(context, wiring, engine, networks)
@@ -284,7 +283,7 @@ def build(context: Context) -> Task:
         cond = np.repeat(pool[positions], wiring.group, axis=0)[rows]
         number = np.full(len(cond), step, np.int32)
         samples = (step * config.batch_size + np.arange(config.batch_size)) % 2**31
-        target = judge_reward.targets(wiring.judge_sizes.kind, cond, train.describe(cond))
+        target = judge.targets(cond, train.describe(cond))
         found = {"cond": cond, "target": target, "index": samples.astype(np.int32)[rows], "round": number}
         if wiring.anchor.kind != "none":
             shown = batch_at(train, step, config.batch_size, rows, config.seed)

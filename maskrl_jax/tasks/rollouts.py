@@ -16,9 +16,9 @@ from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import measure, measured
 from maskrl_jax.evaluate.measure import Protocol, Scorer, System
 from maskrl_jax.rewards import alarm, energy_distance, mix, statistics
-from maskrl_jax.rewards import judge as judge_reward
 from maskrl_jax.rewards.remote import RemoteReward
 from maskrl_jax.rl import credit
+from maskrl_jax.tasks import judge as judge_task
 from maskrl_jax.tasks.base import opened_service
 from maskrl_jax.tasks.task import Context
 
@@ -45,7 +45,7 @@ class Rollouts:
 
     def __init__(self, context: Context, wiring: Any, train: Dataset, frozen: Any, reference: np.ndarray):
         self.config, self.parallel, self.wiring = context.config, context.parallel, wiring
-        self.train, self.frozen = train, frozen
+        self.train, self.frozen, self.judge = train, frozen, judge_task.load(context.parents["judge"])
         self.pool = train.pool(held_out=False)
         # Prompts repeat: the reference quality is known per distinct condition.
         self.reference_of = dict(zip((cond.tobytes() for cond in self.pool), reference, strict=True))
@@ -92,7 +92,7 @@ class Rollouts:
         prompts = batch_at(self.prompts, step, wiring.base.groups, slice(0, wiring.base.groups), config.seed)
         cond = prompts["cond"]
         texts = self.train.describe(cond)
-        target = judge_reward.targets(wiring.base.judge_sizes.kind, cond, texts)
+        target = self.judge.targets(cond, texts)
         reference = np.asarray([self.reference_of[c.tobytes()] for c in cond], np.float32)
         rows = {"cond": cond, "target": target, "prompt": prompts["index"], "reference": reference}
         rows = {name: value.repeat(config.group, axis=0) for name, value in rows.items()}

@@ -203,9 +203,9 @@ def build(context: Context) -> Task:
     sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
     frozen = wiring.base.frozen(engine, context)
     gallery = Gallery(context, wiring, engine, sampler, frozen["reference"])
-    judge = judge_task.load(context.parents["judge"])
-    scorer = dataclasses.replace(judge_scorer(judge.read, judge.params, judge.config.kind, train), verify=None)
     if wiring.credit.reads_reference:
+        judge, judged_by = judge_task.load(context.parents["judge"]), jax.device_put(context.parents["judge"].params)
+        scorer = dataclasses.replace(judge_scorer(judge, judged_by, train), verify=None)
         reference = reference_quality(context, train, gallery.base, sampler.num_steps, scorer, wiring.base.rewards)
     else:
         reference = np.zeros(len(train.pool(held_out=False)), np.float32)

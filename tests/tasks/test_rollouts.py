@@ -66,7 +66,8 @@ def make(train):
         wiring.rollout = rollout
         parallel = Alone()
         parallel.num_devices = devices
-        context = types.SimpleNamespace(config=config, parallel=parallel, workdir="")
+        judge = types.SimpleNamespace(config=config.parents.judge, workdir="")
+        context = types.SimpleNamespace(config=config, parallel=parallel, workdir="", parents={"judge": judge})
         return Rollouts(context, wiring, train, {}, np.zeros(len(train.pool(held_out=False))))
 
     return make
