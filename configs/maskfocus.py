@@ -111,17 +111,15 @@ def evaluation(arg: str) -> dict:
 
 
 def published_scale():
-    """Meissonic's sizes and the published settings; serves --dry_run until its weights load."""
-    from configs import speed_rl
-
-    config = embedded("")
+    """Meissonic (docs/published_weights.md) with the published settings; rewards are our choice, HPSv2.1 and CLIPScore."""
+    config, generator = embedded(""), maskgit.get_config("meissonic")
     config.name = "configs/maskfocus.py:meissonic"
     config.num_steps = STEPS["meissonic"]
-    config.parents = speed_rl.published_scale().parents
-    generator = config.parents.maskgit
-    generator.sampler.num_steps = generator.sampler.max_steps = 64
-    generator.evaluation.steps = (16, 32, 64)
-    config.data.text_length = 77
+    generator.sampler.num_steps, generator.evaluation.steps = 64, (16, 32, 64)
+    config.parents = {"tokenizer": generator.parents.tokenizer, "judge": generator.parents.judge, "maskgit": generator}
+    config.data = generator.data
+    config.rewards, config.reward_scale = {"hps": 1.0, "clip_score": 0.5}, "group"
+    config.rewards_heldout = {"pick_score": 1.0, "aesthetic": 0.0}
     config.batch_size, config.group, config.micro_batch = 128, 8, 1
     config.parallel = "sharded"
     config.log_every, config.save_every = 1, 50

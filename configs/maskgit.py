@@ -6,18 +6,21 @@ python -m maskrl_jax.main --config=configs/maskgit.py:digits   # handwritten dig
 python -m maskrl_jax.main --config=configs/maskgit.py:tfds-cifar10   # any TFDS set of labelled images, by class
 python -m maskrl_jax.main --config=configs/maskgit.py:port512 --dry_run=v5e:4x4   # ImageNet at published sizes, compile
     # only: port256, port512 (form A of specs/maskgit.md), google256, google512 (form B). Their weights are published:
-    # docs/published_weights.md
+    # docs/published_weights.md. Text to image: meissonic, dimoo, whose prompts are a file (docs/own_data.md).
 """
 
 from configs import judge, sizes, tokenizer
 
 STEPS = {"": 2400, "full": 5000, "smoke": 40, "digits": 2500, "digits-smoke": 40}
 PUBLISHED = {f"{form}{size}": (form, size) for form in ("port", "google") for size in (256, 512)}
+TEXT = ("meissonic", "dimoo")
 
 
 def get_config(arg: str = ""):
     """Sizes: default, `full`, `smoke`; `digits` and `tfds-<set>` for sets with classes; published ones: see above."""
-    steps = STEPS.get(sizes.check(arg, (*STEPS, *PUBLISHED), tfds=True), 50_000)
+    steps = STEPS.get(sizes.check(arg, (*STEPS, *PUBLISHED, *TEXT), tfds=True), 50_000)
+    if arg in TEXT:
+        return text_to_image(arg)
     return published(arg) if arg in PUBLISHED else embedded(arg, steps)
 
 
@@ -127,6 +130,39 @@ def published(arg: str):
         config.sampler.update({"gumbel": 4.5, "guidance": 1.0, "noise_ends": "ahead"})
         config.evaluation.update({"steps": (8, 12, 16), "glance_steps": 8})
     # The report keeps to the published sampler.
+    config.evaluation.update(
+        {f"tune_{name}": (config.sampler[name],) for name in ("gumbel", "guidance", "temperature")}
+    )
+    return config
+
+
+def text_to_image(arg: str):
+    """Meissonic or Lumina-DiMOO at 1024 pixels: network and sampler as published (specs/meissonic.md, lumina_dimoo.md).
+
+    Trained on, with pictures, they follow their published fine-tuning recipes but for our trainer's law of masking.
+    """
+    config, dimoo = embedded("", 42_000), arg == "dimoo"
+    config.name, config.save_every, config.parallel = f"configs/maskgit.py:{arg}", 1000, "sharded"
+    tokens = {"tokens": arg, "text_length": 128} if dimoo else {"tokens": "clip", "text_length": 77}
+    config.data = sizes.data("prompts.jsonl", tokenizer=f"published/{arg}/tokenizer", **tokens)
+    config.parents = {
+        "tokenizer": tokenizer.get_config("amused1024" if dimoo else "meissonic"),
+        "judge": judge.get_config("clip"),
+    }
+    # `weights` is what parameters are kept in; a network that is trained or tuned wants float32.
+    config.model = {"form": arg, "remat": True, "dtype": "bfloat16", "weights": "bfloat16" if dimoo else "float32"}
+    config.batch_size, config.cond_drop = (512, 0.1) if dimoo else (256, 0.0)
+    config.optimizer = {"name": "adamw", "decay": "constant", "warmup_steps": 0, "ema_decay": 0.9999}
+    if dimoo:
+        config.optimizer.update({"learning_rate": 2e-5, "b1": 0.9, "b2": 0.95, "weight_decay": 0.1, "clip_norm": 4.0})
+        config.sampler.update({"schedule": "floored-cosine", "plain_confidence": True, "guidance": 5.0})
+        config.sampler.update({"gumbel": 1.0, "last_gumbel": 1.0, "num_steps": 64, "max_steps": 64})
+    else:
+        config.optimizer.update({"learning_rate": 1e-4, "clip_norm": 10.0})
+        config.sampler.update({"schedule": "float32-cosine", "timesteps": "countdown", "noise_ends": "at"})
+        config.sampler.update({"gumbel": 2.0, "last_gumbel": 0.0, "guidance": 9.0, "num_steps": 48, "max_steps": 64})
+    config.evaluation.update({"steps": (16, 32, 64) if dimoo else (8, 16, 24, 32, 48, 64), "batch_size": 32})
+    config.evaluation.update({"glance_steps": 32, "glance_prompts": 32})
     config.evaluation.update(
         {f"tune_{name}": (config.sampler[name],) for name in ("gumbel", "guidance", "temperature")}
     )

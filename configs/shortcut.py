@@ -4,6 +4,7 @@ python -m maskrl_jax.main --config=configs/shortcut.py           # embedded task
 python -m maskrl_jax.main --config=configs/shortcut.py:speed_rl  # the same on a policy of configs/speed_rl.py
 python -m maskrl_jax.main --config=configs/shortcut.py:smoke     # a few updates of everything: does it run?
 python -m maskrl_jax.main --config=configs/shortcut.py:maskgit512 --dry_run=v5e:4x4   # published scale, compile only
+python -m maskrl_jax.main --config=configs/shortcut.py:dimoo --dry_run=v5p:2x2x1   # Lumina-DiMOO
 python -m maskrl_jax.main --config=configs/shortcut.py:maskgit512-official --dry_run=v5e:2x2   # with its optimiser
 
 The default trains for three to four minutes on two cores and should come to a quarter of the frozen feature's error
@@ -12,12 +13,14 @@ The default trains for three to four minutes on two cores and should come to a q
 
 from configs import maskgit, sizes, speed_rl
 
-STEPS = {"": 50, "speed_rl": 50, "smoke": 3, "maskgit512": 780, "maskgit512-official": 12_500}
+STEPS = {"": 50, "speed_rl": 50, "smoke": 3, "maskgit512": 780, "maskgit512-official": 12_500, "dimoo": 125}
 
 
 def get_config(arg: str = ""):
-    """Sizes: default, `speed_rl` (on a tuned policy), `smoke`; `maskgit512[-official]` have the published scale."""
+    """Sizes: default, `speed_rl` (on a tuned policy), `smoke`; `maskgit512[-official]` and `dimoo` have the published scale."""
     sizes.check(arg, tuple(STEPS))
+    if arg == "dimoo":
+        return dimoo()
     if not arg.startswith("maskgit512"):
         return embedded(arg)
     config = published_scale()
@@ -132,4 +135,23 @@ def official(config):
     config.num_steps, config.log_every, config.save_every = STEPS["maskgit512-official"], 10, 500
     config.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 0, "clip_norm": 0.0, "ema_decay": 0.9999})
     config.optimizer.update({"decay": "tenth", "decay_steps": 36})
+    return config
+
+
+def dimoo():
+    """Lumina-DiMOO at 1024 pixels, its sampler and the published network (docs/published_weights.md).
+
+    As many prompts as published, 2,000, once each; a buffer holds 4.5 GB of features a prompt. The optimiser is that of
+    `maskgit512`, our choice.
+    """
+    config, base = published_scale(), maskgit.get_config("dimoo")
+    config.name, config.num_steps, config.batch_size = "configs/shortcut.py:dimoo", STEPS["dimoo"], 16
+    config.parents = {"tokenizer": base.parents.tokenizer, "judge": base.parents.judge, "maskgit": base}
+    config.data = base.data
+    config.model = {"ratio": 2.0, "n_block": 1, "heads": 32, "mlp_width": 12288, "embed_t": True, "controls": True}
+    config.model.update({"prompt_controls": True, "zero_init_out": False, "dtype": "bfloat16"})
+    config.teacher.update({"num_steps": (64,), "pairs": 1, "epochs": 1})
+    config.loss.positions = "all"
+    config.curve.update({"num_steps": 64, "budgets": (9, 11, 14), "calibration": 4})
+    config.evaluation.update({"steps": (9, 14, 16, 32, 64), "batch_size": 16})
     return config

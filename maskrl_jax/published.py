@@ -1,171 +1,18 @@
 """Published weights as stages, and networks of runs in their published layouts (convert/ maps the names)."""
 
-import dataclasses
-import importlib
 import os
 import runpy
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from maskrl_jax import clip_stage, runner, stored
-from maskrl_jax.convert import files
-from maskrl_jax.data.dataset import conditioning_of
+from maskrl_jax.convert import files, meissonic
 from maskrl_jax.errors import UserError, unknown
-from maskrl_jax.models.shortcut import ShortcutConfig
-from maskrl_jax.tasks import codecs, continuous, forms, kl_vae
+from maskrl_jax.families import FAMILIES, Family
 
-State = Mapping[str, np.ndarray]
-MAR_WIDTHS = {768: "base", 1024: "large", 1280: "huge"}
 REWARDS = "clip-rewards"  # no family of one network, but a folder of several
-MAR_SCALE = 0.2325  # latents of KL-16 times this have unit variance (specs/mar.md section 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """Weights of one layout."""
-
-    module: str  # of maskrl_jax.convert, with params_of and state_of
-    task: str  # of the stage
-    config: Callable[[State], str]  # the stage's config file:argument at published sizes, told from the weights
-    sizes: Callable[[ConfigDict], Any]  # static sizes of the network of such a stage
-    runs: tuple[str, ...] = ()  # tasks of other runs that hold such a network, of the sizes of their parent `task`
-    parents: tuple[str, ...] = ()  # stages below it
-    extra: Callable[[ConfigDict], dict] = lambda config: {}  # what such a stage keeps beside its parameters
-
-    def params(self, state: State, config: ConfigDict) -> dict:
-        """Parameters of the stage's network; ValueError names what is missing, left over or misshapen."""
-        return self._module().params_of(state, self.sizes(config))
-
-    def state(self, params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
-        """The published state dict of a network; ValueError where it has parts that the layout lacks."""
-        return self._module().state_of(params, self.sizes(config))
-
-    def _module(self):
-        return importlib.import_module(f"maskrl_jax.convert.{self.module}")
-
-
-def _pixels(tokens: int, patch: int = 16) -> int:
-    return patch * round(tokens**0.5)
-
-
-def _length(state: State, name: str, axis: int) -> int:
-    if name not in state:
-        raise ValueError(f"the state lacks {name}")
-    if not -state[name].ndim <= axis < state[name].ndim:
-        raise ValueError(f"{name} has shape {list(state[name].shape)}")
-    return state[name].shape[axis]
-
-
-def _mar_config(state: State) -> str:
-    width = _length(state, "mask_token", -1)
-    if width not in MAR_WIDTHS:
-        raise UserError(f"no published MAR has width {width}; say in a --config of your own what it is")
-    return f"configs/mar.py:{MAR_WIDTHS[width]}"
-
-
-def _mar_sizes(config: ConfigDict) -> Any:
-    conditioning = conditioning_of(config.data)
-    return continuous.model_config(config, kl_vae.model_config(config.parents.tokenizer.model), conditioning)
-
-
-def _kl_sizes(config: ConfigDict) -> Any:
-    found = kl_vae.model_config(config.model)
-    if found.form != "conv":
-        raise UserError("weights of this family are of a VAE of model.form=conv, which this one is not")
-    return found
-
-
-def _latents(config: ConfigDict) -> dict:
-    """Statistics of the latents: those of KL-16, which has one scale for all channels."""
-    channels = kl_vae.model_config(config.model).channels
-    square = np.full(channels, MAR_SCALE**-2, np.float32)
-    return {"latents": {"mean": np.zeros(channels, np.float32), "square": square}}
-
-
-def _codec(form: str) -> Callable[[ConfigDict], Any]:
-    def sizes(config):
-        found = codecs.sizes(config.model)
-        if not isinstance(found, codecs.Published) or found.form != form:
-            raise UserError(f"weights of this family are of a tokenizer of model.form={form}, which this one is not")
-        return found.network.config
-
-    return sizes
-
-
-def _generator(form: str) -> Callable[[ConfigDict], Any]:
-    def sizes(config):
-        conditioning = conditioning_of(config.data)
-        found = forms.model_config(config, config.parents.tokenizer, conditioning)
-        if not isinstance(found, forms.CLASSES[form]):
-            raise UserError(f"weights of this family are of a generator of model.form={form}, which this one is not")
-        return found
-
-    return sizes
-
-
-def _shortcut_sizes(config: ConfigDict) -> ShortcutConfig:
-    base = config.parents.maskgit
-    conditioning = conditioning_of(base.data)
-    sizes = forms.model_config(base, base.parents.tokenizer, conditioning)
-    return ShortcutConfig(num_tokens=sizes.num_tokens, width=sizes.width, **config.model)
-
-
-FAMILIES = {
-    "taming": Family(
-        module="taming_vqgan",
-        task="tokenizer",
-        config=lambda state: "configs/tokenizer.py:taming256",
-        sizes=_codec("taming"),
-    ),
-    "google-vqgan": Family(
-        module="google_vqgan",
-        task="tokenizer",
-        config=lambda state: "configs/tokenizer.py:google256",
-        sizes=_codec("google"),
-    ),
-    "maskgit-port": Family(
-        module="maskgit_port",
-        task="maskgit",
-        config=lambda state: f"configs/maskgit.py:port{_pixels(_length(state, 'pos_emb', 1) - 1)}",
-        sizes=_generator("port"),
-        parents=("tokenizer",),
-    ),
-    "google-maskgit": Family(
-        module="google_maskgit",
-        task="maskgit",
-        config=lambda state: (
-            f"configs/maskgit.py:google{_pixels(_length(state, 'params/Embed_0/position_embeddings/embedding', 0) - 1)}"
-        ),
-        sizes=_generator("google"),
-        parents=("tokenizer",),
-    ),
-    "kl16": Family(
-        module="kl_vae",
-        task="kl_vae",
-        config=lambda state: "configs/kl_vae.py:kl16",
-        sizes=_kl_sizes,
-        extra=_latents,
-    ),
-    "mar": Family(
-        module="mar",
-        task="mar",
-        config=_mar_config,
-        sizes=_mar_sizes,
-        runs=("marval", "marval_rl"),
-        parents=("tokenizer",),
-    ),
-    "shortcut": Family(
-        module="shortcut",
-        task="shortcut",
-        config=lambda state: "configs/shortcut.py:maskgit512",
-        sizes=_shortcut_sizes,
-        parents=("tokenizer", "maskgit"),
-    ),
-}
 
 
 def read(
@@ -195,9 +42,11 @@ def read(
             raise UserError(f"weights of {name!r} need a {parent}: convert it first, give --{flag}=<its folder>")
     if needless := sorted(below.keys() - {*family.parents, "judge"}):
         raise UserError(f"weights of {name!r} stand on no {needless[0]}; leave that out")
-    state = files.read(path, entry)
+    state = family.open(path, entry)
     try:
         made = _config(config or family.config(state), family.task)
+        if not config:
+            made.model.update(family.told(path))
         for parent, workdir in below.items():
             if parent not in made.parents:
                 raise UserError(f"a {made.task!r} stage stands on no {parent}; leave that out")
@@ -214,8 +63,13 @@ def read(
     print(f"{out}: a {made.task!r} stage of {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
 
 
-def write(name: str, workdir: str, out: str) -> None:
-    """Write the network of a run in a family's layout, as safetensors; UserError where it has no such network."""
+def write(name: str, workdir: str, out: str, like: str = "") -> None:
+    """Write the network of a run in a family's layout; UserError where it has no such network.
+
+    Args:
+      out: a safetensors file; with `like`, a folder that is made.
+      like: published folder of a Meissonic, which is copied with this network in the place of its own.
+    """
     if name == REWARDS:
         raise UserError(f"weights of {name!r} are never changed here; there is nothing to write back")
     family = _family(name)
@@ -227,11 +81,17 @@ def write(name: str, workdir: str, out: str) -> None:
         known = ", ".join((family.task, *family.runs))
         raise UserError(f"{workdir} holds a {task!r} stage, which has no network of {name!r}; that have: {known}")
     config = context.config if task == family.task else context.config.parents[family.task]
+    if task in ("speed_rl", "mask_grpo"):  # which have a head beside it
+        params = params["model"]
+    if like and name != "meissonic":
+        raise UserError(f"--like is for the folder of a meissonic; weights of {name!r} are one file")
     try:
-        state = family.state(params, config)
+        if like:
+            meissonic.write(like, out, params)
+        else:
+            files.write(out, family.state(params, config))
     except ValueError as error:
         raise UserError(f"the network of {workdir} does not fit the layout of {name!r}: {error}") from error
-    files.write(out, state)
     print(f"{out}: the network of {workdir} in the layout of {name!r}")
 
 

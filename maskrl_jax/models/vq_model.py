@@ -18,7 +18,7 @@ PUBLISHED = ConvSizes(128, (1, 2, 2, 4, 6), encoder_attention=(), middle_attenti
 
 @dataclasses.dataclass(frozen=True)
 class VQModelConfig:
-    """Static sizes; the defaults are the published ones. Side of a cell in pixels: `conv.patch`."""
+    """Static sizes; the defaults are the published ones."""
 
     conv: ConvSizes = PUBLISHED
     channels: int = 64  # what the encoder gives and the decoder takes
@@ -29,6 +29,11 @@ class VQModelConfig:
         for name in ("channels", "code_width", "codebook_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+
+    @property
+    def patch(self) -> int:
+        """Pixels a side of a cell."""
+        return self.conv.patch
 
 
 class VQModel(nn.Module):
@@ -49,7 +54,7 @@ class VQModel(nn.Module):
 
     def latents(self, images_BHWC: Array) -> Array:
         """What is quantised, [B,h,w,E] float32, of images [B,H,W,3] float32 in [0,1]."""
-        sides, patch = images_BHWC.shape[1:3], self.config.conv.patch
+        sides, patch = images_BHWC.shape[1:3], self.config.patch
         if any(side % patch for side in sides):
             raise ValueError(f"image of {sides[0]} x {sides[1]} pixels is not divisible into cells of {patch}")
         return self.quant(self.encoder(images_BHWC))

@@ -1,0 +1,263 @@
+"""The families of published weights: which stage each becomes, its sizes, and where its names are mapped (convert/)."""
+
+import dataclasses
+import importlib
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from maskrl_jax.convert import diffusers_folder, dimoo, files, meissonic, meissonic_tokenizer, vq_model
+from maskrl_jax.data.dataset import conditioning_of
+from maskrl_jax.errors import UserError
+from maskrl_jax.tasks import codecs, continuous, forms, kl_vae, shortcut_network
+
+State = Mapping[str, np.ndarray]
+MAR_WIDTHS = {768: "base", 1024: "large", 1280: "huge"}
+MAR_SCALE = 0.2325  # latents of KL-16 times this have unit variance (specs/mar.md section 2)
+
+
+TUNED = ("speed_rl", "mask_grpo", "maskfocus")  # runs that hold a tuned network of their parent `maskgit`
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Weights of one layout."""
+
+    module: str  # of maskrl_jax.convert, with params_of and state_of
+    task: str  # of the stage
+    config: Callable[[Any], str]  # the stage's config file:argument at published sizes, told from the weights
+    sizes: Callable[[ConfigDict], Any]  # static sizes of the network of such a stage
+    runs: tuple[str, ...] = ()  # tasks of other runs that hold such a network, of the sizes of their parent `task`
+    parents: tuple[str, ...] = ()  # stages below it
+    extra: Callable[[ConfigDict], dict] = lambda config: {}  # what such a stage keeps beside its parameters
+    open: Callable[[str, str], Any] = files.read  # (path, entry) -> the weights
+    told: Callable[[str], dict] = lambda path: {}  # settings of the stage's model that a folder says of itself
+    reads: str = "params_of"  # of the module
+    writes: str = "state_of"
+
+    def params(self, state: Any, config: ConfigDict) -> dict:
+        """Parameters of the stage's network; ValueError names what is missing, left over or misshapen."""
+        found = getattr(self._module(), self.reads)(state, self.sizes(config))
+        weights = config.model.get("weights", "float32")
+        return found if weights == "float32" else jax.tree.map(lambda x: x.astype(weights), found)
+
+    def state(self, params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
+        """The published state dict of a network; ValueError where it has parts that the layout lacks."""
+        return getattr(self._module(), self.writes)(params, self.sizes(config))
+
+    def _module(self):
+        return importlib.import_module(f"maskrl_jax.convert.{self.module}")
+
+
+def _pixels(tokens: int, patch: int = 16) -> int:
+    return patch * round(tokens**0.5)
+
+
+def _length(state: State, name: str, axis: int) -> int:
+    if name not in state:
+        raise ValueError(f"the state lacks {name}")
+    if not -state[name].ndim <= axis < state[name].ndim:
+        raise ValueError(f"{name} has shape {list(state[name].shape)}")
+    return state[name].shape[axis]
+
+
+def _mar_config(state: State) -> str:
+    width = _length(state, "mask_token", -1)
+    if width not in MAR_WIDTHS:
+        raise UserError(f"no published MAR has width {width}; say in a --config of your own what it is")
+    return f"configs/mar.py:{MAR_WIDTHS[width]}"
+
+
+def _mar_sizes(config: ConfigDict) -> Any:
+    conditioning = conditioning_of(config.data)
+    return continuous.model_config(config, kl_vae.model_config(config.parents.tokenizer.model), conditioning)
+
+
+def _kl_sizes(config: ConfigDict) -> Any:
+    found = kl_vae.model_config(config.model)
+    if found.form != "conv":
+        raise UserError("weights of this family are of a VAE of model.form=conv, which this one is not")
+    return found
+
+
+def _latents(config: ConfigDict) -> dict:
+    """Statistics of the latents: those of KL-16, which has one scale for all channels."""
+    channels = kl_vae.model_config(config.model).channels
+    square = np.full(channels, MAR_SCALE**-2, np.float32)
+    return {"latents": {"mean": np.zeros(channels, np.float32), "square": square}}
+
+
+def _codec(form: str) -> Callable[[ConfigDict], Any]:
+    def sizes(config):
+        found = codecs.sizes(config.model)
+        if not isinstance(found, codecs.Published) or found.form != form:
+            raise UserError(f"weights of this family are of a tokenizer of model.form={form}, which this one is not")
+        if found.text:
+            raise UserError("the config has a text encoder, which these weights have not; leave model.text out")
+        return found.network.config
+
+    return sizes
+
+
+def _frozen_sizes(config: ConfigDict) -> Any:
+    """Of Meissonic's tokenizer and text encoder."""
+    found = codecs.sizes(config.model)
+    if not isinstance(found, codecs.Published) or found.text is None:
+        raise UserError(
+            "weights of this family are of a tokenizer of form=amused with model.text, which this one is not"
+        )
+    return found.network.config, found.text
+
+
+def _vq_settings(config: Any) -> dict:
+    own = {name: getattr(config, name) for name in ("channels", "code_width", "codebook_size")}
+    return own | {"conv": dataclasses.asdict(config.conv)}
+
+
+def _told_of_amused(path: str) -> dict:
+    return _vq_settings(vq_model.config_of(diffusers_folder.read_settings(path)))
+
+
+def _told_of_frozen(path: str) -> dict:
+    codes, text = meissonic_tokenizer.read_sizes(path)
+    text = {name: x for name, x in dataclasses.asdict(text).items() if name not in ("remat", "dtype")}
+    return _vq_settings(codes) | {"text": text}
+
+
+def _told_of_meissonic(path: str) -> dict:
+    found = meissonic.config_of(diffusers_folder.read_settings(pathlib.Path(path, "transformer")))
+    return {name: getattr(found, name) for name in (*meissonic.SIZES, "resampled") if name != "codebook_size"}
+
+
+def _told_of_dimoo(path: str) -> dict:
+    found = dimoo.config_of(files.json_object(pathlib.Path(path, "config.json")))
+    return {name: getattr(found, name) for name in dimoo.SIZES}
+
+
+def _generator(form: str) -> Callable[[ConfigDict], Any]:
+    def sizes(config):
+        if config.model.get("form", "ours") != form:
+            raise UserError(f"weights of this family are of a generator of model.form={form}, which this one is not")
+        found = forms.model_config(config, config.parents.tokenizer, conditioning_of(config.data))
+        return found.network if form == "dimoo" else found
+
+    return sizes
+
+
+def _shortcut(form: str) -> Callable[[ConfigDict], Any]:
+    def sizes(config):
+        base = config.parents.maskgit
+        if base.model.get("form", "ours") != form:
+            raise UserError(
+                f"weights of this family move features of a base of model.form={form}, which this one is not"
+            )
+        found = forms.model_config(base, base.parents.tokenizer, conditioning_of(base.data))
+        return shortcut_network.network_config(found, config.model)
+
+    return sizes
+
+
+FAMILIES = {
+    "taming": Family(
+        module="taming_vqgan",
+        task="tokenizer",
+        config=lambda state: "configs/tokenizer.py:taming256",
+        sizes=_codec("taming"),
+    ),
+    "google-vqgan": Family(
+        module="google_vqgan",
+        task="tokenizer",
+        config=lambda state: "configs/tokenizer.py:google256",
+        sizes=_codec("google"),
+    ),
+    "maskgit-port": Family(
+        module="maskgit_port",
+        task="maskgit",
+        config=lambda state: f"configs/maskgit.py:port{_pixels(_length(state, 'pos_emb', 1) - 1)}",
+        sizes=_generator("port"),
+        runs=TUNED,
+        parents=("tokenizer",),
+    ),
+    "google-maskgit": Family(
+        module="google_maskgit",
+        task="maskgit",
+        config=lambda state: (
+            f"configs/maskgit.py:google{_pixels(_length(state, 'params/Embed_0/position_embeddings/embedding', 0) - 1)}"
+        ),
+        sizes=_generator("google"),
+        runs=TUNED,
+        parents=("tokenizer",),
+    ),
+    "kl16": Family(
+        module="kl_vae",
+        task="kl_vae",
+        config=lambda state: "configs/kl_vae.py:kl16",
+        sizes=_kl_sizes,
+        extra=_latents,
+    ),
+    "mar": Family(
+        module="mar",
+        task="mar",
+        config=_mar_config,
+        sizes=_mar_sizes,
+        runs=("marval", "marval_rl"),
+        parents=("tokenizer",),
+    ),
+    "shortcut": Family(
+        module="shortcut",
+        task="shortcut",
+        config=lambda state: "configs/shortcut.py:maskgit512",
+        sizes=_shortcut("port"),
+        parents=("tokenizer", "maskgit"),
+    ),
+    "amused": Family(
+        module="vq_model",
+        task="tokenizer",
+        config=lambda state: "configs/tokenizer.py:amused1024",
+        sizes=_codec("amused"),
+        open=lambda path, entry: diffusers_folder.read_state(path),
+        told=_told_of_amused,
+    ),
+    "meissonic-tokenizer": Family(
+        module="meissonic_tokenizer",
+        task="tokenizer",
+        config=lambda state: "configs/tokenizer.py:meissonic",
+        sizes=_frozen_sizes,
+        open=lambda path, entry: meissonic_tokenizer.read_state(path),
+        told=_told_of_frozen,
+    ),
+    "meissonic": Family(
+        module="meissonic",
+        task="maskgit",
+        config=lambda state: "configs/maskgit.py:meissonic",
+        sizes=_generator("meissonic"),
+        runs=TUNED,
+        parents=("tokenizer",),
+        open=lambda path, entry: diffusers_folder.read_state(pathlib.Path(path, "transformer")),
+        told=_told_of_meissonic,
+    ),
+    "dimoo": Family(
+        module="dimoo",
+        task="maskgit",
+        config=lambda state: "configs/maskgit.py:dimoo",
+        sizes=_generator("dimoo"),
+        runs=TUNED,
+        parents=("tokenizer",),
+        open=lambda path, entry: path,  # streamed, a tensor at a time
+        told=_told_of_dimoo,
+        reads="load",
+    ),
+    "dimoo-shortcut": Family(
+        module="shortcut",
+        task="shortcut",
+        config=lambda state: "configs/shortcut.py:dimoo",
+        sizes=_shortcut("dimoo"),
+        parents=("tokenizer", "maskgit"),
+        reads="dimoo_params_of",
+        writes="dimoo_state_of",
+    ),
+}
