@@ -75,6 +75,7 @@ settle_run() {
     [[ $bucket =~ ^[a-z0-9][a-z0-9._-]+$ ]] || fail "'$bucket' is no name of a bucket"
     runs="gs://$bucket/runs"
   fi
+  startup=runs/launch/$name.sh
   workdir=${workdir:-$runs/$name} store=${store:-$runs/stages}
   run=("--config=$config" "--workdir=$workdir" "--store=$store" ${more[@]+"${more[@]}"})
 }
@@ -121,6 +122,18 @@ command_line() {
     space=' ' last=$word
   done
   echo
+}
+
+# The file that is the startup script of TPU machines, of a managed instance group if there is one, and their code.
+startup_and_code() {
+  local code="gs://$bucket/code/$name.tar.gz"
+  echo 'mkdir -p runs/launch'
+  echo "cat >$startup <<'STARTUP'"
+  printf '%s\n' '#!/usr/bin/env bash' "code=$(quoted "$code")" "run=($(words "${run[@]}"))" \
+    "group=$1" "zone=$zone" "hosts=${hosts:-}"
+  sed 1d launch/tpu_host.sh
+  echo STARTUP
+  echo "git archive --format=tar.gz HEAD | gcloud storage cp - $code"
 }
 
 # Print what `plan` plans, or do it.

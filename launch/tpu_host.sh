@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a TPU machine runs, as root, whenever it starts. tpu_vm.sh and tpu_mig.sh set in front of it: code, the archive
-# in the bucket; run, the flags of maskrl_jax.main; for a managed instance group also group, zone and hosts.
+# in the bucket; run, the flags of maskrl_jax.main; group (empty: none), zone and hosts of a managed instance group.
 # shellcheck disable=SC2154
 set -euo pipefail
 
@@ -20,7 +20,7 @@ uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
 # The TPU VM service tells its machines about each other. It is not documented that a managed instance group does, so
 # there the sorted names of its machines number the processes, and the first is the coordinator.
 process=(--distributed)
-if [ -n "${group:-}" ]; then
+if [ -n "$group" ]; then
   members() {
     gcloud compute instance-groups managed list-instances "$group" --zone="$zone" \
       --format='value(instance.basename())' | sort

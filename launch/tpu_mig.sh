@@ -50,14 +50,7 @@ delete_all() {
 }
 
 create_all() {
-  local startup="runs/launch/$name.sh" code="gs://$bucket/code/$name.tar.gz"
-  echo 'mkdir -p runs/launch'
-  echo "cat >$startup <<'STARTUP'"
-  printf '#!/usr/bin/env bash\ncode=%s\nrun=(%s)\n' "$(quoted "$code")" "$(words "${run[@]}")"
-  printf 'group=%s\nzone=%s\nhosts=%s\n' "$name" "$zone" "$hosts"
-  sed 1d launch/tpu_host.sh
-  echo STARTUP
-  echo "git archive --format=tar.gz HEAD | gcloud storage cp - $code"
+  startup_and_code "$name"
   set -- --maintenance-policy=TERMINATE --boot-disk-size=200GB
   [ "$type" != tpu7x ] || set -- "$@" --boot-disk-type=hyperdisk-balanced
   [ -z "$service_account" ] || set -- "$@" "--service-account=$service_account"

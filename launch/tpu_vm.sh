@@ -42,16 +42,7 @@ echo "note: Google no longer develops this API; launch/tpu_mig.sh and launch/gke
 place=("--project=$project" "--zone=$zone")
 
 plan() {
-  local startup="runs/launch/$name.sh" code="gs://$bucket/code/$name.tar.gz"
-  case $verb in create | recreate | run)
-    echo 'mkdir -p runs/launch'
-    echo "cat >$startup <<'STARTUP'"
-    printf '#!/usr/bin/env bash\ncode=%s\nrun=(%s)\n' "$(quoted "$code")" "$(words "${run[@]}")"
-    sed 1d launch/tpu_host.sh
-    echo STARTUP
-    echo "git archive --format=tar.gz HEAD | gcloud storage cp - $code"
-    ;;
-  esac
+  case $verb in create | recreate | run) startup_and_code '' ;; esac
   case $verb in recreate | delete)
     command_line gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet ;;
   esac
