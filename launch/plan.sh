@@ -67,7 +67,7 @@ read_flags() {
 settle_run() {
   [ -f "${config%%:*}" ] || fail "there is no config ${config%%:*}"
   local stem=${config##*/}
-  [ -n "$name" ] || name=$(printf '%s' "${stem/.py/}" | tr '_:' '--')
+  [ -n "$name" ] || name=$(printf '%s' "${stem/.py/}" | tr '_:' '-')
   [[ $name =~ ^[a-z][-a-z0-9]{0,38}[a-z0-9]$ ]] || fail "name '$name' must be 2 to 40 of a-z, 0-9 and -; give --name"
   local runs=runs
   if [ -n "${bucket:-}" ]; then

@@ -231,3 +231,10 @@ def test_a_slurm_job_that_is_told_to_stop_goes_back_to_the_queue(tmp_path, code,
     assert job.returncode == code, job.stderr
     calls = (tmp_path / "calls").read_text()
     assert calls.startswith("srun --cpus-per-task=8") and ("scontrol requeue 7" in calls) == requeued
+
+
+def test_a_slurm_job_whose_shell_is_signalled_too_leaves_it_to_slurm(tmp_path):
+    environment = stand_ins(tmp_path, srun="kill -TERM $PPID\nexit 143", scontrol="", sleep="")
+    job = launched("slurm.sbatch", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(ROOT), **environment)
+    assert job.returncode == 143
+    assert "sleep 600\nscontrol requeue 7\n" in (tmp_path / "calls").read_text()
