@@ -1,5 +1,5 @@
 # Sourced by the other scripts: enters the repository root and makes sure that .venv holds requirements.txt.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 find_python() {
   local candidate

@@ -1,0 +1,148 @@
+# Sourced by the scripts that start a run elsewhere: reads their flags, and prints or runs the commands they plan.
+# A script lists its flags as "name|default|meaning" in `flags`; a default of ! must be given, one of false is a switch.
+# shellcheck disable=SC2154,SC2034 # the flags become variables by name, and the scripts read what is set here
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+usage() {
+  local row flag default meaning
+  printf '%s\n\nflags (--name=value, or the environment variable in brackets):\n' "$about"
+  for row in "${flags[@]}"; do
+    IFS='|' read -r flag default meaning <<<"$row"
+    case $default in
+      !) default="; required" ;;
+      '') ;;
+      *) default="; default $default" ;;
+    esac
+    printf '  --%-16s %s [%s%s]\n' "$flag" "$meaning" "$(variable "$flag")" "$default"
+  done
+  printf '  --%-16s %s\n' dry_run "print what would be done, do nothing" help "print this"
+  printf '  %-18s %s\n' -- "what follows is passed on to maskrl_jax.main"
+}
+
+variable() { printf 'MASKRL_%s' "$1" | tr '[:lower:]' '[:upper:]'; }
+
+# Set a variable for every flag: from --name=value, else from the environment, else the default; and dry_run and more.
+read_flags() {
+  local _row _flag _default _from _known=" "
+  dry_run=false more=()
+  for _row in "${flags[@]}"; do
+    IFS='|' read -r _flag _default _ <<<"$_row"
+    _from=$(variable "$_flag")
+    printf -v "$_flag" '%s' "${!_from:-$_default}"
+    _known+="$_flag "
+  done
+  while [ $# -gt 0 ]; do
+    _flag=${1#--} _flag=${_flag%%=*}
+    case $1 in
+      --) shift && more=("$@") && break ;;
+      --help) usage && exit ;;
+      --dry_run) dry_run=true ;;
+      --*)
+        [[ $_known == *" $_flag "* ]] || fail "unknown flag --$_flag; see --help"
+        if [[ $1 == *=* ]]; then
+          printf -v "$_flag" '%s' "${1#*=}"
+        elif [[ ${!_flag} == true || ${!_flag} == false ]]; then
+          printf -v "$_flag" true
+        else
+          fail "--$_flag needs a value: --$_flag=..."
+        fi
+        ;;
+      *) fail "unexpected '$1'; see --help" ;;
+    esac
+    shift
+  done
+  for _row in "${flags[@]}"; do
+    IFS='|' read -r _flag _default _ <<<"$_row"
+    [ "${!_flag}" != ! ] || fail "give --$_flag=... or set $(variable "$_flag")"
+    [[ $_default != false || ${!_flag} == true || ${!_flag} == false ]] || fail "--$_flag is true or false"
+  done
+}
+
+# The config's file must exist; what is not given of name, workdir and store follows from it and from the bucket.
+settle_run() {
+  [ -f "${config%%:*}" ] || fail "there is no config ${config%%:*}"
+  local stem=${config##*/}
+  [ -n "$name" ] || name=$(printf '%s' "${stem/.py/}" | tr '_:' '-')
+  [[ $name =~ ^[a-z][-a-z0-9]{0,38}[a-z0-9]$ ]] || fail "name '$name' must be 2 to 40 of a-z, 0-9 and -; give --name"
+  local runs=runs
+  if [ -n "${bucket:-}" ]; then
+    bucket=${bucket#gs://}
+    [[ $bucket =~ ^[a-z0-9][a-z0-9._-]+$ ]] || fail "'$bucket' is no name of a bucket"
+    runs="gs://$bucket/runs"
+  fi
+  startup=runs/launch/$name.sh
+  workdir=${workdir:-$runs/$name} store=${store:-$runs/stages}
+  run=("--config=$config" "--workdir=$workdir" "--store=$store" ${more[@]+"${more[@]}"})
+}
+
+# Set chips, chips_per_host and hosts from a topology such as 4x4.
+count_hosts() {
+  [[ $topology =~ ^[1-9][0-9]*x[1-9][0-9]*(x[1-9][0-9]*)?$ ]] || fail "topology '$topology' is not like 4x4 or 2x2x2"
+  [[ $chips_per_host =~ ^[1-9][0-9]*$ ]] || fail "chips_per_host '$chips_per_host' is no number"
+  chips=$((${topology//x/*}))
+  [ "$chips" -ge "$chips_per_host" ] || chips_per_host=$chips
+  [ $((chips % chips_per_host)) -eq 0 ] || fail "$chips chips ($topology) do not divide by $chips_per_host per host"
+  hosts=$((chips / chips_per_host))
+}
+
+check_zone() {
+  [[ $zone =~ ^[a-z]+-[a-z0-9]+-[a-z0-9]+$ ]] || fail "zone '$zone' is not like us-east5-b"
+  region=${zone%-*}
+}
+
+# One word as the shell reads it back.
+quoted() {
+  if [[ $1 =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then
+    printf '%s' "$1"
+  else
+    printf "'%s'" "${1//\'/\'\\\'\'}"
+  fi
+}
+
+# Words on one line.
+words() {
+  local word space=''
+  for word in "$@"; do
+    printf '%s' "$space" && quoted "$word"
+    space=' '
+  done
+}
+
+# A command, each of its flags on a line of its own.
+command_line() {
+  local word space='' last=''
+  for word in "$@"; do
+    [[ $word != --* && $last != --* ]] || space=$' \\\n  '
+    printf '%s' "$space" && quoted "$word"
+    space=' ' last=$word
+  done
+  echo
+}
+
+# The file that is the startup script of TPU machines, of a managed instance group if there is one, and their code.
+startup_and_code() {
+  local code="gs://$bucket/code/$name.tar.gz"
+  echo 'mkdir -p runs/launch'
+  echo "cat >$startup <<'STARTUP'"
+  printf '%s\n' '#!/usr/bin/env bash' "code=$(quoted "$code")" "run=($(words "${run[@]}"))" \
+    "group=$1" "zone=$zone" "hosts=${hosts:-}"
+  sed 1d launch/tpu_host.sh
+  echo STARTUP
+  echo "git archive --format=tar.gz HEAD | gcloud storage cp - $code"
+}
+
+# Print what `plan` plans, or do it.
+finish() {
+  local commands
+  commands=$(plan)
+  if $dry_run; then
+    printf '%s\n' "$commands"
+  else
+    bash -euo pipefail -c "$commands"
+  fi
+}

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Train on TPU VMs of a queued resource: bash launch/tpu_vm.sh [create|recreate|run|delete] --help
+# shellcheck disable=SC2154 # every flag becomes a variable
+set -euo pipefail
+# shellcheck source=launch/plan.sh
+source "$(dirname "${BASH_SOURCE[0]}")/plan.sh"
+
+about="usage: bash launch/tpu_vm.sh [create|recreate|run|delete] [flags] [-- flags of maskrl_jax.main]
+
+Trains a config on a TPU slice (v5e, v6e, v5p) that the queued-resource API of Cloud TPU gives. 'create' asks for it,
+with a startup script that starts the run on every worker, and resumes it; 'recreate' deletes the request first, as
+after a preemption; 'run' sends this checkout and these flags to all workers of a slice that is there; 'delete' ends it.
+Google no longer develops this API, and it has no TPU7x: launch/tpu_mig.sh and launch/gke_jobset.sh are what follows it."
+flags=(
+  'project|!|Google Cloud project'
+  'zone|!|zone, such as us-east5-b'
+  'type|v6e-8|accelerator type, such as v5litepod-16 or v6e-16'
+  'bucket|!|bucket for code, checkpoints and metrics'
+  'config|configs/speed_rl.py|config, with its argument if any'
+  'name||name of node and request; by default from the config'
+  'workdir||workdir; by default gs://<bucket>/runs/<name>'
+  'store||trained parents; by default gs://<bucket>/runs/stages'
+  'runtime||software version; by default that of the type'
+  'service_account||account that the machines act as'
+  'spot|false|machines that may be preempted, for less money'
+)
+
+verb=create
+case ${1:-} in create | recreate | run | delete) verb=$1 && shift ;; esac
+read_flags "$@"
+settle_run
+check_zone
+case $type in
+  v5litepod-[1-9]* | v5e-[1-9]*) type=v5litepod-${type#*-} default=v2-alpha-tpuv5-lite ;;
+  v6e-[1-9]*) default=v2-alpha-tpuv6e ;;
+  v5p-[1-9]*) default=v2-alpha-tpuv5 ;;
+  tpu7x* | v7x* | ironwood*) fail "queued resources have no TPU7x; use launch/tpu_mig.sh or launch/gke_jobset.sh" ;;
+  *) fail "unknown type '$type'; use v5litepod-<chips>, v6e-<chips> or v5p-<cores>" ;;
+esac
+runtime=${runtime:-$default}
+echo "note: Google no longer develops this API; launch/tpu_mig.sh and launch/gke_jobset.sh are what follows it" >&2
+place=("--project=$project" "--zone=$zone")
+
+plan() {
+  case $verb in create | recreate | run) startup_and_code '' ;; esac
+  case $verb in recreate | delete)
+    command_line gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet ;;
+  esac
+  case $verb in
+    create | recreate)
+      set -- "--metadata-from-file=startup-script=$startup" --scopes=https://www.googleapis.com/auth/cloud-platform
+      [ -z "$service_account" ] || set -- "$@" "--service-account=$service_account"
+      ! $spot || set -- "$@" --spot
+      command_line gcloud compute tpus queued-resources create "$name" "--node-id=$name" "${place[@]}" \
+        "--accelerator-type=$type" "--runtime-version=$runtime" "$@"
+      ;;
+    run)
+      command_line gcloud compute tpus tpu-vm scp "$startup" "$name:startup.sh" "${place[@]}" --worker=all
+      command_line gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all '--command=sudo bash startup.sh'
+      ;;
+  esac
+}
+
+finish
