@@ -10,6 +10,7 @@ from maskrl_jax.evaluate.timing import Spread, Timing
 
 SET_METRICS = ("frechet", "diversity", "precision", "recall")
 HEADS = {"frechet": "Fréchet", "graded": "graded verifier", "strict": "strict verifier"}
+HEADS |= {"clip_score": "CLIPScore", "pick_score": "PickScore", "hps": "HPSv2.1", "aesthetic": "LAION aesthetic"}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -19,7 +20,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def headline_metrics(points: Sequence[Point]) -> tuple[str, ...]:
-    """Return the main metrics that these points have: the verifier's if there is one, judge, distances."""
+    """Return the main metrics that these points have: the verifier's if there is one, the judge's, distances."""
     return tuple(name for name in curve.HEADLINE if name in points[0].metrics) + SET_METRICS
 
 
