@@ -7,9 +7,10 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
 from maskrl_jax.convert import clip as convert
-from maskrl_jax.models.clip import Clip, ClipConfig, PictureConfig, TextConfig
+from maskrl_jax.models.clip import AestheticHead, Clip, ClipConfig, PictureConfig, TextConfig
 
 WORDS = ("cat", "dog", "red")  # that the small tokenizer knows as one token each
 OWN = {"projection": 6, "activation": "quick_gelu"}
@@ -78,3 +79,21 @@ def write_tokenizer(folder: pathlib.Path) -> None:
     entries += ["unused", "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({entry: i for i, entry in enumerate(entries)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+
+
+def head() -> dict[str, np.ndarray]:
+    """Layers of an aesthetic predictor over the features of `SMALL`."""
+    draw, widths = np.random.RandomState(4), (6, *AestheticHead.widths)
+    layers = zip(convert.HEAD_LAYERS, widths[:-1], widths[1:], strict=True)
+    shapes = {f"layers.{i}": (b, a) for i, a, b in layers}
+    found = {f"{name}.weight": np.float32(draw.standard_normal(x) / 6) for name, x in shapes.items()}
+    return found | {f"{name}.bias": np.float32(draw.standard_normal(x[0])) for name, x in shapes.items()}
+
+
+def write_reward(folder: pathlib.Path, seed: int = 0) -> None:
+    """Fill a folder as every reward of a CLIP wants it: weights of `SMALL`, sizes, predictor, tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder)
+    save_file(state(SMALL, seed), folder / "model.safetensors")
+    save_file(head(), folder / "aesthetic.safetensors")
+    (folder / "config.json").write_text(json.dumps(hugging_face(SMALL)))

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,12 +98,17 @@ class Bench:
     workdir: str
     measured_dir: str  # where points of systems with an identity are kept
     out: str = ""  # where the report goes, if not into workdir
-    judged: str = "judge"  # score of the judge that decides where the set has no verifier
+    judged: tuple[str, ...] = ("judge",)  # scores of the judge; the first decides where the set has no verifier
 
     @property
     def metric(self) -> str:
         """The measure that decides: the exact verifier where there is one."""
-        return self.judged if self.dataset.verify is None else "graded"
+        return self.judged[0] if self.dataset.verify is None else "graded"
+
+    def untrained(self, rewards: Mapping[str, float]) -> tuple[str, ...]:
+        """Measures of a report that training on these rewards did not see: the verifier, and other CLIPs."""
+        verifier = () if self.dataset.verify is None else ("the exact verifier",)
+        return verifier + tuple(name for name in self.judged if name in curve.CLIP and not rewards.get(name))
 
     def protocol(
         self, prompts: int, *, group: int | None = None, keep: int = 0, seed: int | None = None, held_out: bool = True

@@ -13,7 +13,8 @@ from maskrl_jax.evaluate import bootstrap
 from maskrl_jax.evaluate.bootstrap import Interval
 from maskrl_jax.evaluate.measure import Point
 
-HEADLINE = ("graded", "strict", "judge")  # always stated together, whichever of them decide
+CLIP = ("clip_score", "pick_score", "hps", "aesthetic")  # of a judge that is a CLIP, each in units of its own
+HEADLINE = ("graded", "strict", "judge", *CLIP)  # always stated together, whichever of them decide
 
 
 @dataclasses.dataclass(frozen=True)

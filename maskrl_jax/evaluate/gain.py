@@ -14,7 +14,8 @@ from maskrl_jax.evaluate.measure import Point
 class Goal:
     """What a run is to reach, fixed before anything is measured (our choice).
 
-    metric: a measure in [0, 1] whose gap to 1 is to be closed.
+    metric: a measure in [0, 1] whose gap to 1 is to be closed; of a CLIP's score, which has no best value, any gain
+      beyond its bounds is asked for.
     closed: share of the gap; closed_low: its lower 95 % bound.
     diversity: smallest within-prompt diversity allowed, over the base's; point value; 0: no condition.
     """
@@ -30,6 +31,11 @@ class Goal:
         if self.diversity < 0:
             raise ValueError(f"aim.diversity {self.diversity} must be at least 0")
 
+    @property
+    def unbounded(self) -> bool:
+        """Whether the metric has no best value."""
+        return self.metric in curve.CLIP
+
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
@@ -39,7 +45,7 @@ class Gain:
     base: Interval  # the metric
     tuned: Interval
     comparison: curve.Comparison
-    closed: Interval | None  # (tuned - base) / (1 - base); None where the base leaves no gap
+    closed: Interval | None  # (tuned - base) / (1 - base); None where the base leaves no gap, or none is known
     failed: tuple[str, ...]  # what of the goal was not reached, in words
 
     def to_json(self) -> dict:
@@ -52,12 +58,11 @@ def gain(tuned: Sequence[Point], base: Sequence[Point], goal: Goal) -> Gain:
     Bounds are those of the paired bootstrap over prompts and seeds.
     """
     row = curve.compare(tuned, base, curve.Criteria(margins={goal.metric: 0.0}, frechet_ratio=0, diversity_ratio=0))
-    paired = curve.references_of(tuned, base)
-    left = [1 - np.stack([p.per_prompt(goal.metric) for p in side]) for side in (tuned, paired)]
-    ratio = bootstrap.paired_ratio(*left)
-    closed = None if ratio is None else Interval(1 - ratio.mean, 1 - ratio.high, 1 - ratio.low)
-    failed = []
-    if closed is None or closed.mean < goal.closed or closed.low < goal.closed_low:
+    closed, failed = None if goal.unbounded else _closed(tuned, base, goal.metric), []
+    if goal.unbounded:
+        if row.differences[goal.metric].low <= 0:
+            failed.append(f"no gain in {goal.metric} beyond its bounds")
+    elif closed is None or closed.mean < goal.closed or closed.low < goal.closed_low:
         failed.append(f"less than {goal.closed:.0%} of the gap closed, or its lower bound below {goal.closed_low:.0%}")
     if goal.diversity and (row.diversity_ratio is None or row.diversity_ratio.mean < goal.diversity):
         failed.append(f"diversity below ×{goal.diversity:.2f}")
@@ -71,17 +76,27 @@ def gain(tuned: Sequence[Point], base: Sequence[Point], goal: Goal) -> Gain:
     )
 
 
+def _closed(tuned: Sequence[Point], base: Sequence[Point], metric: str) -> Interval | None:
+    """Share of the base's gap to 1 that is closed."""
+    paired = curve.references_of(tuned, base)
+    left = [1 - np.stack([p.per_prompt(metric) for p in side]) for side in (tuned, paired)]
+    ratio = bootstrap.paired_ratio(*left)
+    return None if ratio is None else Interval(1 - ratio.mean, 1 - ratio.high, 1 - ratio.low)
+
+
 def verdict(found: Gain) -> str:
     """Say what was found, and whether the goal was reached."""
     row, goal = found.comparison, found.goal
-    closed = "the base leaves no gap to close"
-    if found.closed is not None:
+    closed, wanted = ": the base leaves no gap to close", f"{goal.closed:.0%} of the base's {goal.metric} gap closed"
+    if goal.unbounded:
+        closed, wanted = "", f"a gain in {goal.metric}"
+    elif found.closed is not None:
         low, mean, high = (f"{100 * x:.0f}" for x in (found.closed.low, found.closed.mean, found.closed.high))
-        closed = f"{mean} % [{low}, {high}] of the gap to 1 is closed"
+        closed = f": {mean} % [{low}, {high}] of the gap to 1 is closed"
     outcome = "Reached" if not found.failed else "Not reached"
     missed = f" Missed: {'; '.join(found.failed)}." if found.failed else ""
     return (
-        f"{outcome}: {goal.closed:.0%} of the base's {goal.metric} gap closed at {row.calls_mean:.0f} calls. "
-        f"{row.label} scores {found.tuned} where the base scores {found.base}: {closed} "
+        f"{outcome}: {wanted} at {row.calls_mean:.0f} calls. "
+        f"{row.label} scores {found.tuned} where the base scores {found.base}{closed} "
         f"(differences with 95 % bounds: {curve.evidence(row, {goal.metric: 0.0})}).{missed}"
     )

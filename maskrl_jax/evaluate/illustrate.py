@@ -18,6 +18,7 @@ PANELS = {
     "Held out: never trained on": {
         "reward_heldout/graded": "verifier, graded",
         "reward_heldout/strict": "verifier, all right",
+        **{f"reward_heldout/{name}": tables.HEADS[name] for name in curve.CLIP},
     },
     "Mean network calls of a rollout": {"sampling/calls": "calls"},
     "KL from the base": {"rl/kl": "KL"},

@@ -11,6 +11,7 @@ from maskrl_jax.evaluate.timing import Spread, Timing
 DISTANCES = ("frechet", "precision", "recall")
 SET_METRICS = ("frechet", "diversity", "precision", "recall")
 HEADS = {"frechet": "Fréchet", "graded": "graded verifier", "strict": "strict verifier"}
+HEADS |= {"clip_score": "CLIPScore", "pick_score": "PickScore", "hps": "HPSv2.1", "aesthetic": "LAION aesthetic"}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

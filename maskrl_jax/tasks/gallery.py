@@ -111,7 +111,7 @@ class Gallery:
             goal=bench.settings.goal,
             trained_on=self.wiring.base.trained_on(),
             held_out=(
-                "the exact verifier",
+                *bench.untrained(self.wiring.base.rewards),
                 "the prompts (the policy never trains on them; the base has seen their pictures)",
             ),
             notes=NOTES[policy.kind]

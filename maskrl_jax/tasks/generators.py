@@ -93,7 +93,8 @@ def bench_of(context: Context) -> Bench:
     held_out = dataset_of(context, "validation")
     judge = judge_task.load(context.parents["judge"])
     params = jax.device_put(context.parents["judge"].params)  # once: those of a CLIP are large
-    settings, trained = Evaluation(**context.config.evaluation), context.config.get("rewards", {})
+    trained = context.config.get("rewards", {})  # bases have none
+    judged = sorted(judge.names, key=lambda name: not trained.get(name))  # those that are trained on come first
 
     @functools.cache
     def real_features(prompts_held_out: bool) -> np.ndarray | None:
@@ -104,11 +105,11 @@ def bench_of(context: Context) -> Bench:
         dataset=held_out,
         scorer=judge_scorer(judge, params, held_out),
         real_features=real_features,
-        settings=settings,
+        settings=Evaluation(**context.config.evaluation),
         workdir=context.workdir,
         measured_dir=context.measured_dir,
         out=context.out,
-        judged=next((name for name in judge.names if trained.get(name)), judge.names[0]),
+        judged=tuple(judged),
     )
 
 

@@ -133,9 +133,12 @@ class MarvalRlGallery(MarvalGallery):
             reference=reference,
             criteria=bench.criteria(),
             tuned="tuned",
-            aim=gain.Goal(**config.aim),
+            aim=gain.Goal(bench.metric, **config.aim),
             trained_on=tuple(f"{name} x {weight:g}" for name, weight in wiring.rewards.items()),
-            held_out=("the exact verifier", "the prompts (the teacher has seen pictures of every caption)"),
+            held_out=(
+                *bench.untrained(wiring.rewards),
+                "the prompts (the teacher has seen pictures of every caption)",
+            ),
             notes=tuning_notes(self.context.parents["mar"].workdir, bench.settings.reference),
         )
         kept = wiring.truncation.iterations or wiring.plan.num_steps

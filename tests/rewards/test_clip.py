@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from maskrl_jax.convert import clip as convert
 from maskrl_jax.errors import UserError
-from maskrl_jax.models.clip import AestheticHead, Clip
+from maskrl_jax.models.clip import Clip
 from maskrl_jax.models.clip_pixels import Pixels, prepare
 from maskrl_jax.rewards import clip
 
@@ -27,17 +27,9 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("weights")
     clip_weights.write_tokenizer(place)
     save_file(clip_weights.state(clip_weights.SMALL), place / clip.WEIGHTS)
-    save_file(head(), place / clip.HEAD)
+    save_file(clip_weights.head(), place / clip.HEAD)
     (place / clip.SIZES).write_text(json.dumps(clip_weights.hugging_face(clip_weights.SMALL)))
     return str(place)
-
-
-def head():
-    draw, widths = np.random.RandomState(4), (6, *AestheticHead.widths)
-    layers = zip(convert.HEAD_LAYERS, widths[:-1], widths[1:], strict=True)
-    shapes = {f"layers.{i}": (b, a) for i, a, b in layers}
-    found = {f"{name}.weight": np.float32(draw.standard_normal(x) / 6) for name, x in shapes.items()}
-    return found | {f"{name}.bias": np.float32(draw.standard_normal(x[0])) for name, x in shapes.items()}
 
 
 @functools.cache
@@ -73,9 +65,9 @@ def test_formulas(kind, folder):
     pictures, texts = features(FIT[kind], tuple(map(tuple, ids.tolist())))
     cosine = (pictures * texts).sum(1)
     scale = np.exp(np.float64(clip_weights.state(clip_weights.SMALL)["logit_scale"]))
-    judged = pictures
+    judged, head = pictures, clip_weights.head()
     for layer in convert.HEAD_LAYERS:
-        judged = judged @ head()[f"layers.{layer}.weight"].T + head()[f"layers.{layer}.bias"]
+        judged = judged @ head[f"layers.{layer}.weight"].T + head[f"layers.{layer}.bias"]
     expected = {
         "clip_score": 100 * np.maximum(cosine, 0),
         "pick_score": scale * cosine,
