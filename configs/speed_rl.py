@@ -162,8 +162,8 @@ def published_scale():
     config.reference_samples = 2
     config.data = base.data
     config.parents = {"tokenizer": base.parents.tokenizer, "judge": base.parents.judge, "maskgit": base}
-    # HPSv2.1 lies about .3 and differs by .01 within a group, CLIPScore about 30 and 1: in units of that they are equal.
-    config.rewards, config.reward_scale = {"hps": 1.0, "clip_score": 0.5}, "group"
+    # HPSv2.1 lies about .3 and CLIPScore about 30; the gate compares qualities with the base's, so they stay raw.
+    config.rewards = {"hps": 1.0, "clip_score": 0.005}
     config.rewards_heldout = {"pick_score": 1.0, "aesthetic": 0.0}
     config.policy.update(
         {

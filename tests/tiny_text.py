@@ -15,7 +15,7 @@ from configs import tokenizer as tokenizer_config
 from maskrl_jax.convert import clip, meissonic, vq_model
 from maskrl_jax.models.clip import TextConfig, TextTower
 from maskrl_jax.models.conv_autoencoder import ConvSizes
-from maskrl_jax.models.meissonic import Meissonic, MeissonicConfig, Prompt
+from maskrl_jax.models.meissonic import Meissonic, Prompt
 from maskrl_jax.models.vq_model import VQModel, VQModelConfig
 
 SIZE, SIDE, K = 32, 8, 6
@@ -37,7 +37,7 @@ TRANSFORMER = {
     "downsample": True,
     "upsample": True,
 }
-PROMPTS = [f"{colour} {animal}" for colour in ("red", "blue", "green", "black") for animal in ("cat", "dog", "owl", "hen")]
+PROMPTS = [f"{colour} {animal}" for colour in ("red", "tan", "blu", "sky") for animal in ("cat", "dog", "owl", "hen")]
 
 
 def drawn(shapes, seed=0):
@@ -55,7 +55,13 @@ def write_prompts(folder):
     known = [entry for entry in entries if not entry.startswith(("unused", "<|"))]
     known += [f"unused{i}" for i in range(49406 - len(known))] + ["<|startoftext|>", "<|endoftext|>"]
     (place / "vocab.json").write_text(json.dumps({entry: i for i, entry in enumerate(known)}))
-    return {"name": str(folder / "prompts.txt"), "text_length": 9, "tokens": "clip", "tokenizer": str(place), "pad": 49407}
+    return {
+        "name": str(folder / "prompts.txt"),
+        "text_length": 9,
+        "tokens": "clip",
+        "tokenizer": str(place),
+        "pad": 49407,
+    }
 
 
 def write_meissonic(folder):

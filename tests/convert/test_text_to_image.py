@@ -18,7 +18,15 @@ from maskrl_jax.errors import UserError
 from maskrl_jax.families import FAMILIES
 from maskrl_jax.models.dimoo import Dimoo
 
+TURNS = 6
 SGD = tiny.SGD | {"learning_rate": 0.01, "ema_decay": 0.5}
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """The runner sees one device: eight virtual ones wait for each other on two cores."""
+    alone = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: alone)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +61,7 @@ def run(made, config, name):
     config.init.update(places)
     config.data, config.parallel, config.optimizer = base.data, "pmap", SGD
     config.update({"num_steps": 2, "batch_size": 8, "group": 4, "micro_batch": 8, "log_every": 1})
-    config.rewards, config.reward_scale, config.rewards_heldout = {"hps": 1.0}, "group", {"clip_score": 1.0}
+    config.rewards, config.rewards_heldout = {"hps": 1.0}, {"clip_score": 1.0}
     config.evaluation.update({"prompts": 4, "group": 2, "batch_size": 8, "steps": (2, 4), "keep": 2})
     config.evaluation.update({"glance_prompts": 4})
     workdir = str(root / name)
@@ -62,30 +70,28 @@ def run(made, config, name):
 
 
 def test_a_converted_meissonic_samples_what_is_asked(made, one_device):
-    with one_device():
-        context, params = runner.open_workdir(made[3]["maskgit"])
-        studio = runner.task_module(context.config).studio(context, params)
-        system, setting, _ = studio.asked({"num_steps": 4}, None)
-        cond = studio.dataset.encode(["red cat", "green owl"])
-        images = system.generate(setting, cond, np.zeros(2, np.int32), 0).images  # the same noise
+    context, params = runner.open_workdir(made[3]["maskgit"])
+    studio = runner.task_module(context.config).studio(context, params)
+    system, setting, _ = studio.asked({"num_steps": 4}, None)
+    cond = studio.dataset.encode(["red cat", "tan owl"])
+    images = system.generate(setting, cond, np.zeros(2, np.int32), 0).images  # the same noise
     assert images.shape == (2, tiny_text.SIZE, tiny_text.SIZE, 3) and np.isfinite(images).all()
     assert (images[0] != images[1]).any()
 
 
 def test_it_is_tuned_by_rewards_and_goes_back_into_a_folder_of_every_key(made, one_device, tmp_path):
-    with one_device():
-        config = speed_rl_config.get_config("meissonic")
-        config.policy.update({"max_calls": 4, "divisors": (4, 2, 1), "centre": 2.0, "target_calls": 2, "ticks": 16})
-        config.policy.step_set = (2, 4)
-        config.credit.update({"min_calls": 1, "history_min": 4, "lambda_zero_until": 0, "lambda_full_at": 0})
-        config.resample.groups = 2
-        config.evaluation.dials = (0.0,)
-        workdir = run(made, config, "speed_rl")
-        report = (made[0] / "speed_rl" / "report.md").read_text()
-        assert "clip_score" in report and "hps" in report
-        published.write("meissonic", workdir, str(tmp_path / "tuned"), like=str(made[1]))
-        with pytest.raises(UserError, match="--like is for the folder of a meissonic"):
-            published.write("maskgit-port", workdir, str(tmp_path / "other"), like=str(made[1]))
+    config = speed_rl_config.get_config("meissonic")
+    config.policy.update({"max_calls": 4, "divisors": (4, 2, 1), "centre": 2.0, "target_calls": 2, "ticks": 16})
+    config.policy.step_set = (2, 4)
+    config.credit.update({"min_calls": 1, "history_min": 4, "lambda_zero_until": 0, "lambda_full_at": 0})
+    config.resample.groups = 2
+    config.evaluation.dials = (0.0,)
+    workdir = run(made, config, "speed_rl")
+    report = (made[0] / "speed_rl" / "report.md").read_text()
+    assert "clip_score" in report and "hps" in report
+    published.write("meissonic", workdir, str(tmp_path / "tuned"), like=str(made[1]))
+    with pytest.raises(UserError, match="--like is for the folder of a meissonic"):
+        published.write("maskgit-port", workdir, str(tmp_path / "other"), like=str(made[1]))
     weights = "transformer/diffusion_pytorch_model.safetensors"
     before, after = load_file(made[1] / weights), load_file(tmp_path / "tuned" / weights)
     assert {name: x.shape for name, x in after.items()} == {name: x.shape for name, x in before.items()}
@@ -98,23 +104,20 @@ def test_it_is_tuned_by_rewards_and_goes_back_into_a_folder_of_every_key(made, o
 def test_maskfocus_tunes_it(made, one_device):
     config = maskfocus_config.get_config("meissonic")
     config.rollout.num_steps, config.steps.count, config.group = 4, 2, 2
-    with one_device():
-        run(made, config, "maskfocus")
+    run(made, config, "maskfocus")
 
 
 def test_mask_grpo_tunes_it(made, one_device):
     config = mask_grpo_config.get_config("smoke")
     config.rollout.update({"num_steps": 4, "guidance": 2.0})
     config.energy_distance = 0.0
-    with one_device():
-        run(made, config, "mask_grpo")
+    run(made, config, "mask_grpo")
 
 
 def test_weights_come_back_byte_for_byte(made, one_device, tmp_path):
     _, folder, _, places, _ = made
-    with one_device():
-        for name, stage in (("meissonic", "maskgit"), ("meissonic-tokenizer", "tokenizer")):
-            published.write(name, places[stage], str(tmp_path / f"{name}.safetensors"))
+    for name, stage in (("meissonic", "maskgit"), ("meissonic-tokenizer", "tokenizer")):
+        published.write(name, places[stage], str(tmp_path / f"{name}.safetensors"))
     found = load_file(tmp_path / "meissonic.safetensors")
     wanted = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {n: x.tobytes() for n, x in found.items()} == {n: x.tobytes() for n, x in wanted.items()}
@@ -165,8 +168,7 @@ def test_a_dimoo_is_streamed_in_and_its_shortcut_trained(made, one_device, tmp_p
     light.update({"num_steps": 2, "batch_size": 2})
     light.teacher.num_steps = (4,)
     light.curve.update({"num_steps": 4, "budgets": (2,), "calibration": 2})
-    with one_device():
-        updates(light, params, made)
+    updates(light, params, made)
 
 
 def updates(config, params, made):
@@ -181,13 +183,16 @@ def updates(config, params, made):
     wiring = shortcut.Wiring(config, conditioning, SamplerConfig(**config.parents.maskgit.sampler))
     parallel = Parallel("pmap", jax.devices()[:1])
     network, tokenizer = parallel.replicate(params), load_params(made[3]["tokenizer"])[0]
-    frozen = {"plan": parallel.replicate(wiring.plans[0]), "tokenizer": parallel.replicate({"params": tokenizer["params"]})}
+    frozen = {
+        "plan": parallel.replicate(wiring.plans[0]),
+        "tokenizer": parallel.replicate({"params": tokenizer["params"]}),
+    }
     roll_out, update = parallel.map(wiring.rollout), parallel.update(wiring.update)
     state = parallel.init(wiring.init, jax.random.key(0))
     cond = np.tile(conditioning.null, (2, 1))
     cond[:, -2] = (7, 12)
     errors = []
-    for step in range(6):
+    for _ in range(TURNS):
         batch = {"cond": cond, "index": np.arange(2, dtype=np.int32), "round": np.zeros(2, np.int32)}
         made = roll_out(network, frozen, batch)
         learn = made | {name: batch[name] for name in ("index", "round")}
