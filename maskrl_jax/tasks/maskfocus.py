@@ -60,7 +60,10 @@ class Wiring:
         self.config, self.base = config, Base(config, conditioning)
         self.routing = routing.RoutingConfig(**config.rollout)
         self.choice = StepChoice(
-            num_steps=self.routing.num_steps, num_tokens=self.base.sizes.num_tokens, **config.steps
+            num_steps=self.routing.num_steps,
+            num_tokens=self.base.sizes.num_tokens,
+            timesteps=self.routing.timesteps,
+            **config.steps,
         )
         loss = config.loss
         if not 0 <= loss.clip_eps < 1:
@@ -201,15 +204,16 @@ def build(context: Context) -> Task:
     engine = generators.engine_of(context, wiring.base.sizes, wiring.base.null)
     frozen = wiring.base.frozen(engine, context)
     rollouts = Rollouts(context, wiring, train, frozen, np.zeros(len(train.pool(held_out=False)), np.float32))
+    sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
     show = Showcase(
         context,
         wiring.base,
         engine,
-        read_sampler(base.workdir, SamplerConfig(**base.config.sampler)),
+        sampler,
         frozen["reference"],
         title=f"MaskFocus on {config.data.name}: {wiring.choice.select} steps, routing {wiring.routing.routing}",
         facts=_facts(wiring),
-        notes=NOTES,
+        notes=(*NOTES, *checks.timesteps_notes(wiring.routing.timesteps, sampler.timesteps)),
         draw=functools.partial(_figures, context, wiring, rollouts),
     )
     update, choose = parallel.update(wiring.update), jax.jit(wiring.focus.steps)
