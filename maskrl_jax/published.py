@@ -15,7 +15,9 @@ from maskrl_jax import runner, stored
 from maskrl_jax.convert import files
 from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.errors import UserError, unknown
+from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.models.shortcut import ShortcutConfig
+from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import codecs, continuous, generators, kl_vae
 
 State = Mapping[str, np.ndarray]
@@ -34,6 +36,7 @@ class Family:
     runs: tuple[str, ...] = ()  # tasks of other runs that hold such a network, of the sizes of their parent `task`
     parents: tuple[str, ...] = ()  # stages below it
     extra: Callable[[ConfigDict], dict] = lambda config: {}  # what such a stage keeps beside its parameters
+    check: Callable[[ConfigDict, Any], None] = lambda config, sizes: None  # ValueError for a sampler that does not fit
 
     def params(self, state: State, config: ConfigDict) -> dict:
         """Parameters of the stage's network; ValueError names what is missing, left over or misshapen."""
@@ -85,6 +88,17 @@ def _latents(config: ConfigDict) -> dict:
     return {"latents": {"mean": np.zeros(channels, np.float32), "square": square}}
 
 
+def _mar_steps(config: ConfigDict, sizes: Any) -> None:
+    sampler = continuous.MarSampler(**config.sampler)
+    sampler.plan(sizes.num_tokens)
+    continuous.check_steps(Evaluation(**config.evaluation), sampler, sizes.num_tokens)
+
+
+def _steps(config: ConfigDict, sizes: Any) -> None:
+    settings = Evaluation(**config.evaluation)
+    generators.check_steps(SamplerConfig(**config.sampler), (settings.glance_steps, *settings.steps), sizes.num_tokens)
+
+
 def _codec(form: str) -> Callable[[ConfigDict], Any]:
     def sizes(config):
         found = codecs.sizes(config.model)
@@ -131,6 +145,7 @@ FAMILIES = {
         task="maskgit",
         config=lambda state: f"configs/maskgit.py:port{_pixels(_length(state, 'pos_emb', 1) - 1)}",
         sizes=_generator("port"),
+        check=_steps,
         parents=("tokenizer",),
     ),
     "google-maskgit": Family(
@@ -140,6 +155,7 @@ FAMILIES = {
             f"configs/maskgit.py:google{_pixels(_length(state, 'params/Embed_0/position_embeddings/embedding', 0) - 1)}"
         ),
         sizes=_generator("google"),
+        check=_steps,
         parents=("tokenizer",),
     ),
     "kl16": Family(
@@ -154,6 +170,7 @@ FAMILIES = {
         task="mar",
         config=_mar_config,
         sizes=_mar_sizes,
+        check=_mar_steps,
         runs=("marval", "marval_rl"),
         parents=("tokenizer",),
     ),
@@ -199,6 +216,7 @@ def read(
             made.parents[parent] = _stage(made.parents[parent].task, workdir)
             made.init[parent] = workdir
         params = family.params(state, made)
+        family.check(made, family.sizes(made))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         reason = error.args[0] if error.args else type(error).__name__
         raise UserError(
