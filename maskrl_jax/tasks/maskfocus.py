@@ -43,7 +43,7 @@ LEARN = ("ids", "commit_step")  # of a rollout, what an update reads
 NOISES = ("fresh", "frozen")
 ZERO_SPREAD = ("drop", "kl_only")
 CAPTIONS = {
-    "chosen_steps": "Share of samples that had a sampling step among their optimised ones, over training.",
+    "chosen_steps": "Share of samples that had a sampling step, from 1, among their optimised ones, over training.",
     "information_gain": "How alike the prediction of a step and the final image are, and how much a step moves that.",
     "exploring": "Routed rollouts of the tuned model on training prompts: of a group what explored most and least.",
 }
