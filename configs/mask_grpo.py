@@ -36,6 +36,7 @@ def embedded(arg: str):
             "noise_schedule": "linear",  # "compounded": the released sampler's
             "guidance": 1.0,  # as published: trained without, measured with
             "temperature": 1.0,
+            "timesteps": "clock",  # or countdown, mask_ratio, const
         },
         filter={"percentile": 10.0, "history": 1000, "history_min": 64, "down_sample": 0},
         resample={"rounds": 1, "groups": 1},

@@ -66,6 +66,7 @@ def embedded(arg: str):
             "amplitude": 2.5 if faithful else 0.6,
             "decay": 3.0,
             "floor": 0.7,
+            "timesteps": "clock",  # as of the base's sampler; published: countdown, the same at 64 steps
         },
         steps={
             "count": 4 if arg == "" else 2,  # the spec: 0.09 T, at least 2

@@ -1,6 +1,7 @@
 """What the commands share: their flags, quiet libraries, and a user's mistake told in one line with exit code 1."""
 
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ def run(
 ) -> None:
     """Parse the flags, `check` them, and call `work` with the `arguments` that are no flags.
 
-    A UserError, and of `work` also what is in `mistakes`, is one line on stderr.
+    A UserError, and of `work` also what is in `mistakes`, is one line on stderr; so is Ctrl-C, with exit code 130.
     """
 
     def main(argv: list[str]) -> None:
@@ -31,6 +32,9 @@ def run(
             work(*argv[1:])
         except (UserError, *mistakes) as error:
             sys.exit(f"error: {_reason(error)}")
+        except KeyboardInterrupt:
+            print("stopped; what is written stays", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:

@@ -13,7 +13,9 @@ from ml_collections import ConfigDict
 from maskrl_jax.convert import diffusers_folder, dimoo, files, meissonic, meissonic_tokenizer, vq_model
 from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.errors import UserError
-from maskrl_jax.tasks import codecs, continuous, forms, kl_vae, shortcut_network
+from maskrl_jax.evaluate.bench import Evaluation
+from maskrl_jax.sampling.maskgit import SamplerConfig
+from maskrl_jax.tasks import codecs, continuous, forms, generators, kl_vae, shortcut_network
 
 State = Mapping[str, np.ndarray]
 MAR_WIDTHS = {768: "base", 1024: "large", 1280: "huge"}
@@ -34,6 +36,7 @@ class Family:
     runs: tuple[str, ...] = ()  # tasks of other runs that hold such a network, of the sizes of their parent `task`
     parents: tuple[str, ...] = ()  # stages below it
     extra: Callable[[ConfigDict], dict] = lambda config: {}  # what such a stage keeps beside its parameters
+    check: Callable[[ConfigDict], None] = lambda config: None  # ValueError for a sampler that does not fit the grid
     open: Callable[[str, str], Any] = files.read  # (path, entry) -> the weights
     told: Callable[[str], dict] = lambda path: {}  # settings of the stage's model that a folder says of itself
     reads: str = "params_of"  # of the module
@@ -75,6 +78,12 @@ def _mar_config(state: State) -> str:
 def _mar_sizes(config: ConfigDict) -> Any:
     conditioning = conditioning_of(config.data)
     return continuous.model_config(config, kl_vae.model_config(config.parents.tokenizer.model), conditioning)
+
+
+def _mar_steps(config: ConfigDict) -> None:
+    sampler, num_tokens = continuous.MarSampler(**config.sampler), _mar_sizes(config).num_tokens
+    sampler.plan(num_tokens)
+    continuous.check_steps(Evaluation(**config.evaluation), sampler, num_tokens)
 
 
 def _kl_sizes(config: ConfigDict) -> Any:
@@ -138,11 +147,20 @@ def _told_of_dimoo(path: str) -> dict:
     return {name: getattr(found, name) for name in dimoo.SIZES}
 
 
+def _base(config: ConfigDict) -> forms.Sizes:
+    return forms.model_config(config, config.parents.tokenizer, conditioning_of(config.data))
+
+
+def _steps(config: ConfigDict) -> None:
+    settings, num_tokens = Evaluation(**config.evaluation), _base(config).num_tokens
+    generators.check_steps(SamplerConfig(**config.sampler), (settings.glance_steps, *settings.steps), num_tokens)
+
+
 def _generator(form: str) -> Callable[[ConfigDict], Any]:
     def sizes(config):
         if config.model.get("form", "ours") != form:
             raise UserError(f"weights of this family are of a generator of model.form={form}, which this one is not")
-        found = forms.model_config(config, config.parents.tokenizer, conditioning_of(config.data))
+        found = _base(config)
         return found.network if form == "dimoo" else found
 
     return sizes
@@ -155,8 +173,7 @@ def _shortcut(form: str) -> Callable[[ConfigDict], Any]:
             raise UserError(
                 f"weights of this family move features of a base of model.form={form}, which this one is not"
             )
-        found = forms.model_config(base, base.parents.tokenizer, conditioning_of(base.data))
-        return shortcut_network.network_config(found, config.model)
+        return shortcut_network.network_config(_base(base), config.model)
 
     return sizes
 
@@ -180,6 +197,7 @@ FAMILIES = {
         config=lambda state: f"configs/maskgit.py:port{_pixels(_length(state, 'pos_emb', 1) - 1)}",
         sizes=_generator("port"),
         runs=TUNED,
+        check=_steps,
         parents=("tokenizer",),
     ),
     "google-maskgit": Family(
@@ -190,6 +208,7 @@ FAMILIES = {
         ),
         sizes=_generator("google"),
         runs=TUNED,
+        check=_steps,
         parents=("tokenizer",),
     ),
     "kl16": Family(
@@ -204,6 +223,7 @@ FAMILIES = {
         task="mar",
         config=_mar_config,
         sizes=_mar_sizes,
+        check=_mar_steps,
         runs=("marval", "marval_rl"),
         parents=("tokenizer",),
     ),
@@ -236,6 +256,7 @@ FAMILIES = {
         config=lambda state: "configs/maskgit.py:meissonic",
         sizes=_generator("meissonic"),
         runs=TUNED,
+        check=_steps,
         parents=("tokenizer",),
         open=lambda path, entry: diffusers_folder.read_state(pathlib.Path(path, "transformer")),
         told=_told_of_meissonic,
@@ -246,6 +267,7 @@ FAMILIES = {
         config=lambda state: "configs/maskgit.py:dimoo",
         sizes=_generator("dimoo"),
         runs=TUNED,
+        check=_steps,
         parents=("tokenizer",),
         open=lambda path, entry: path,  # streamed, a tensor at a time
         told=_told_of_dimoo,

@@ -53,6 +53,7 @@ def read(
             made.parents[parent] = _stage(made.parents[parent].task, workdir)
             made.init[parent] = workdir
         params = family.params(state, made)
+        family.check(made)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         reason = error.args[0] if error.args else type(error).__name__
         raise UserError(

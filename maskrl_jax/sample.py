@@ -1,13 +1,27 @@
 """Sample images from a trained stage: `python -m maskrl_jax.sample --workdir=<dir> --prompt="a red circle"`."""
 
+import dataclasses
+import errno
+import io
+import os
+import pathlib
+
 import numpy as np
 from absl import flags
 
 from maskrl_jax import command
 from maskrl_jax.distill.diffusion import METHODS
 from maskrl_jax.errors import UserError
-from maskrl_jax.sampling.maskgit import MODES
+from maskrl_jax.evaluate.studio import settings
+from maskrl_jax.sampling.maskgit import MODES, SamplerConfig
 from maskrl_jax.sampling.schedules import IDLE, SCHEDULES
+from maskrl_jax.tasks.continuous import MarSampler
+
+
+def _listed(sampler):
+    found = dataclasses.asdict(sampler).items()
+    return " ".join(f"{name}={','.join(map(str, x)) if isinstance(x, tuple) else x}" for name, x in found)
+
 
 WORKDIR = flags.DEFINE_string("workdir", None, "run of a stage that makes images", required=True)
 PROMPT = flags.DEFINE_multi_string("prompt", None, "caption, or class name or number; may be repeated")
@@ -35,6 +49,10 @@ GUIDANCE_SCHEDULE = flags.DEFINE_string(
 INNER_STEPS = flags.DEFINE_integer("inner_steps", None, "MAR: steps of the chain that draws a token")
 METHOD = flags.DEFINE_string("method", None, f"MAR: how that chain draws, {' or '.join(METHODS)}")
 THRESHOLD = flags.DEFINE_float("threshold", None, "modes threshold, uncertain (probability) and entropy (nats)")
+SET = flags.DEFINE_multi_string(
+    "set", None, f"any setting as name=value, may be repeated; fixed sampler, with defaults: {_listed(SamplerConfig())}; "
+    f"MAR: {_listed(MarSampler())}",
+)  # fmt: skip
 IMAGE = flags.DEFINE_string("image", None, "picture to inpaint")
 BOX = flags.DEFINE_list("box", None, "top,left,bottom,right in pixels: what of --image is made anew")
 SEED = flags.DEFINE_integer("seed", 0, "seed of the noise", lower_bound=0, upper_bound=2**31 - 1)
@@ -53,6 +71,7 @@ def main() -> None:
     from maskrl_jax import runner
     from maskrl_jax.evaluate.grid import image_grid
 
+    _check_out()
     context, params = runner.open_workdir(WORKDIR.value)
     stage = runner.task_module(context.config)
     if not hasattr(stage, "studio"):
@@ -64,7 +83,10 @@ def main() -> None:
     # Filled up until the devices divide it.
     cond = cond[np.arange(-(-wanted // context.parallel.num_devices) * context.parallel.num_devices) % wanted]
     asked = {flag.name: flag.value for flag in ASKED if flag.value is not None}
-    system, setting, words = studio.asked(asked, _given(studio))
+    changed = settings(SET.value or (), studio.sampler)
+    if twice := asked.keys() & changed:
+        raise UserError(f"--{min(twice)} and --set {min(twice)} are one setting; leave one out")
+    system, setting, words = studio.asked(asked | changed, _given(studio))
     print(f"{words}, parameters of {context.config.name}")
     made = system.generate(setting, cond, np.arange(len(cond), dtype=np.int32), SEED.value).first(wanted)
     Image.fromarray(image_grid(made.images, columns=NUM_IMAGES.value)).save(OUT.value)
@@ -80,6 +102,19 @@ def main() -> None:
         pixels = np.round(np.clip(made.images[first], 0, 1) * 255).astype(np.uint8)
         commit_order(ORDER.value, pixels, made.commit_step[first], made.taken[first], prompts)
         print(f"wrote {ORDER.value}")
+
+
+def _check_out():
+    """Refuse before anything is sampled an --out that could not be written."""
+    from PIL import Image
+
+    path = pathlib.Path(OUT.value)
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+    except (KeyError, OSError, ValueError):
+        raise UserError(f"--out {path}: no picture can be written under this ending; use .png or .jpg") from None
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def _given(studio):

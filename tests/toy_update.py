@@ -62,9 +62,9 @@ def params_of(action="stride"):
 
 
 @functools.cache
-def batch_of(action="stride"):
+def batch_of(action="stride", timesteps="clock"):
     """Roll out with predictions kept; the rollouts differ in their number of calls."""
-    policy, params = dataclasses.replace(POLICY, action=action), params_of(action)
+    policy, params = dataclasses.replace(POLICY, action=action, timesteps=timesteps), params_of(action)
     sampler = policy.sampler(TOKENS, keep_predictions=True)
 
     @jax.jit

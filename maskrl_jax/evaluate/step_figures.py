@@ -1,4 +1,7 @@
-"""Figures of MaskFocus: which steps were chosen over training, and the curve that chooses them."""
+"""Figures of MaskFocus: which steps were chosen over training, and the curve that chooses them.
+
+Steps count from 1 here as in tables, in the tags of logged series from 0.
+"""
 
 import pathlib
 import re
@@ -36,7 +39,7 @@ def chosen_steps(
     axes = figure.subplots()
     edges = _edges(updates)
     mesh = axes.pcolormesh(
-        edges, np.arange(candidates + 1) - 0.5, share_US[:, :candidates].T, cmap="Blues", vmin=0, vmax=1
+        edges, np.arange(candidates + 1) + 0.5, share_US[:, :candidates].T, cmap="Blues", vmin=0, vmax=1
     )
     axes.set_xlabel("update")
     axes.set_ylabel("sampling step")
@@ -72,10 +75,10 @@ def information_gain(
         similarity = similarity_US[rows].mean(0)
         gain = np.abs(np.diff(similarity))
         look = {"color": canvas.COLOURS[1 + place], "marker": canvas.MARKERS[place], "markersize": 3}
-        left.plot(similarity, label=f"{name} updates", **look)
-        right.plot(gain, label=f"{name} updates", **look)
+        left.plot(1 + np.arange(len(similarity)), similarity, label=f"{name} updates", **look)
+        right.plot(1 + np.arange(len(gain)), gain, label=f"{name} updates", **look)
     steps = np.arange(similarity_US.shape[1])
-    left.plot(steps, masked_share[steps], color=canvas.QUIET, linestyle=(0, (1.5, 1.5)), label="share masked")
+    left.plot(1 + steps, masked_share[steps], color=canvas.QUIET, linestyle=(0, (1.5, 1.5)), label="share masked")
     left.set_title("Similarity of the prediction to the final image")
     right.set_title("Information gain of a step")
     for axes in (left, right):

@@ -2,21 +2,58 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from maskrl_jax.errors import UserError
+from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.systems import Engine, fixed_program, fixed_system
 from maskrl_jax.sampling.maskgit import SamplerConfig
+
+KINDS = {  # of a sampler's settings, in words
+    str: "a name",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple[float, float]: "two numbers, such as 1,0.5",
+}
 
 
 def check_steps(steps: int, num_tokens: int) -> None:
     """Raise UserError for a number of steps that the grid does not hold."""
     if not 1 <= steps <= num_tokens:
         raise UserError(f"--num_steps={steps} must lie in 1..{num_tokens}, the number of image tokens")
+
+
+def settings(asked: Sequence[str], sampler: Any) -> dict[str, Any]:
+    """Read `name=value` of a sampler's fields, a pair of numbers as `1,0.5`; UserError for what is not one of them."""
+    found, kinds = {}, {field.name: field.type for field in dataclasses.fields(sampler)}
+    for text in asked:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text} must be name=value, such as --set temperature=0.5")
+        if name not in kinds:
+            raise unknown("setting of the sampler", name, kinds)
+        if name in found:
+            raise UserError(f"--set {name} is given twice")
+        try:
+            found[name] = _value(kinds[name], value)
+        except (KeyError, ValueError):
+            raise UserError(f"--set {text} must be {KINDS[kinds[name]]}") from None
+    return found
+
+
+def _value(kind: Any, text: str) -> Any:
+    if kind is bool:
+        return {"true": True, "false": False}[text.lower()]
+    if kind is str:
+        return text
+    numbers = [int(part) if kind is int else float(part) for part in text.split(",")]
+    if len(numbers) != (2 if kind == tuple[float, float] else 1) or not np.isfinite(numbers).all():
+        raise ValueError(text)
+    return tuple(numbers) if len(numbers) == 2 else numbers[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +116,7 @@ class Studio:
             )
         steps = wanted.get("num_steps", self.sampler.num_steps)
         check_steps(steps, self.engine.num_tokens)
-        wanted["max_steps"] = max(steps, self.sampler.max_steps)
+        wanted["max_steps"] = max(steps, wanted.get("max_steps", self.sampler.max_steps))
         sampler = dataclasses.replace(self.sampler, **wanted)
         if sampler.guidance != 1 and not self.guided:
             raise UserError("--guidance is not for this model, which knows no null class")

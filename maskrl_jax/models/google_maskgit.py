@@ -6,11 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskrl_jax.models.layers import Attention, layer_norm
+from maskrl_jax.models.layers import SIZES, Attention, check_sizes, layer_norm
 
 Array = jax.Array
 EPSILON = 1e-12  # of every norm
-SIZES = ("num_tokens", "codebook_size", "num_classes", "width", "depth", "heads", "mlp_width")
 START = nn.initializers.truncated_normal(0.02)
 
 
@@ -32,11 +31,7 @@ class GoogleMaskGITConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        check_sizes(self, SIZES, square=False)
 
     @property
     def mask_id(self) -> int:

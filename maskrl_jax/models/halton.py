@@ -9,9 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from maskrl_jax.models.layers import SIZES, check_sizes
+
 Array = jax.Array
 EPSILON = 1e-5  # of every norm
-SIZES = ("num_tokens", "codebook_size", "num_classes", "width", "depth", "heads", "mlp_width")
 START = nn.initializers.normal(0.02)
 
 
@@ -31,13 +32,9 @@ class HaltonConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for name, least in (dict.fromkeys(SIZES, 1) | {"registers": 0}).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least {least}")
-        if round(self.num_tokens**0.5) ** 2 != self.num_tokens:
-            raise ValueError(f"num_tokens {self.num_tokens} is not a square grid")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        check_sizes(self, SIZES)
+        if self.registers < 0:
+            raise ValueError(f"registers {self.registers} must be at least 0")
 
     @property
     def mask_id(self) -> int:

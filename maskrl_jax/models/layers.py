@@ -1,6 +1,7 @@
 """Layers that several model families share."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,19 @@ import numpy as np
 
 Array = jax.Array
 SINUSOID_WIDTH = 256
+# Of a transformer of classes and codes.
+SIZES = ("num_tokens", "codebook_size", "num_classes", "width", "depth", "heads", "mlp_width")
+
+
+def check_sizes(config: Any, names: Sequence[str], square: bool = True) -> None:
+    """Raise a one-line ValueError for a size below 1, heads that do not divide the width, or tokens of no square grid."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} {getattr(config, name)} must be at least 1")
+    if square and round(config.num_tokens**0.5) ** 2 != config.num_tokens:
+        raise ValueError(f"num_tokens {config.num_tokens} is not a square grid")
+    if config.width % config.heads:
+        raise ValueError(f"width {config.width} is not divisible by heads {config.heads}")
 
 
 def layer_norm(name: str, epsilon: float = 1e-6) -> nn.LayerNorm:

@@ -6,10 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskrl_jax.models.layers import Attention, layer_norm
+from maskrl_jax.models.layers import SIZES, Attention, check_sizes, layer_norm
 
 Array = jax.Array
-SIZES = ("num_tokens", "codebook_size", "num_classes", "width", "depth", "heads", "mlp_width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +26,7 @@ class PortConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if round(self.num_tokens**0.5) ** 2 != self.num_tokens:
-            raise ValueError(f"num_tokens {self.num_tokens} is not a square grid")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        check_sizes(self, SIZES)
 
     @property
     def mask_id(self) -> int:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskrl_jax.sampling import schedules
 from maskrl_jax.sampling.routing import mask_counts
 
 Array = jax.Array
@@ -29,6 +30,7 @@ class StepChoice:
     select: str = "critical"
     scope: str = "group"
     timestep_offset: int = 1  # 0: the official pairing, one step off
+    timesteps: str = "countdown"  # of the rollout, whose convention the loss keeps; see `schedules.timesteps`
     first_call: bool = False  # besides these, optimise the first call, of masks only (our choice); it is step -1
 
     def __post_init__(self):
@@ -114,10 +116,12 @@ def choose(choice: StepChoice, keys_B: Array, similarity_BS: Array, group: int) 
 
 
 def count_and_timestep(choice: StepChoice, steps: Array) -> tuple[Array, Array]:
-    """Masked tokens n_{i+1} and timestep T-1-i-offset of chosen steps i, int32 of the same shape.
+    """Masked tokens n_{i+1} and timestep of call i + offset for chosen steps i, of the same shape; counts int32.
 
-    V_i is produced by the call after step i, whose input has n_{i+1} masked tokens and the timestep T-2-i: the
-    offset 1. The official code pairs that count with T-1-i. Step -1 is the first call: all masked, T-1.
+    V_i is produced by the call after step i, whose input has n_{i+1} masked tokens: the offset 1. The official code
+    pairs that count with the timestep of call i. Step -1 is the first call: all masked, the first timestep.
     """
     counts = jnp.asarray(mask_counts(choice.num_tokens, choice.num_steps))
-    return counts[steps + 1], jnp.minimum(choice.num_steps - 1 - steps - choice.timestep_offset, choice.num_steps - 1)
+    whole = choice.num_steps
+    timestep = jnp.asarray(schedules.timesteps(choice.timesteps, np.arange(whole), whole, whole))
+    return counts[steps + 1], timestep[jnp.maximum(steps + choice.timestep_offset, 0)]

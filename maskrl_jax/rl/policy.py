@@ -40,6 +40,7 @@ class Policy:
     temperature: float = 1.0
     guidance: float = 1.0
     guidance_schedule: str = "constant"
+    timesteps: str = "clock"  # what the network is told, see `sampling.schedules.timesteps`
 
     def __post_init__(self):
         if self.kind not in POLICIES:
@@ -78,7 +79,14 @@ class Policy:
     def sampler(self, num_tokens: int, *, keep_predictions: bool = False) -> adaptive.AdaptiveConfig:
         """The clocked sampler of these settings; ValueError where a T does not fit clock or grid."""
         compounded = self.target_calls if self.noise_schedule == "compounded" else 0
-        clock = Clock(num_tokens, ticks=self.ticks, noise_scale=self.noise, compounded=compounded)
+        clock = Clock(
+            num_tokens,
+            ticks=self.ticks,
+            timesteps=self.timesteps,
+            noise_scale=self.noise,
+            compounded=compounded,
+            calls=self.target_calls if self.kind == "fixed" else 0,
+        )
         for steps in self.steps():
             clock.stride(steps)
         if max(self.steps()) > self.max_calls:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskrl_jax.sampling import schedules
+
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
@@ -18,21 +20,24 @@ class Clock:
     Args:
       num_tokens: N, image tokens.
       ticks: C, length of the clock; choose it divisible by every step count in use.
-      timesteps: range of the model's timestep condition, which does not depend on T.
+      timesteps: what the network is told at a tick, see `schedules.timesteps`.
       noise_scale: Gumbel scale at tick 0; it falls linearly to 0 at tick C.
+      calls: T where every rollout has the same, which the timesteps `countdown` need; 0: it is not known.
       compounded: T of Mask-GRPO's official noise instead (specs/speed_rl.md section 8): call k of T has the scale
         times the product of 1 - (i+1)/T over i <= k. 0: linear.
     """
 
     num_tokens: int
     ticks: int = 960
-    timesteps: int = 64
+    timesteps: str = "clock"
     noise_scale: float = 2.0
     compounded: int = 0
+    calls: int = 0
 
     def __post_init__(self):
-        if min(self.num_tokens, self.ticks, self.timesteps) < 1:
-            raise ValueError(f"num_tokens, ticks and timesteps must be positive; got {self}")
+        if min(self.num_tokens, self.ticks) < 1:
+            raise ValueError(f"num_tokens and ticks must be positive; got {self}")
+        schedules.timesteps(self.timesteps, np.zeros(1), 1, self.calls)  # raises for what cannot be
 
     @functools.cached_property
     def masked(self) -> np.ndarray:
@@ -44,9 +49,8 @@ class Clock:
 
     @functools.cached_property
     def timestep(self) -> np.ndarray:
-        """Tabulate ceil((C - c) timesteps / C) - 1, int32 [C + 1], 0 at the end of the clock."""
-        left = self.ticks - np.arange(self.ticks + 1)
-        return np.maximum(-(-left * self.timesteps // self.ticks) - 1, 0).astype(np.int32)
+        """Tabulate what the network is told at every tick, int32 or float32 [C + 1], 0 at the end of the clock."""
+        return schedules.timesteps(self.timesteps, np.arange(self.ticks + 1), self.ticks, self.calls)
 
     @functools.cached_property
     def noise(self) -> np.ndarray:

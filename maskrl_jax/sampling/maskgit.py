@@ -17,7 +17,6 @@ MODES = ("confidence", "halton", "random", "threshold", "uncertain", "entropy")
 NOISY = ("confidence", "uncertain")
 ORDERED = ("halton", "random")  # a sample's order is drawn once, from its key
 NOISE_ENDS = ("after", "at", "ahead")
-TIMESTEPS = ("clock", "countdown")
 OPEN_ENDED = ("threshold", "uncertain", "entropy")  # may commit more than the plan's counts
 GIVEN = 255  # commit step of tokens that were given, not sampled
 
@@ -40,7 +39,7 @@ class SamplerConfig:
     factor_warmup: int = 0  # steps at which the factor is halved
     entropy_filtering: bool = False  # divides them by `draws.entropy_temperature` besides, as in MaskFocus' scheduler
     plain_confidence: bool = False  # confidences are read from the logits before all of that, as in Lumina-DiMOO
-    timesteps: str = "clock"  # what the network is told: 63 down to 0 whatever T, or the `countdown` T-1 down to 0
+    timesteps: str = "clock"  # what the network is told of where it is, see `schedules.timesteps`
     randomize: bool = True  # mode halton: every sample begins elsewhere in the order
     guidance: float = 1.0  # 1 = no guidance
     guidance_schedule: str = "constant"
@@ -53,8 +52,7 @@ class SamplerConfig:
             raise ValueError(f"num_steps {self.num_steps} must lie in 1..max_steps ({self.max_steps}), below {GIVEN}")
         if self.noise_ends not in NOISE_ENDS:
             raise ValueError(f"noise_ends {self.noise_ends!r} is not one of {', '.join(NOISE_ENDS)}")
-        if self.timesteps not in TIMESTEPS:
-            raise ValueError(f"timesteps {self.timesteps!r} is not one of {', '.join(TIMESTEPS)}")
+        schedules.timesteps(self.timesteps, np.zeros(1), 1, 1)  # raises for an unknown one
         if self.temperature <= 0:
             raise ValueError(f"temperature {self.temperature} must be positive")
         object.__setattr__(self, "factors", tuple(self.factors))
@@ -78,7 +76,7 @@ class Plan(flax.struct.PyTreeNode):
     masked_after: Array  # int32 [S], tokens left masked after each step of an empty grid
     noise: Array  # float32 [S]
     guidance: Array  # float32 [S]
-    timestep: Array  # int32 [S], down to 0
+    timestep: Array  # int32 [S], float32 as a mask ratio, down to 0
     order: Array  # int32 [N], rank of every position (Halton)
     temperature: Array  # float32 [S], divides the logits
     threshold: Array  # float32 []
@@ -131,13 +129,13 @@ def make_plan(config: SamplerConfig, num_tokens: int) -> Plan:
     factors = schedules.factor_table(config.factors, config.factor_power, config.factor_warmup, steps)
     order = schedules.halton_order(side) if config.mode == "halton" else np.arange(num_tokens)
     noise = (config.gumbel * (1 - ends) + config.last_gumbel * ends) * (config.mode in NOISY)
-    ticks = 64 if config.timesteps == "clock" else steps
+    timestep = schedules.timesteps(config.timesteps, np.arange(steps), steps, steps)
     return Plan(
         num_steps=np.int32(steps),
         masked_after=pad(left, np.int32),
         noise=pad(noise, np.float32),
         guidance=pad(schedules.guidance_table(config.guidance_schedule, config.guidance, last), np.float32),
-        timestep=pad(-(-ticks * (steps - np.arange(steps)) // steps) - 1, np.int32),
+        timestep=pad(timestep, timestep.dtype),
         order=np.argsort(order).astype(np.int32),
         temperature=pad(np.float32(config.temperature) / factors, np.float32, "edge"),
         threshold=np.float32(config.threshold),

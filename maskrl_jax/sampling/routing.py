@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskrl_jax.sampling import draws
+from maskrl_jax.sampling import draws, schedules
 
 Array = jax.Array
 ROUTINGS = ("on", "off", "all_explore")
@@ -34,6 +34,7 @@ class RoutingConfig:
     amplitude: float = 2.5
     decay: float = 3.0  # nats
     floor: float = 0.7
+    timesteps: str = "countdown"  # what the network is told, see `schedules.timesteps`; the official code's
 
     def __post_init__(self):
         if self.routing not in ROUTINGS:
@@ -42,11 +43,12 @@ class RoutingConfig:
             raise ValueError(f"num_steps {self.num_steps} must lie in 2..{MOST_STEPS}, what a commit step can count")
         if self.noise < 0 or min(self.temperature, self.decay, self.floor) <= 0 or self.amplitude < 0:
             raise ValueError(f"temperatures must be positive, noise and amplitude at least 0; got {self}")
+        schedules.timesteps(self.timesteps, np.zeros(1), 1, 1)  # raises for an unknown one
 
     @property
     def timestep(self) -> np.ndarray:
-        """Timestep that the network is given at every step: T-1 down to 0, int32 [T]."""
-        return np.arange(self.num_steps - 1, -1, -1, dtype=np.int32)
+        """Timestep that the network is given at every step, int32 or float32 [T]."""
+        return schedules.timesteps(self.timesteps, np.arange(self.num_steps), self.num_steps, self.num_steps)
 
     @property
     def noises(self) -> np.ndarray:

@@ -21,6 +21,7 @@ SCHEDULES = (*_SHARES, *_FLOAT32_SHARES, *(f"steps-{mode}" for mode in _OF_STEPS
 IDLE = ("floored-cosine",)  # schedules besides whose steps may reveal nothing: Lumina-DiMOO's (`floored_cosine`)
 _PUBLISHED = ("cosine", "uniform", "pow<exponent>", "log", "exp")  # of sampler B, as `shares-<name>`
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine")
+TIMESTEPS = ("clock", "countdown", "mask_ratio", "const")
 
 
 def masked_after(schedule: str, num_tokens: int, num_steps: int) -> np.ndarray:
@@ -161,6 +162,27 @@ def factor_table(ends: tuple[float, float], power: float, warmup: int, num_steps
     """
     table = np.linspace(*ends, num_steps, dtype=np.float32) ** np.float32(power)
     return np.where(np.arange(num_steps) < warmup, table / 2, table).astype(np.float32)
+
+
+def timesteps(convention: str, done: np.ndarray, whole: int, calls: int = 0) -> np.ndarray:
+    """What the network is told when `done` of `whole` even parts of a decoding are over (specs/meissonic.md section 6).
+
+    With r = done / whole: `clock` ceil(64 (1 - r)) - 1, whatever the number of calls (our choice); `countdown` the same
+    of T = `calls`, T-1 down to 0 as in the official inference; `mask_ratio` 1000 cos(pi r/2), as in training, float32;
+    `const` 0, what Di[M]O's code comes to. int32 otherwise, of the shape of `done`; 0 at the end. ValueError for a
+    countdown without a number of calls.
+    """
+    if convention not in TIMESTEPS:
+        raise ValueError(f"timesteps {convention!r} is not one of {', '.join(TIMESTEPS)}")
+    if convention == "countdown" and calls < 1:
+        raise ValueError(
+            "timesteps 'countdown' counts the calls of a fixed plan, which this policy decides as it goes; "
+            "use clock, mask_ratio or const"
+        )
+    if convention == "mask_ratio":
+        return (1000 * np.cos(np.pi / 2 * (done / whole))).astype(np.float32)
+    most = {"clock": 64, "countdown": calls, "const": 1}[convention]
+    return np.maximum(-(-most * (whole - done) // whole) - 1, 0).astype(np.int32)
 
 
 def guidance_table(schedule: str, scale: float, progress: np.ndarray) -> np.ndarray:

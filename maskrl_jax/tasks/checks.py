@@ -70,6 +70,16 @@ def whole_groups(batch_size: int, group: int, parallel: Any) -> None:
         )
 
 
+def timesteps_notes(rollouts: str, sampler: str) -> tuple[str, ...]:
+    """What a report must say where rollouts and the base's sampler tell timesteps by two conventions."""
+    if rollouts == sampler:
+        return ()
+    return (
+        f"Rollouts tell the network its timesteps by `{rollouts}`, the base's sampler by `{sampler}`: a network that "
+        "reads them (ours reads none) is trained and measured under two conventions.",
+    )
+
+
 def same_data(config: Any) -> None:
     """Raise UserError where a tuning stage would prompt its base with other data than it was trained on."""
     if settings.filled(config.data) != settings.filled(config.parents.maskgit.data):

@@ -12,7 +12,7 @@ from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Engine, clocked_program, clocked_system, fixed_program, fixed_system
 from maskrl_jax.rl.policy import Policy
 from maskrl_jax.sampling.maskgit import SamplerConfig
-from maskrl_jax.tasks import generators
+from maskrl_jax.tasks import checks, generators
 from maskrl_jax.tasks.task import Context
 
 _UNKNOWN = "The paper's algorithm and numbers are not public; this is our algorithm, and no parity is claimed."
@@ -58,6 +58,8 @@ class Gallery:
         if policy.kind == "adaptive":
             return s.dials
         trained = (policy.target_calls,) if policy.kind == "fixed" else policy.step_set
+        if policy.timesteps == "countdown":  # of the trained number of calls alone
+            return trained
         fitting = {t for t in s.steps if policy.ticks % t == 0 and t <= policy.max_calls}
         return tuple(sorted(fitting | set(trained)))
 
@@ -116,6 +118,7 @@ class Gallery:
             ),
             notes=NOTES[policy.kind]
             + self._biases()
+            + checks.timesteps_notes(policy.timesteps, self.sampler.timesteps)
             + tuning_notes(self.context.parents["maskgit"].workdir, bench.settings.reference),
             timings=timings,
             clock_note=self._clock_note(),

@@ -48,6 +48,7 @@ def speed_config(config: Any) -> ConfigDict:
         "ticks": rollout.num_steps,
         "divisors": (rollout.num_steps, 1),
         **{name: rollout[name] for name in ("noise", "noise_schedule", "temperature", "guidance")},
+        "timesteps": rollout.get("timesteps", "clock"),  # runs of before there was the choice lack it
     }
     own.credit = {"min_calls": 1, "speed": "off", "gate": "off", "low_quality": "off", **config.filter}
     own.loss = {
@@ -91,11 +92,12 @@ def build(context: Context) -> Task:
     frozen = wiring.base.frozen(engine, context)
     rollouts = Rollouts(context, wiring, train, frozen, np.zeros(len(train.pool(held_out=False)), np.float32))
     rollout, loss = config.rollout, config.loss
+    sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
     show = Showcase(
         context,
         wiring.base,
         engine,
-        read_sampler(base.workdir, SamplerConfig(**base.config.sampler)),
+        sampler,
         frozen["reference"],
         title=f"Mask-GRPO on {config.data.name}: likelihood {loss.likelihood}",
         facts={
@@ -107,6 +109,7 @@ def build(context: Context) -> Task:
         notes=(
             "The published results are of Show-o with CLIP as reward; no parity is claimed.",
             LIKELIHOODS[loss.likelihood],
+            *checks.timesteps_notes(wiring.policy.timesteps, sampler.timesteps),
         ),
         model_of=lambda params: params["model"],
     )

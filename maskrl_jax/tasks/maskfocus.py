@@ -43,7 +43,7 @@ LEARN = ("ids", "commit_step")  # of a rollout, what an update reads
 NOISES = ("fresh", "frozen")
 ZERO_SPREAD = ("drop", "kl_only")
 CAPTIONS = {
-    "chosen_steps": "Share of samples that had a sampling step among their optimised ones, over training.",
+    "chosen_steps": "Share of samples that had a sampling step, from 1, among their optimised ones, over training.",
     "information_gain": "How alike the prediction of a step and the final image are, and how much a step moves that.",
     "exploring": "Routed rollouts of the tuned model on training prompts: of a group what explored most and least.",
 }
@@ -60,7 +60,10 @@ class Wiring:
         self.config, self.base = config, Base(config, conditioning)
         self.routing = routing.RoutingConfig(**config.rollout)
         self.choice = StepChoice(
-            num_steps=self.routing.num_steps, num_tokens=self.base.sizes.num_tokens, **config.steps
+            num_steps=self.routing.num_steps,
+            num_tokens=self.base.sizes.num_tokens,
+            timesteps=self.routing.timesteps,
+            **config.steps,
         )
         loss = config.loss
         if not 0 <= loss.clip_eps < 1:
@@ -205,15 +208,16 @@ def build(context: Context) -> Task:
     engine = generators.engine_of(context, wiring.base.sizes, wiring.base.null)
     frozen = wiring.base.frozen(engine, context)
     rollouts = Rollouts(context, wiring, train, frozen, np.zeros(len(train.pool(held_out=False)), np.float32))
+    sampler = read_sampler(base.workdir, SamplerConfig(**base.config.sampler))
     show = Showcase(
         context,
         wiring.base,
         engine,
-        read_sampler(base.workdir, SamplerConfig(**base.config.sampler)),
+        sampler,
         frozen["reference"],
         title=f"MaskFocus on {config.data.name}: {wiring.choice.select} steps, routing {wiring.routing.routing}",
         facts=_facts(wiring),
-        notes=NOTES,
+        notes=(*NOTES, *checks.timesteps_notes(wiring.routing.timesteps, sampler.timesteps)),
         draw=functools.partial(_figures, context, wiring, rollouts),
     )
     update, choose = parallel.update(wiring.update), jax.jit(wiring.focus.steps)

@@ -176,6 +176,7 @@ def without_head(config: Any) -> SamplerConfig:
         temperature=policy.temperature,
         guidance=policy.guidance,
         guidance_schedule=policy.guidance_schedule,
+        timesteps=policy.timesteps,
     )
 
 

@@ -21,7 +21,8 @@ from configs import kl_vae, mar, maskgit, tokenizer
 CONV = {"width": 32, "multipliers": (1, 1, 1), "blocks": 1, "encoder_attention": (2,), "decoder_attention": (2,)}
 
 def get_config(arg):
-    return {"tokenizer": vq, "maskgit": port, "kl_vae": vae, "mar": small_mar, "vq": patches}[arg]()
+    return {"tokenizer": vq, "maskgit": port, "kl_vae": vae, "mar": small_mar, "vq": patches, "long": long, "asked": asked,
+            "long_mar": long_mar}[arg]()
 
 def vq():
     config = tokenizer.get_config("digits-smoke")
@@ -34,6 +35,22 @@ def port():
     config.model = {"form": "port", "width": 16, "depth": 2, "heads": 2, "mlp_width": 32}
     config.sampler.update({"num_steps": 2, "max_steps": 2})
     config.evaluation.update({"steps": (1, 2), "glance_steps": 2})
+    return config
+
+def long():
+    config = port()
+    config.sampler.update({"num_steps": 65, "max_steps": 65})
+    return config
+
+def asked():
+    config = port()
+    config.sampler.max_steps = 99
+    config.evaluation.steps = (2, 66)
+    return config
+
+def long_mar():
+    config = small_mar()
+    config.evaluation.steps = (2, 67)
     return config
 
 def vae():
@@ -152,6 +169,9 @@ def test_mistakes_are_one_line(work, stages, tmp_path):
         (("taming", weights, out, "kl_vae", {}), "become a 'tokenizer' stage, not 'kl_vae'"),
         (("google-vqgan", weights, out, "tokenizer", {}), "model.form=google"),
         (("mar", weights, out, "mar", vae), "does not fit family 'mar' .*: the state lacks class_emb.weight"),
+        (("maskgit-port", weights, out, "long", vq), "does not fit .*: num_steps 65 must lie in 1..64"),
+        (("maskgit-port", weights, out, "asked", vq), "does not fit .*: num_steps 66 must lie in 1..64"),
+        (("mar", f"{work}/mar.safetensors", out, "long_mar", vae), "does not fit .*: .*67"),
         (("kl16", weights, out, "vq", {}), "a VAE of model.form=conv"),
         (("mar", weights, out, "mar", vae | {"judge": stages["mar"]}), "holds no finished 'judge' stage"),
         (("taming", weights, out, "tokenizer", {"judge": stages["mar"]}), "a 'tokenizer' stage stands on no judge"),

@@ -30,3 +30,14 @@ def test_figures_are_drawn_where_something_was_logged(tmp_path):
     assert step_figures.chosen_steps(tmp_path / "c.png", {}, 3) is None
     assert step_figures.information_gain(tmp_path / "c.png", {}, np.zeros(4)) is None
     assert not (tmp_path / "c.png").exists()
+
+
+def test_steps_count_from_one(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(step_figures.canvas, "save", lambda figure, path: drawn.append(figure.axes))
+    step_figures.chosen_steps("a.png", SERIES, 3)
+    step_figures.information_gain("b.png", SERIES, np.array([1.0, 0.8, 0.4, 0.0]))
+    (chosen, _), (similarity, gain) = drawn
+    assert chosen.get_ylim() == (0.5, 3.5)
+    for axes in (similarity, gain):
+        assert [line.get_xdata()[0] for line in axes.lines] == [1] * len(axes.lines)

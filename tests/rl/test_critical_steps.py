@@ -7,6 +7,7 @@ import pytest
 
 from maskrl_jax.rl import critical_steps
 from maskrl_jax.rl.critical_steps import StepChoice
+from maskrl_jax.sampling import routing
 
 BOOK = jnp.array([[1.0, 0], [0, 1], [-1, 0], [3, 4]])
 FINAL = jnp.array([[0, 1, 3, 2]])
@@ -40,6 +41,17 @@ def test_count_and_timestep_of_a_step(offset, timesteps):
     counts, found = critical_steps.count_and_timestep(choice, jnp.array([0, 2]))
     assert found.tolist() == timesteps
     assert counts.tolist() == [60, 37]  # floor(64 cos(pi/2 (i+1)/5))
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "found"), [("clock", [63, 47, 15]), ("mask_ratio", [1000, 923.8795, 382.6834]), ("const", [0, 0, 0])]
+)
+def test_the_loss_keeps_the_timesteps_of_the_rollout(timesteps, found):
+    """The first call, and those after steps 0 and 2 of 4."""
+    choice = StepChoice(num_steps=4, num_tokens=64, count=2, timesteps=timesteps)
+    told = critical_steps.count_and_timestep(choice, jnp.array([-1, 0, 2]))[1]
+    np.testing.assert_allclose(told, found, rtol=1e-6)
+    np.testing.assert_allclose(told, routing.RoutingConfig(num_steps=4, timesteps=timesteps).timestep[[0, 1, 3]])
 
 
 def test_scopes_average_before_the_modulus():

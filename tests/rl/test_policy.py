@@ -155,6 +155,10 @@ def test_sampler_takes_over_the_settings():
     assert (sampler.temperature, sampler.guidance, sampler.guidance_schedule) == (0.7, 2.0, "cosine")
     assert (sampler.max_calls, sampler.action, sampler.keep_predictions) == (8, "threshold", True)
     assert dataclasses.replace(policy, kind="fixed").sampler(TOKENS).action == "stride"  # no head, no action
+    ratio = dataclasses.replace(policy, timesteps="mask_ratio").sampler(TOKENS).clock
+    assert (ratio.timesteps, sampler.clock.timesteps) == ("mask_ratio", "clock")
+    counted = dataclasses.replace(POLICY, kind="fixed", target_calls=4, timesteps="countdown").sampler(TOKENS).clock
+    assert counted.timestep[::240].tolist() == [3, 2, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -167,6 +171,9 @@ def test_sampler_takes_over_the_settings():
         ({"max_calls": 20, "divisors": (20, 1)}, "num_steps 20 exceeds the 16 image tokens"),
         ({"kind": "fixed", "target_calls": 10}, "a policy of 10 calls exceeds max_calls 8"),
         ({"opening": 8}, r"policy.opening 8 must lie in 0..7 \(max_calls - 1\)"),
+        ({"timesteps": "countdown"}, "timesteps 'countdown' counts the calls of a fixed plan"),
+        ({"kind": "budget", "step_set": (2, 4), "timesteps": "countdown"}, "use clock, mask_ratio or const"),
+        ({"timesteps": "sundial"}, "timesteps 'sundial' is not one of clock"),
         ({"kind": "budget", "step_set": (2, 12)}, "a policy of 12 calls exceeds max_calls 8"),
     ],
 )

@@ -209,6 +209,15 @@ def test_update_sees_the_probabilities_that_the_sampler_saw():
     assert float(total / count) > 1e-2
 
 
+def test_update_tells_the_network_the_timesteps_that_the_sampler_told():
+    batch = batch_of(timesteps="mask_ratio")
+    gaps = [
+        float(np.divide(*gradients(speed, params_of(), batch)[1]["rl/sampler_gap"]))
+        for speed in (changed(policy={"timesteps": "mask_ratio"}), changed())
+    ]
+    assert abs(gaps[0]) < 1e-5 and gaps[1] > 1e-2
+
+
 def test_old_parameters_make_the_ratio():
     again, metrics = policy_gradient(changed(), params_of(), batch_of(), params_of())
     np.testing.assert_allclose(metrics["rl/ratio_max_err"][0], 0.0, atol=1e-6)

@@ -56,6 +56,15 @@ def test_timestep_does_not_depend_on_the_number_of_steps():
     assert clock.timestep[np.arange(0, 960, 15)].tolist() == list(range(63, -1, -1))
 
 
+def test_other_conventions_of_the_timestep():
+    ticks = np.arange(0, 960, 120)
+    np.testing.assert_allclose(Clock(64, timesteps="mask_ratio").timestep[ticks[[0, 4]]], [1000, 707.1068], rtol=1e-6)
+    assert (Clock(64, timesteps="const").timestep == 0).all()
+    assert Clock(64, timesteps="countdown", calls=8).timestep[ticks].tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
+    with pytest.raises(ValueError, match="use clock, mask_ratio or const$"):
+        Clock(64, timesteps="countdown")
+
+
 def test_noise_falls_linearly_to_zero():
     np.testing.assert_allclose(Clock(16, noise_scale=3.0).noise[[0, 480, 960]], [3.0, 1.5, 0.0])
 

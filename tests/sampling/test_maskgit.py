@@ -192,6 +192,20 @@ def test_noise_falls_to_the_share_of_the_step():
     np.testing.assert_allclose(pair.noise, [2, 1.5, 1, 0.5, 0, 0])
 
 
+def test_a_mask_ratio_is_no_whole_number_and_reaches_the_model():
+    plan = make_plan(SamplerConfig(num_steps=2, max_steps=3, timesteps="mask_ratio"), TOKENS)
+    np.testing.assert_allclose(plan.timestep, [1000, 707.1068, 0], rtol=1e-6)
+    seen = []
+
+    def told(ids, timestep, cond):
+        jax.debug.callback(lambda t: seen.append(t.tolist()), timestep, ordered=True)
+        return jnp.zeros((*ids.shape, CODES))
+
+    run(told, SamplerConfig(num_steps=2, timesteps="mask_ratio"))
+    jax.effects_barrier()
+    np.testing.assert_allclose(seen, [[1000] * 3, [707.1068] * 3], rtol=1e-6)
+
+
 @pytest.mark.parametrize("steps", [7, 49])
 def test_a_countdown_ends_at_zero(steps):
     """49 (1 - 1/49) is 48.00000000000001 in floating point."""

@@ -55,6 +55,16 @@ def test_noise_and_timesteps():
         config.noises[[0, 1, 12, 25, 62, 63]], [2, 1.968254, 1.619048, 1.206349, 0.031746, 0], atol=1e-6
     )
     assert config.timestep[[0, 63]].tolist() == [63, 0]
+    few = {
+        name: routing.RoutingConfig(num_steps=4, timesteps=name).timestep for name in ("countdown", "clock", "const")
+    }
+    assert {name: x.tolist() for name, x in few.items()} == {
+        "countdown": [3, 2, 1, 0],
+        "clock": [63, 47, 31, 15],
+        "const": [0, 0, 0, 0],
+    }
+    with pytest.raises(ValueError, match="timesteps 'sundial'"):
+        routing.RoutingConfig(timesteps="sundial")
 
 
 def test_exploration_temperature():

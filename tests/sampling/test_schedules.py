@@ -103,6 +103,28 @@ def test_unknown_names_are_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize(
+    ("convention", "expected", "kind"),
+    [
+        ("clock", [63, 55, 47, 39, 31, 23, 15, 7, 0], np.int32),
+        ("countdown", [7, 6, 5, 4, 3, 2, 1, 0, 0], np.int32),
+        ("mask_ratio", [1000, 980.785, 923.880, 831.470, 707.107, 555.570, 382.683, 195.090, 0], np.float32),
+        ("const", [0] * 9, np.int32),
+    ],
+)
+def test_timesteps_of_eight_calls(convention, expected, kind):
+    found = schedules.timesteps(convention, np.arange(9), 8, 8)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert found.dtype == kind
+
+
+def test_impossible_timesteps_are_refused():
+    with pytest.raises(ValueError, match="timesteps 'sundial' is not one of clock, countdown, mask_ratio, const"):
+        schedules.timesteps("sundial", np.zeros(1), 1)
+    with pytest.raises(ValueError, match="timesteps 'countdown' counts the calls of a fixed plan"):
+        schedules.timesteps("countdown", np.zeros(1), 1)
+
+
+@pytest.mark.parametrize(
     ("schedule", "expected"),
     [("constant", [5, 5, 5, 5]), ("linear", [1, 2, 3, 5]), ("cosine", [1, 1 + 2 - np.sqrt(2), 3, 5])],
 )

@@ -51,6 +51,38 @@ def test_sample_inpaints_with_a_fixed_sampler(sample, tmp_path):
     assert "fixed sampler: confidence, 2 steps at most" in out and "2.0 network calls an image" in out
 
 
+def test_sample_takes_any_setting_of_the_sampler(sample, tmp_path):
+    """The sampler of Lumina-DiMOO, whose second step of 12 reveals nothing; one that halves the factors' end."""
+    asked = ["--num_images=2", "--seed=3", f"--prompt={PROMPT}"]
+    named = "--set=num_steps=12 --set=schedule=floored-cosine --set=last_gumbel=1 --set=plain_confidence=True"
+    out = sample(*asked, "--gumbel=1", *named.split())
+    assert "fixed sampler: confidence, 12 steps at most, Gumbel 1," in out and "12.0 network calls" in out
+    grids = []
+    for factors in ("1,1", "1,0.01"):
+        sample(*asked, "--num_steps=4", "--set=timesteps=countdown", f"--set=factors={factors}")
+        grids.append(np.asarray(Image.open(tmp_path / "grid.png")))
+    assert (grids[0] != grids[1]).any()
+
+
+def test_help_lists_every_setting():
+    listed = flags.FLAGS["set"].help
+    for name in (
+        "factors=1.0,1.0",
+        "entropy_filtering=False",
+        "timesteps=clock",
+        "noise_ends=after",
+        "inner_steps=100",
+    ):
+        assert name in listed
+
+
+@pytest.mark.parametrize("name", ["grid.pgn", "grid", "grid.xbm"])
+def test_an_ending_that_no_picture_has_is_refused_before_anything_is_opened(tmp_path, name):
+    with flagsaver.flagsaver(), pytest.raises(UserError, match="no picture can be written under this ending"):
+        flags.FLAGS(["sample", "--workdir=/nowhere", f"--out={tmp_path / name}"])
+        sample_command.main()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,6 +94,17 @@ def test_sample_inpaints_with_a_fixed_sampler(sample, tmp_path):
         (["--image=/nowhere.png"], "--image and --box belong together"),
         (["--image=/nowhere.png", "--box=0,0,8,8"], "cannot read --image /nowhere.png"),
         (["--image=docs/samples.png", "--box=0,0,8,8"], "pixels; this model makes 32 x 32"),
+        (["--set=gumbell=1"], "unknown setting of the sampler 'gumbell'; did you mean 'gumbel'?"),
+        (["--set=gumbel"], "--set gumbel must be name=value"),
+        (["--set=gumbel=much"], "--set gumbel=much must be a number"),
+        (["--set=temperature=nan"], "--set temperature=nan must be a number"),
+        (["--set=num_steps=2.5"], "--set num_steps=2.5 must be a whole number"),
+        (["--set=entropy_filtering=1"], "--set entropy_filtering=1 must be true or false"),
+        (["--set=factors=1"], "--set factors=1 must be two numbers, such as 1,0.5"),
+        (["--set=gumbel=1", "--set=gumbel=2"], "--set gumbel is given twice"),
+        (["--set=gumbel=1", "--gumbel=2"], "--gumbel and --set gumbel are one setting"),
+        (["--set=timesteps=sundial"], "timesteps 'sundial' is not one of clock, countdown"),
+        (["--set=num_steps=999"], "--num_steps=999 must lie in 1..16"),
         (["--image={photo}", "--box=0,0,8,64"], "must be top,left,bottom,right with 0 <= top < bottom <= 32"),
     ],
 )

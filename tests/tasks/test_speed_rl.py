@@ -19,7 +19,7 @@ from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.rl.policy import Policy
-from maskrl_jax.tasks import codecs, speed_rl
+from maskrl_jax.tasks import checks, codecs, speed_rl
 from maskrl_jax.tasks.gallery import Gallery
 from maskrl_jax.tasks.rollouts import Rollouts
 from maskrl_jax.writers import read_metrics
@@ -139,6 +139,7 @@ def test_a_policy_without_a_head_is_measured_at_numbers_of_steps(build):
     ("policy", "expected"),
     [
         ({"kind": "fixed", "target_calls": 5}, (5, 8, 16)),
+        ({"kind": "fixed", "target_calls": 5, "timesteps": "countdown"}, (5,)),
         ({"kind": "budget", "step_set": (6, 16)}, (6, 8, 16)),
         ({"kind": "adaptive", "action": "threshold"}, (-1.0, 0.0)),
     ],
@@ -150,6 +151,12 @@ def test_the_tuned_curve_holds_the_calls_that_were_trained(policy, expected):
         bench=types.SimpleNamespace(settings=settings), wiring=types.SimpleNamespace(policy=policy)
     )
     assert Gallery.settings(owner) == expected
+
+
+def test_two_conventions_of_timesteps_are_named_in_the_report():
+    assert checks.timesteps_notes("clock", "clock") == ()
+    (note,) = checks.timesteps_notes("mask_ratio", "clock")
+    assert note.startswith("Rollouts tell the network its timesteps by `mask_ratio`, the base's sampler by `clock`")
 
 
 def test_a_run_leaves_report_samples_and_every_tag(trained):

@@ -1,0 +1,25 @@
+"""What the commands share, in a process of its own."""
+
+import subprocess
+import sys
+
+INTERRUPTED = """
+import os, signal, sys, time
+from maskrl_jax import command
+
+def work(path):
+    with open(path, "w") as file:
+        file.write("half of a report")
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+command.run(work, arguments=1)
+"""
+
+
+def test_ctrl_c_is_one_line_and_exit_130_and_what_is_written_stays(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "report.md")], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped; what is written stays\n")
+    assert (tmp_path / "report.md").read_text() == "half of a report"
