@@ -36,7 +36,8 @@ class Axis:
 
     def all_reduce(self, tree: Any) -> Any:
         """Sum over the devices; the identity under sharded, where a sum over rows is global already."""
-        return jax.lax.psum(tree, AXIS) if self.mesh is None else tree
+        # Leaf by leaf, for then a constant is multiplied and not sent; the compiler sends the others together.
+        return jax.tree.map(lambda x: jax.lax.psum(x, AXIS), tree) if self.mesh is None else tree
 
     def largest(self, value: jax.Array) -> jax.Array:
         """Return the maximum over the devices of a scalar; the identity under sharded.
