@@ -24,7 +24,7 @@ class Checkpoints:
     def __init__(self, workdir: str, parallel: Parallel, keep: int = 1):
         self._folder = _folder(workdir)
         self._parallel = parallel
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         )
 
@@ -64,6 +64,13 @@ class Checkpoints:
         """Wait for the last save and release the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's own, but for one question: asked from its threads, it would move where all processes stop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False  # Interruption asks instead, and what it finds is saved like anything else
 
 
 def save_params(workdir: str, step: int, params: Any, extra: Any) -> None:

@@ -1,4 +1,8 @@
-"""What the commands share: their flags, quiet libraries, and a user's mistake told in one line with exit code 1."""
+"""What the commands share: their flags, quiet libraries, and a user's mistake told in one line.
+
+Exit codes: 0 done; 1 a user's mistake or a failure; 42 another process of the run, or the coordinator, was lost or did
+not come: start the same command again; 130 and 143 stopped by SIGINT and SIGTERM with the state saved, likewise.
+"""
 
 import re
 import signal
@@ -10,6 +14,7 @@ from absl import app, flags, logging
 
 from maskrl_jax.errors import UserError
 
+DONE, FAILED, LOST, PREEMPTED = 0, 1, 42, 143
 # What a mistyped flag or a config file that cannot be read raises.
 MISTYPED = (flags.Error, UserError, AttributeError, ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError)
 

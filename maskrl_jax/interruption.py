@@ -1,11 +1,15 @@
 """Stop between two steps, so that the state can be saved, when a signal asks to stop."""
 
+import itertools
 import signal
 import threading
 from collections.abc import Callable
 
 import jax
 from jax.experimental import multihost_utils
+
+# The coordination service stops all processes at one number. Steps will not do: the next stage counts from 0 again.
+_CALLS = itertools.count()
 
 
 class Interruption:
@@ -50,9 +54,9 @@ class Interruption:
         finally:
             self._at_once = False
 
-    def requested(self, step: int) -> int:
-        """Return the signal that asks to stop before this step, 0 if none does."""
-        if self._together and multihost_utils.reached_preemption_sync_point(step):
+    def requested(self) -> int:
+        """Return the signal that asks to stop now, 0 if none does; all processes ask equally often."""
+        if self._together and multihost_utils.reached_preemption_sync_point(next(_CALLS)):
             return signal.SIGTERM
         return self._signal
 

@@ -61,7 +61,7 @@ def _run(task, config, workdir, checkpoints, writer, stop, state, start, evaluat
         for step in range(start, config.num_steps + 1):
             if _due(step, config.eval_every, config.num_steps) and step != evaluated:
                 stop.attempt(functools.partial(_evaluate, task, writer, state, step))
-            stopped = stop.requested(step)
+            stopped = stop.requested()
             if stopped or (step > start and _due(step, config.save_every, config.num_steps)):
                 log.flush()
                 checkpoints.save(step, state)

@@ -36,11 +36,18 @@ class Axis:
 
     def all_reduce(self, tree: Any) -> Any:
         """Sum over the devices; the identity under sharded, where a sum over rows is global already."""
-        return jax.lax.psum(tree, AXIS) if self.mesh is None else tree
+        # Leaf by leaf, for then a constant is multiplied and not sent; the compiler sends the others together.
+        return jax.tree.map(lambda x: jax.lax.psum(x, AXIS), tree) if self.mesh is None else tree
 
     def largest(self, value: jax.Array) -> jax.Array:
-        """Return the maximum over the devices; the identity under sharded."""
-        return jax.lax.pmax(value, AXIS) if self.mesh is None else value
+        """Return the maximum over the devices of a scalar; the identity under sharded.
+
+        As a sum of one slot a device: the compiler fuses it with the other sums into one message.
+        """
+        if self.mesh is not None:
+            return value
+        slots = jnp.arange(jax.lax.axis_size(AXIS)) == jax.lax.axis_index(AXIS)
+        return self.all_reduce(jnp.where(slots, value, 0)).max()
 
     def in_parts(self, fn: Callable, rows: Any, at_once: int | None) -> Any:
         """fn(rows [B,...]) -> [B,...], of at most so many rows a device at a time, one part after the other; None: all.
@@ -67,17 +74,6 @@ class Axis:
         if self.mesh is None:
             return tree
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, P(AXIS)))
-
-
-def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Join the other processes of a cluster; what is None, the cluster tells. UserError where there is none."""
-    try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"--distributed found no cluster to join ({reason}); give --coordinator, --num_processes and --process_id"
-        ) from error
 
 
 def mean_gradients(grads_sum: Any, weight: jax.Array, axis: Axis) -> Any:

@@ -93,7 +93,7 @@ def test_two_processes_equal_one(tmp_path, strategy):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     arguments = toy(tmp_path, "two", f"--config.parallel={strategy}", argument=":child")
-    cluster = ["--distributed", f"--coordinator=localhost:{port}", "--num_processes=2"]
+    cluster = ["--distributed", f"--coordinator_address=localhost:{port}", "--num_processes=2"]
     processes = [start(*arguments, *cluster, f"--process_id={i}") for i in range(2)]
     for process in processes:
         _, errors = process.communicate(timeout=120)

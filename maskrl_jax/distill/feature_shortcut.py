@@ -10,6 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maskrl_jax.sampling.draws import mixed, with_null
 from maskrl_jax.sampling.maskgit import Rollout
@@ -171,7 +172,7 @@ def loss(
             parts = (student.head(x) / settings.kl_temperature for x in (wanted, features))
             each_bN = _kl(*(jax.nn.log_softmax(logits) for logits in parts)) * settings.kl_temperature**2
             divergences.append(_mean(each_bN, weight_bT[:, : student.num_tokens]).sum())
-    count = jnp.float32(len(features))
+    count = np.float32(len(features))
     metrics = {"mse": (errors[0], count), "mse_frozen": (frozen, count)}
     total = sum(errors) / settings.chain
     if settings.kl:

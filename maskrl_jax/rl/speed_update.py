@@ -61,8 +61,8 @@ class SpeedUpdate:
         kept = batch["keep"]
         valid &= kept[:, None] > 0  # what is left out costs no network calls, and enters no mean
         free = self._free_decisions(record, batch)
-        counts = (kept.sum(), batch["decision_keep"].sum(), free.sum())
-        totals = surrogate.Normalisers(*axis.all_reduce(tuple(count.astype(jnp.float32) for count in counts)))
+        counts = (kept.sum(), batch["decision_keep"].sum(), free.sum().astype(jnp.float32))
+        totals = surrogate.Normalisers(*axis.all_reduce(jnp.stack(counts)))
         zero = jnp.float32(0)
 
         def assemble(terms):

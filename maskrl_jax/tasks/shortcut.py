@@ -174,13 +174,13 @@ class Wiring:
 
             (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
             grads = mean_gradients(grads, metrics["loss"][1], axis)
+            metrics = axis.all_reduce(metrics)  # here, where it travels with the gradients
             state, info = train_state.apply_gradients(state, grads, self.tx, ema_decay=self.optimizer.ema_decay)
             return state, (metrics, info)
 
         # The moving average counts minibatches; the loop, and what stops a run gone bad, count buffers.
         state, (metrics, infos) = jax.lax.scan(minibatch, state.replace(step=state.step * len(slots_MBp)), slots_MBp)
-        sums = axis.all_reduce(jax.tree.map(lambda x: x.sum(0), metrics))
-        values = {f"train/{name}": value for name, value in sums.items()}
+        values = {f"train/{name}": jax.tree.map(lambda x: x.sum(0), pair) for name, pair in metrics.items()}
         values |= {f"train/{name}": (x.sum(), jnp.float32(len(x))) for name, x in infos.items()}
         all_bad = state.bad_total - first.bad_total == len(slots_MBp)
         bad = jnp.where(all_bad, first.bad_steps + 1, 0)

@@ -1,0 +1,71 @@
+"""What devices say to each other in compiled programs: one message per optimizer step, none in a rollout."""
+
+import functools
+import re
+
+import jax
+import pytest
+import tiny
+
+from maskrl_jax import parallel as parallel_module
+from maskrl_jax import runner
+from maskrl_jax.parallel import Parallel
+
+DEVICES = 2
+MESSAGE = re.compile(r" = (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
+# What a stage must know of the whole batch before its first gradient: three numbers at most.
+TOTALS = {"speed_rl", "mask_grpo", "maskfocus"}
+
+
+@functools.cache
+def messages(stage, strategy):
+    """Phase name -> [(shapes, kind)] of the collectives in its compiled text, a loop's body once."""
+    parallel, found = Parallel(strategy, jax.devices()[:DEVICES]), {}
+    for phase in runner.phases(tiny.get_config(stage), parallel):
+        state, frozen, batch = phase.args
+        compiled = (parallel.update if phase.kind == "update" else parallel.map)(phase.fn)
+        args = (parallel.abstract(state), parallel.abstract(frozen), parallel.abstract_batch(batch))
+        found[phase.name] = MESSAGE.findall(compiled.lower(*args).compile().as_text())
+    return found
+
+
+def numbers(shapes):
+    """How many numbers a message carries."""
+    sizes = [[int(x) for x in dims.split(",") if x] for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)]
+    return sum(functools.reduce(int.__mul__, dims, 1) for dims in sizes)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "maskgit", "shortcut", "speed_rl", "maskfocus"])
+def test_replicas_sum_once_in_an_optimizer_step_and_never_in_a_rollout(stage):
+    found = messages(stage, "pmap")
+    assert not found.get("rollout")
+    config = tiny.get_config(stage)
+    weights = sum(x.size for x in jax.tree.leaves(trained_by(config)))
+    kinds = [kind for _, kind in found["update"]]
+    sizes = sorted(numbers(shapes) for shapes, _ in found["update"])
+    assert kinds == ["all-reduce"] * (1 + (stage in TOTALS))
+    assert sizes[-1] >= weights  # the gradients, with what is logged
+    assert sizes[:-1] <= [4]
+
+
+def trained_by(config):
+    """Shapes of what a stage trains."""
+    phases = runner.phases(config, Parallel("pmap", jax.devices()[:1]))
+    return phases[-1].args[0].params
+
+
+def test_split_parameters_are_gathered_and_their_gradients_summed(monkeypatch):
+    """Sharded maskgit: no message but those; the three that are split are gathered for both directions at most."""
+    monkeypatch.setattr(parallel_module, "FSDP_MIN_SIZE", 512)
+    messages.cache_clear()
+    found = messages("maskgit", "sharded")["update"]
+    messages.cache_clear()
+    assert {kind for _, kind in found} == {"all-gather", "all-reduce"}
+    split = [x for x in jax.tree.leaves(trained_by(tiny.get_config("maskgit"))) if x.size >= 512]
+    gathered = sum(kind == "all-gather" for _, kind in found)
+    assert len(split) <= gathered <= 2 * len(split)
+
+
+def test_a_sharded_rollout_asks_at_every_call_whether_all_are_done():
+    """A loop that ends on data: one bit of all devices a call, which replicas need not send."""
+    assert ("pred[]", "all-reduce") in messages("speed_rl", "sharded")["rollout"]
