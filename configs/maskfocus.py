@@ -42,6 +42,7 @@ def embedded(arg: str):
         batch_size=16 if smoke else 128,  # rollouts of an update
         group=2 if smoke else 8,
         micro_batch=8 if smoke else 32,  # images that a device scores at a time
+        rollout_rows=0,  # rollouts that a device samples at a time, whole groups; 0: all
         log_every=1 if smoke else 2,
         save_every=20,
         parents={"tokenizer": generator.parents.tokenizer, "judge": generator.parents.judge, "maskgit": generator},
@@ -121,7 +122,7 @@ def published_scale():
     config.data = generator.data
     config.rewards, config.reward_scale = {"hps": 1.0, "clip_score": 0.5}, "group"
     config.rewards_heldout = {"pick_score": 1.0, "aesthetic": 0.0}
-    config.batch_size, config.group, config.micro_batch = 128, 8, 1
+    config.batch_size, config.group, config.micro_batch, config.rollout_rows = 128, 8, 1, 8
     config.parallel = "sharded"
     config.log_every, config.save_every = 1, 50
     config.rollout.update({"num_steps": 64, "noise": 2.0, "guidance": 5.0, "temperature": 1.0, "amplitude": 2.5})

@@ -30,6 +30,7 @@ def embedded(arg: str):
         batch_size={"": 96, "smoke": 8}.get(arg, 192),  # rollouts of an update
         group=4 if smoke else 16,  # rollouts of a prompt
         micro_batch=8 if smoke else 32,
+        rollout_rows=0,  # rollouts that a device samples at a time; 0: all, which large grids have no room for
         inner_updates=1,
         reference_samples=1,
         log_every=1 if smoke else 2,
@@ -157,7 +158,7 @@ def published_scale():
     config, base = embedded("full"), maskgit.get_config("meissonic")
     config.name = "configs/speed_rl.py:meissonic"
     config.num_steps = STEPS["meissonic"]
-    config.batch_size, config.group, config.micro_batch = 128, 8, 1
+    config.batch_size, config.group, config.micro_batch, config.rollout_rows = 128, 8, 1, 2
     config.parallel = "sharded"
     config.log_every, config.save_every = 1, 50
     config.reference_samples = 2

@@ -49,15 +49,16 @@ class Axis:
         slots = jnp.arange(jax.lax.axis_size(AXIS)) == jax.lax.axis_index(AXIS)
         return self.all_reduce(jnp.where(slots, value, 0)).max()
 
-    def in_parts(self, fn: Callable, rows: Any, at_once: int | None) -> Any:
+    def in_parts(self, fn: Callable, rows: Any, at_once: int | None, group: int = 1) -> Any:
         """fn(rows [B,...]) -> [B,...], of at most so many rows a device at a time, one part after the other; None: all.
 
-        A part is the largest divisor of a device's rows that is small enough. Every part holds rows of every device.
+        A part is the largest divisor of a device's rows that is small enough and holds whole groups of neighbours, or
+        one group. Every part holds rows of every device.
         """
         own = len(jax.tree.leaves(rows)[0]) // self.size
         if at_once is None or own <= at_once:
             return fn(rows)
-        part = max(count for count in range(1, at_once + 1) if own % count == 0)
+        part = max([count for count in range(group, at_once + 1, group) if own % count == 0], default=group)
 
         def cut(x):
             x = self.split(x.reshape(self.size, -1, part, *x.shape[1:]))

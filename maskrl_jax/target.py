@@ -83,6 +83,7 @@ def _options(version: str, shape: tuple[int, ...]) -> dict:
 def _quiet_environment():
     """Keep libtpu from asking a metadata server, and jax from waking a TPU that compiling does not need."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used, so that two may compile at a time
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     # Any valid type silences a warning; the topology's own name decides.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")

@@ -133,3 +133,22 @@ def test_a_batch_that_does_not_divide_is_named(strategy):
 def test_an_unknown_strategy_is_named():
     with pytest.raises(UserError, match="did you mean 'pmap'"):
         Parallel("pmpa")
+
+
+@pytest.mark.parametrize("strategy", parallel_module.STRATEGIES)
+@pytest.mark.parametrize(("at_once", "group", "part"), [(None, 1, 6), (9, 1, 6), (4, 1, 3), (1, 1, 1), (4, 2, 2), (1, 3, 3)])
+def test_rows_in_parts_are_those_of_all(strategy, at_once, group, part):
+    parallel, seen = Parallel(strategy), []
+
+    def program(state, frozen, batch, axis):
+        def double(rows):
+            seen.append(len(rows["x"]) // axis.size)
+            return {"y": 2 * rows["x"], "first": jnp.repeat(rows["x"][::group, :1], group, axis=0)}
+
+        return axis.in_parts(double, batch, at_once, group)
+
+    x = np.arange(96, dtype=np.float32).reshape(48, 2)
+    made = parallel.gather(parallel.map(program)(parallel.replicate(jnp.zeros(())), {}, {"x": x}))
+    assert set(seen) == {part}
+    np.testing.assert_array_equal(made["y"], 2 * x)
+    np.testing.assert_array_equal(made["first"], np.repeat(x[::group, :1], group, axis=0))

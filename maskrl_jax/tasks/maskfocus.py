@@ -120,7 +120,11 @@ class Wiring:
         return {}
 
     def rollout(self, params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
-        """Sample, decode and score a batch of routed rollouts; per-sample outputs."""
+        """Sample, decode and score a batch of routed rollouts, whole groups at a time; per-sample outputs."""
+        at_once = self.config.get("rollout_rows", 0) or None
+        return axis.in_parts(lambda rows: self._rollout(params, frozen, rows, axis), batch, at_once, self.config.group)
+
+    def _rollout(self, params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
         round_, index = batch["round"][0], batch["index"]
         if self.config.rollout_noise == "frozen":  # as the official code: the same noise at every iteration
             round_, index = 0, index % self.config.group
