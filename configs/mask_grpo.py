@@ -60,7 +60,8 @@ def published_scale():
     config = embedded("")
     config.name = "configs/mask_grpo.py:meissonic"
     config.num_steps = STEPS["meissonic"]
-    for name in ("parents", "data", "micro_batch", "parallel", "log_every", "save_every"):
+    same = ("parents", "data", "rewards", "rewards_heldout", "reward_scale")
+    for name in (*same, "micro_batch", "rollout_rows", "parallel", "log_every", "save_every"):
         config[name] = other[name]
     config.evaluation, config.energy_distance = other.evaluation, 0.0
     config.batch_size, config.group = 96, 6

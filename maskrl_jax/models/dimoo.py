@@ -104,8 +104,7 @@ class Dimoo(nn.Module):
 
     def logits(self, features: Array) -> Array:
         """Head on features [...,D] -> [...,K] float32, its rows of image codes alone."""
-        # Fused with what reads them, the TPU's compiler may not find room for large logits.
-        return jax.lax.optimization_barrier(_scores(features, self.head[self.config.code_offset :]))
+        return _scores(features, self.head[self.config.code_offset :])
 
     def embedded(self, ids: Array) -> Array:
         """Word embeddings [...,D] in the compute dtype."""

@@ -192,7 +192,7 @@ def guided_logp(logits_fn, ids_BN, tick_B, cond, null_cond, config: AdaptiveConf
         logits = logits_fn(ids_BN, timestep_B, cond)
     else:
         logits = draws.guided(logits_fn, null_cond)(ids_BN, timestep_B, cond, guidance_at(config, tick_B))
-    return jax.nn.log_softmax(logits / config.temperature)
+    return draws.log_probabilities(logits / config.temperature)
 
 
 def guidance_at(config: AdaptiveConfig, tick_B: Array) -> Array:

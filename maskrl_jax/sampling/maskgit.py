@@ -218,7 +218,7 @@ def call(predict: Predict, keys_B: Array, plan: Plan, start_B: Array, mask_id: i
     logp_BNK = tempered(plan, step, logits)
     drawn_BN, confidence_BN = draws.draw_tokens(draws.step_keys(keys_B, step, draws.TOKENS), logp_BNK)
     if plan.plain_confidence:
-        plain_BNK = jax.nn.log_softmax(logits)
+        plain_BNK = draws.log_probabilities(logits)
         confidence_BN = jnp.take_along_axis(plain_BNK, drawn_BN[..., None], axis=-1)[..., 0]
     left_B = masked_BN.sum(-1)
     target_B = _target(plan, step, start_B, left_B, ids_BN.shape[1])
@@ -247,9 +247,9 @@ def _target(plan: Plan, step: Array, start_B: Array, left_B: Array, num_tokens: 
 
 def tempered(plan: Plan, step: Array, logits: Array) -> Array:
     """Log-probabilities [B,N,K] that a step's tokens are drawn from and judged by."""
-    logp_BNK = jax.nn.log_softmax(logits / plan.temperature[step])
+    logp_BNK = draws.log_probabilities(logits / plan.temperature[step])
     if plan.filtered:
-        logp_BNK = jax.nn.log_softmax(logp_BNK / draws.entropy_temperature(draws.entropy(logp_BNK))[..., None])
+        logp_BNK = draws.log_probabilities(logp_BNK / draws.entropy_temperature(draws.entropy(logp_BNK))[..., None])
     return logp_BNK
 
 

@@ -116,11 +116,11 @@ def rollout(
         index, count, noise, timestep = now
         masked_BN = ids_BN == mask_id
         logits = _logits(logits_fn, ids_BN, jnp.full((batch,), timestep), cond, null_cond, config)
-        entropy_BN = draws.entropy(jax.nn.log_softmax(logits))
+        entropy_BN = draws.entropy(draws.log_probabilities(logits))
         mean_B = jnp.where(masked_BN, entropy_BN, 0.0).sum(-1) / jnp.maximum(masked_BN.sum(-1), 1)
         explore_B = (index > 0) & _route(config, mean_B, group)
         heat_BN = jnp.where(explore_B[:, None], exploration_temperature(config, entropy_BN), 1.0)
-        logp = jax.nn.log_softmax(logits / heat_BN[..., None])
+        logp = draws.log_probabilities(logits / heat_BN[..., None])
         drawn_BN, confidence_BN = draws.draw_tokens(draws.step_keys(keys_B, index, draws.TOKENS), logp)
         predicted_BN = jnp.where(masked_BN, drawn_BN, ids_BN)
         confidence_BN += noise * draws.gumbel(draws.step_keys(keys_B, index, draws.NOISE), num_tokens)
