@@ -56,7 +56,7 @@ def clip_rewards(arg: str):
         "judge",
         f"configs/judge.py:{arg}",
         num_steps=1,
-        batch_size=1,
+        batch_size=32,
         data={},
         model={
             "kind": "clip",

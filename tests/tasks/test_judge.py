@@ -143,10 +143,11 @@ def test_phases_name_the_shapes_that_batches_have(build, argument):
 
 
 def test_a_loaded_judge_reads_as_the_trained_one(trained):
-    loaded = judge.load(trained.parents["judge"])
+    parent = trained.parents["judge"]
+    loaded = judge.load(parent)
     ema = load_arrays(trained.parents["judge"].workdir, ("ema",))["ema"]
     images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
-    out = loaded.read(loaded.params, images)
+    out = loaded.read(parent.params, images)
     expected = judge.Judge(loaded.config).apply(ema, images)
     jax.tree.map(np.testing.assert_array_equal, out, expected)
     assert out["cells"].shape == (2, 8, 8, 17) and runner.task_module(trained.parents["judge"].config) is judge
