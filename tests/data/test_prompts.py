@@ -7,8 +7,8 @@ import pytest
 import text_tokenizers
 from PIL import Image
 
-from configs import maskgit
-from maskrl_jax.data import prompts
+from configs import maskgit, sizes
+from maskrl_jax.data import prompts, settings
 from maskrl_jax.data.dataset import conditioning_of, is_held_out, open_conditions, open_dataset, open_pictures
 from maskrl_jax.errors import UserError
 from maskrl_jax.tasks import checks
@@ -125,8 +125,21 @@ def test_configs_take_a_file_and_its_tokens():
     checks.same_data(config)
 
 
+def test_a_judge_that_cannot_read_the_prompts_is_refused_before_anything_is_trained():
+    config = maskgit.get_config("smoke")
+    checks.judge_reads(config, "caption")
+    config.data.update(data("my.jsonl"))
+    with pytest.raises(UserError, match="judge reads the captions of shapes, and nothing else, .* data.tokens=clip"):
+        checks.judge_reads(config, "caption")
+    del config.parents["judge"]
+    checks.judge_reads(config, "caption")
+    with pytest.raises(UserError, match="judge reads the captions of shapes"):
+        checks.judge_reads(maskgit.get_config("smoke"), "class")
+
+
 def test_stages_of_before_there_were_tokens_have_the_same_data():
     config = maskgit.get_config("smoke")
     config.parents.maskgit = maskgit.get_config("smoke")
     config.parents.maskgit.data = {"name": "shapes", "text_length": 8}
     checks.same_data(config)
+    assert settings.filled({"name": "shapes"}) == sizes.data("shapes") == config.data.to_dict()
