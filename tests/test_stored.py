@@ -43,6 +43,23 @@ def test_a_service_without_a_url_is_as_none():
     assert stored.differences(stored.plain(served()), stored.plain(old)) == {}
 
 
+def test_data_without_tokens_is_as_that_of_before_there_were_any():
+    old, new = toy_task.get_config("child"), toy_task.get_config("child")
+    for one in (old, old.parents.base):
+        one.data = {"name": "shapes", "text_length": 8}
+    for one in (new, new.parents.base):
+        one.data = sizes.data("shapes")
+    assert stored.fingerprint(new) == stored.fingerprint(old)
+    assert stored.differences(stored.plain(old), stored.plain(new)) == {}
+    new.data.tokens = "clip"
+    assert stored.fingerprint(new) != stored.fingerprint(old)
+    assert sorted(stored.differences(stored.plain(old), stored.plain(new))) == [
+        "data.pad",
+        "data.tokenizer",
+        "data.tokens",
+    ]
+
+
 def test_of_a_service_name_and_weight_count_and_not_how_it_is_reached(tmp_path):
     known = served(url="http://a")
     assert stored.fingerprint(known) != stored.fingerprint(served())

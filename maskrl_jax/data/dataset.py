@@ -169,6 +169,10 @@ def conditioning_of(data: Mapping[str, Any] | str) -> Conditioning:
     settings = settings_of(data)
     if settings.name == "shapes" or settings.is_prompts:
         return _texts(settings).conditioning
+    if settings.tokens:
+        raise UserError(
+            f'{settings.name} is conditioned on classes, which need no data.tokens={settings.tokens!r}; set ""'
+        )
     return _classes(len(_class_names(settings)))
 
 

@@ -127,7 +127,7 @@ class Bench:
             batch_size=s.batch_size,
             seed=seed,
             real_features=self.real_features(held_out),
-            keep=keep,
+            keep=min(keep, len(texts)),
         )
 
     def glance(self, system: System, setting: float) -> tuple[dict[str, float], np.ndarray]:

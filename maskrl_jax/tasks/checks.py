@@ -88,6 +88,19 @@ def same_data(config: Any) -> None:
         )
 
 
+def judge_reads(config: Any, kind: str) -> None:
+    """Raise UserError, before it is trained, where a judge cannot read what a generator of this kind is asked for."""
+    if "judge" not in config.parents or config.init.get("judge", ""):
+        return
+    wanted, tokens = "class" if kind == "class" else "cells", settings.filled(config.data)["tokens"]
+    if config.parents.judge.model.kind != wanted or tokens:
+        can = "classes" if config.parents.judge.model.kind == "class" else "the captions of shapes"
+        raise UserError(
+            f"parents.judge reads {can}, and nothing else, but data.name is {config.data.name}"
+            + (f" with data.tokens={tokens}" if tokens else "")
+        )
+
+
 def same_tokenizer(ours: Any, theirs: Any) -> None:
     """Raise UserError where the base was trained on the codes of another tokenizer: its images would be noise."""
     ours, theirs = stored.plain(ours), stored.plain(theirs)  # configs differ by being locked, too

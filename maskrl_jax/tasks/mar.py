@@ -20,7 +20,7 @@ from maskrl_jax.models.mar import Mar
 from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling.mar import orders, to_order
-from maskrl_jax.tasks import continuous, generators
+from maskrl_jax.tasks import checks, continuous, generators
 from maskrl_jax.tasks import kl_vae as kl_vae_task
 from maskrl_jax.tasks.continuous import MarSampler
 from maskrl_jax.tasks.task import Context, Task
@@ -156,6 +156,7 @@ class Wiring:
 def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
     conditioning = conditioning_of(config.data)
+    checks.judge_reads(config, conditioning.kind)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
     side = wiring.codec.config.image_size

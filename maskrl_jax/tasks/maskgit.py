@@ -17,7 +17,7 @@ from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling.draws import commit_top
 from maskrl_jax.sampling.maskgit import SamplerConfig
-from maskrl_jax.tasks import codecs, forms, generators
+from maskrl_jax.tasks import checks, codecs, forms, generators
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
@@ -108,6 +108,7 @@ class Wiring:
 def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
     conditioning = conditioning_of(config.data)
+    checks.judge_reads(config, conditioning.kind)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
     side = wiring.tokens.image_size

@@ -10,7 +10,7 @@ from PIL import Image
 from configs import maskgit
 from maskrl_jax import runner
 from maskrl_jax.data import images
-from maskrl_jax.data.dataset import open_dataset
+from maskrl_jax.data.dataset import conditioning_of, open_conditions, open_dataset
 from maskrl_jax.errors import UserError
 
 COLOURS = {"red": (200, 0, 0), "blue": (0, 0, 200)}
@@ -97,12 +97,26 @@ def test_a_large_set_stays_on_disk_and_reads_the_same(data_dir, monkeypatch):
         ("no_such_set_at_all", "unknown data set 'no_such_set_at_all'"),
         ("tiny_numbers", "has no image feature"),
         ("coco_captions", "needs a missing package"),
+        ("coco_captions", "sets that TFDS reads with TensorFlow cannot be used here"),
+        ("imagenet2012", "is to be downloaded by hand, into .*downloads/manual: .*ILSVRC2012_img_train.tar"),
     ],
 )
 def test_unusable_sets_are_refused_in_one_line(data_dir, name, message):
     with pytest.raises(UserError, match=message) as error:
         open_dataset(name, "train", data_dir, 8)
     assert "\n" not in str(error.value)
+
+
+def test_what_needs_tensorflow_is_refused_before_there_is_data(capfd):
+    with pytest.raises(UserError, match="needs a missing package, tensorflow"):
+        conditioning_of("coco_captions")
+    assert capfd.readouterr().out == ""
+
+
+def test_classes_can_be_asked_for_without_the_pictures(tmp_path):
+    found = open_conditions("imagenet2012", str(tmp_path), 256)
+    assert found.describe(found.encode(["n01440764", "999"])) == ["n01440764", found.describe(np.array(999))[0]]
+    assert len(found.pool(held_out=True)) == 1000 and not list(tmp_path.iterdir())
 
 
 def test_a_copy_in_another_file_format_is_refused(data_dir, tmp_path):

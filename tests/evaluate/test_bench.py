@@ -11,6 +11,7 @@ import pytest
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Bench, Evaluation, read_sampler, tuning_notes
 from maskrl_jax.evaluate.measure import System
+from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.sampling.maskgit import SamplerConfig
 
 GRIDS = {"tune_gumbel": (1.0, 2.0, 4.0), "tune_guidance": (1.0, 1.5), "tune_temperature": (1.0, 0.5)}
@@ -154,6 +155,33 @@ def test_a_system_with_an_identity_is_measured_once_for_all_runs(bench, systems,
         before = len(seen)
         changed.measure(system, (4,))
         assert len(seen) > before
+
+
+def test_a_set_without_pictures_is_measured_and_reported_without_distances(bench, systems, tmp_path):
+    settings = dataclasses.replace(bench.settings, prompts=6, group=2, keep=2)
+    bench = dataclasses.replace(bench, real_features=lambda held_out: None, settings=settings)
+    chosen = bench.tune(best_at(systems, [], gumbel=2.0, guidance=1.5, temperature=0.5), SamplerConfig())
+    assert (chosen.gumbel, chosen.guidance, chosen.temperature) == (2.0, 1.5, 0.5)
+    points = [*bench.measure(systems[0], (4, 16)), *bench.measure(systems[1], (4,))]
+    assert bench.criteria().frechet_ratio == 0 and "nothing speaks for variety" in bench.choice
+    values, _ = bench.glance(systems[0], 4)
+    assert "glance/judge@4" in values and "glance/fd_judge@4" not in values
+    findings = Findings(
+        title="No pictures",
+        config="x",
+        points=points,
+        reference=points[1:2],
+        criteria=bench.criteria(),
+        tuned="adaptive",
+    )
+    bench.write(findings, 1, {"how it was chosen": bench.choice})
+    text = (tmp_path / "report.md").read_text()
+    assert "The set has no pictures: there is no Fréchet distance" in text and "nan" not in text.lower().split()
+    head = next(line for line in text.splitlines() if line.startswith("| system | setting"))
+    assert "diversity" in head and not any(name in head for name in ("Fréchet", "precision", "recall"))
+    assert "Fréchet ratio as measured" not in text
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert {point["frechet"] for point in found["points"]} == {None}
 
 
 @pytest.mark.parametrize(

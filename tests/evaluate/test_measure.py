@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from maskrl_jax.evaluate import frechet
-from maskrl_jax.evaluate.measure import Generated, Protocol, Scorer, System, measure, save_samples
+from maskrl_jax.evaluate.measure import Generated, Protocol, Scorer, System, measure, pack, save_samples, unpack
 
 
 def recorder(seen):
@@ -71,6 +71,15 @@ def test_scores_that_are_not_finite_are_named():
     scorer = Scorer(judge, lambda images, prompts: {"strict": np.full(len(images), np.nan)})
     with pytest.raises(ValueError, match="'strict' must be finite"):
         measure(recorder([]), 8, PROTOCOL, scorer)
+
+
+def test_without_real_pictures_there_is_no_distance():
+    point = measure(recorder([]), 8, dataclasses.replace(PROTOCOL, real_features=None), Scorer(judge))
+    assert (point.frechet, point.precision, point.recall) == (None, None, None)
+    assert point.diversity is not None and point.metrics["judge"].mean == pytest.approx(0.225)
+    plain = json.loads(json.dumps(point.to_json(), allow_nan=False))
+    assert plain["frechet"] is None
+    assert unpack(pack(point)).to_json() == point.to_json()
 
 
 def test_json_form_is_plain_and_samples_are_kept_beside(tmp_path):

@@ -1,5 +1,6 @@
 """Filters with resampling and the base's reference quality, on made-up rollouts."""
 
+import dataclasses
 import types
 
 import jax
@@ -57,9 +58,9 @@ def made_up(quality_of):
 
 @pytest.fixture
 def make(train):
-    """Return make(rollout, change of the config, devices) -> Rollouts whose base has quality 0 everywhere."""
+    """Return make(rollout, change of the config, devices, set) -> Rollouts whose base has quality 0 everywhere."""
 
-    def make(rollout=None, change=(), devices=1):
+    def make(rollout=None, change=(), devices=1, train=train):
         config = tiny.get_config("speed_rl")
         config.update(dict(change))
         wiring = speed_rl.Wiring(config, train.conditioning)
@@ -311,6 +312,23 @@ def test_within_prompts_a_picture_is_compared_with_real_ones_of_its_prompt(make,
     tone = np.where(np.arange(len(shade)) % GROUP == 1, 0.4, 0.9)
     to_others = np.where(tone == 0.4, 0.5, 0.5 / (GROUP - 1))
     np.testing.assert_allclose(out["witness"], to_others - np.abs(tone - shade), atol=1e-5)
+
+
+def test_real_pictures_are_read_only_where_they_are_rewarded(make, train, monkeypatch):
+    plain = made_up(lambda number, place: 0.1 * place)
+    monkeypatch.setattr(type(train), "positions_of", lambda *_: pytest.fail("read for nothing"))
+    rollouts = make(plain, {"energy_distance": 0.0})
+    out, result, memory, shares = collect(rollouts)
+    assert rollouts.real is None and not out["witness"].any()
+    values, _ = rollouts.statistics(empty(rollouts), out, result, memory, shares, rollouts.batch(0))
+    assert "reward/energy_distance" not in values
+
+
+def test_a_set_without_pictures_has_none_to_be_like(make, train):
+    bare = dataclasses.replace(train, columns={"cond": train.columns["cond"]})
+    make(made_up(lambda number, place: 0.5), {"energy_distance": 0.0}, train=bare)
+    with pytest.raises(UserError, match="shapes has no pictures to be like; set energy_distance=0"):
+        make(made_up(lambda number, place: 0.5), {"energy_distance": 2.0}, train=bare)
 
 
 @pytest.fixture
