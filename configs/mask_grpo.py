@@ -21,7 +21,18 @@ def get_config(arg: str = ""):
 def embedded(arg: str):
     """The embedded task: the base, rewards and measures of maskfocus.py."""
     other = maskfocus.embedded(arg)
-    keys = ("batch_size", "group", "micro_batch", "rollout_rows", "log_every", "save_every", "parents", "init", "data", "model")
+    keys = (
+        "batch_size",
+        "group",
+        "micro_batch",
+        "rollout_rows",
+        "log_every",
+        "save_every",
+        "parents",
+        "init",
+        "data",
+        "model",
+    )
     keys += ("rewards", "rewards_heldout", "reward_scale", "energy_distance", "energy_distance_scope", "alarm")
     keys += ("service", "optimizer", "aim", "evaluation")
     return sizes.run(

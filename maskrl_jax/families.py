@@ -39,6 +39,7 @@ class Family:
     check: Callable[[ConfigDict], None] = lambda config: None  # ValueError for a sampler that does not fit the grid
     open: Callable[[str, str], Any] = files.read  # (path, entry) -> the weights
     told: Callable[[str], dict] = lambda path: {}  # settings of the stage's model that a folder says of itself
+    tokens: Callable[[str], dict] = lambda path: {}  # settings of the stage's data that a folder says of itself
     reads: str = "params_of"  # of the module
     writes: str = "state_of"
 
@@ -140,6 +141,18 @@ def _told_of_frozen(path: str) -> dict:
 def _told_of_meissonic(path: str) -> dict:
     found = meissonic.config_of(diffusers_folder.read_settings(pathlib.Path(path, "transformer")))
     return {name: getattr(found, name) for name in (*meissonic.SIZES, "resampled") if name != "codebook_size"}
+
+
+def _tokens_of_meissonic(path: str) -> dict:
+    """Its tokenizer, and what that pads with: padding is attended (specs/meissonic.md section 4)."""
+    folder = pathlib.Path(path, "tokenizer")
+    found = {"tokenizer": str(folder)}
+    if not (folder / "tokenizer_config.json").is_file():
+        return found
+    said = files.json_object(folder / "tokenizer_config.json").get("pad_token")
+    pad = said.get("content") if isinstance(said, dict) else said
+    entries = files.json_object(folder / "vocab.json") if (folder / "vocab.json").is_file() else {}
+    return found | ({"pad": entries[pad]} if pad in entries else {})
 
 
 def _told_of_dimoo(path: str) -> dict:
@@ -260,6 +273,7 @@ FAMILIES = {
         parents=("tokenizer",),
         open=lambda path, entry: diffusers_folder.read_state(pathlib.Path(path, "transformer")),
         told=_told_of_meissonic,
+        tokens=_tokens_of_meissonic,
     ),
     "dimoo": Family(
         module="dimoo",
@@ -271,6 +285,7 @@ FAMILIES = {
         parents=("tokenizer",),
         open=lambda path, entry: path,  # streamed, a tensor at a time
         told=_told_of_dimoo,
+        tokens=lambda path: {"tokenizer": path},
         reads="load",
     ),
     "dimoo-shortcut": Family(

@@ -47,6 +47,7 @@ def read(
         made = _config(config or family.config(state), family.task)
         if not config:
             made.model.update(family.told(path))
+            made.data.update(family.tokens(path))
         for parent, workdir in below.items():
             if parent not in made.parents:
                 raise UserError(f"a {made.task!r} stage stands on no {parent}; leave that out")

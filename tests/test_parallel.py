@@ -136,7 +136,9 @@ def test_an_unknown_strategy_is_named():
 
 
 @pytest.mark.parametrize("strategy", parallel_module.STRATEGIES)
-@pytest.mark.parametrize(("at_once", "group", "part"), [(None, 1, 6), (9, 1, 6), (4, 1, 3), (1, 1, 1), (4, 2, 2), (1, 3, 3)])
+@pytest.mark.parametrize(
+    ("at_once", "group", "part"), [(None, 1, 6), (9, 1, 6), (4, 1, 3), (1, 1, 1), (4, 2, 2), (1, 3, 3)]
+)
 def test_rows_in_parts_are_those_of_all(strategy, at_once, group, part):
     parallel, seen = Parallel(strategy), []
 

@@ -82,7 +82,11 @@ def timesteps_notes(rollouts: str, sampler: str) -> tuple[str, ...]:
 
 def same_data(config: Any) -> None:
     """Raise UserError where a tuning stage would prompt its base with other data than it was trained on."""
-    if settings.filled(config.data) != settings.filled(config.parents.maskgit.data):
+    own, base = settings.filled(config.data), settings.filled(config.parents.maskgit.data)
+    if settings.settings_of(config.data).is_prompts and settings.settings_of(config.parents.maskgit.data).is_prompts:
+        # Which prompts a policy is asked for is its own affair; how they become tokens is not.
+        own, base = ({key: x for key, x in one.items() if key not in ("name", "tokenizer")} for one in (own, base))
+    if own != base:
         raise UserError(
             f"data of {config.task} and of its base differ; change both, as in --config.parents.maskgit.data"
         )

@@ -17,6 +17,7 @@ from maskrl_jax.convert import dimoo as dimoo_weights
 from maskrl_jax.errors import UserError
 from maskrl_jax.families import FAMILIES
 from maskrl_jax.models.dimoo import Dimoo
+from maskrl_jax.tasks import checks
 
 TURNS = 6
 SGD = tiny.SGD | {"learning_rate": 0.01, "ema_decay": 0.5}
@@ -133,6 +134,27 @@ def test_what_a_folder_says_of_itself_are_settings_of_the_stage(made):
     told = FAMILIES["meissonic-tokenizer"].told(folder)
     assert told["text"]["width"] == 8 and told["codebook_size"] == tiny_text.K and told["conv"]["width"] == 4
     assert "text" not in FAMILIES["amused"].told(f"{folder}/vqvae")
+
+
+def test_a_folder_says_what_its_tokenizer_pads_with(tmp_path):
+    tell = FAMILIES["meissonic"].tokens
+    place = tmp_path / "tokenizer"
+    assert tell(str(tmp_path)) == {"tokenizer": str(place)}
+    place.mkdir()
+    (place / "vocab.json").write_text('{"!": 0, "<|endoftext|>": 49407}')
+    for said, pad in (('"!"', 0), ('{"content": "<|endoftext|>"}', 49407)):
+        (place / "tokenizer_config.json").write_text(f'{{"pad_token": {said}}}')
+        assert tell(str(tmp_path)) == {"tokenizer": str(place), "pad": pad}
+
+
+def test_prompts_of_a_policy_are_its_own_and_their_tokens_are_the_base_s(made):
+    config = speed_rl_config.get_config("meissonic")
+    checks.same_data(config)
+    config.data = config.data.to_dict() | {"name": "others.txt", "tokenizer": "elsewhere"}
+    checks.same_data(config)
+    config.data.pad = 0
+    with pytest.raises(UserError, match="data of speed_rl and of its base differ"):
+        checks.same_data(config)
 
 
 def test_a_meissonic_needs_its_text_encoder_and_tokens_of_clip(made, tmp_path):
