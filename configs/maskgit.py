@@ -32,7 +32,7 @@ def embedded(arg: str, steps: int):
         cond_drop=0.1,
         parents={"tokenizer": tokenizer.get_config(parent), "judge": judge.get_config(parent)},
         init={"tokenizer": "", "judge": ""},
-        data={"name": sizes.data_set(arg), "text_length": 8},
+        data={"name": sizes.data_set(arg), "text_length": 8, **sizes.READING},
         model=model(small=arg.endswith("smoke")),
         optimizer={
             "name": "muon",

@@ -71,7 +71,7 @@ def whole_groups(batch_size: int, group: int, parallel: Any) -> None:
 
 def same_data(config: Any) -> None:
     """Raise UserError where a tuning stage would prompt its base with other data than it was trained on."""
-    if config.data.to_dict() != config.parents.maskgit.data.to_dict():
+    if stored.data_of(config) != stored.data_of(config.parents.maskgit):
         raise UserError(
             f"data of {config.task} and of its base differ; change both, as in --config.parents.maskgit.data"
         )
@@ -79,7 +79,8 @@ def same_data(config: Any) -> None:
 
 def same_tokenizer(ours: Any, theirs: Any) -> None:
     """Raise UserError where the base was trained on the codes of another tokenizer: its images would be noise."""
-    ours, theirs = stored.plain(ours), stored.plain(theirs)  # configs differ by being locked, too
+    # Configs differ by being locked, too.
+    ours, theirs = (stored.plain(one) | {"data": stored.data_of(one)} for one in (ours, theirs))
     for key in ("seed", "num_steps", "batch_size", "data", "model", "optimizer"):
         if ours[key] != theirs[key]:
             raise UserError(

@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from maskrl_jax.data.batches import batch_at
 from maskrl_jax.data.dataset import Conditioning, Dataset, open_dataset
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.evaluate import measured
@@ -21,7 +20,7 @@ from maskrl_jax.models.google_maskgit import GoogleMaskGIT, GoogleMaskGITConfig
 from maskrl_jax.models.maskgit import MaskGIT, MaskGITConfig
 from maskrl_jax.models.maskgit_port import MaskGITPort, PortConfig
 from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
-from maskrl_jax.tasks import codecs
+from maskrl_jax.tasks import codecs, encoding
 from maskrl_jax.tasks import judge as judge_task
 from maskrl_jax.tasks.task import Context, Parent, Task
 
@@ -102,6 +101,14 @@ def dataset_of(context: Context, split: str) -> Dataset:
     return open_dataset(data.name, split, context.data_dir, size, data.text_length)
 
 
+def training_set(context: Context) -> Dataset:
+    """What a stage is trained on: pictures, or in their place the shards in the folder `data.encoded`."""
+    folder = encoding.folder_of(context.config)
+    if not folder:
+        return dataset_of(context, "train")
+    return encoding.encoded_set(folder, context.parents["tokenizer"], dataset_of(context, "validation"))
+
+
 def engine_of(context: Context, sizes: Sizes, null: np.ndarray) -> Engine:
     """What systems of this stage and of those above it generate with."""
     codec = codecs.load(context.parents["tokenizer"])
@@ -164,7 +171,7 @@ def bench_of(context: Context) -> Bench:
 def base_task(
     context: Context,
     wiring: Any,
-    frozen: Any,
+    tokenizer: Any,
     train: Dataset,
     system: Callable[[Any, Any], System],
     sampler: Any,
@@ -172,16 +179,14 @@ def base_task(
 ) -> Task:
     """A base model's stage around its `wiring` (init, update, held_out_loss): batches, glances, search and curve.
 
+    tokenizer: its placed parameters.
     `system(params, sampler)` generates; `facts(sampler)` are the report's lines about the sampler that was chosen.
     """
     config, parallel = context.config, context.parallel
-    rows, update = parallel.rows(config.batch_size), parallel.update(wiring.update)
+    update = parallel.update(wiring.update)
+    frozen, read = {"tokenizer": tokenizer}, {"tokenizer": encoding.read_by(config, tokenizer)}
     bench = functools.cache(lambda: bench_of(context))
     held_out_loss = jax.jit(wiring.held_out_loss)
-
-    def batch(step):
-        example = batch_at(train, step, config.batch_size, rows, config.seed)
-        return {name: example[name] for name in ("image", "cond", "index")}
 
     def evaluate(state, step):
         examples = bench().dataset.take(np.arange(256) % len(bench().dataset))
@@ -211,8 +216,8 @@ def base_task(
 
     return Task(
         init=lambda key: parallel.init(wiring.init, key),
-        batch=batch,
-        step=lambda state, b: update(state, frozen, b),
+        batch=encoding.examples(train, config, parallel.rows(config.batch_size)),
+        step=lambda state, b: update(state, read, b),
         evaluate=evaluate,
         report=report,
     )

@@ -16,7 +16,7 @@ import optax
 from flax import serialization
 
 from maskrl_jax import state as train_state
-from maskrl_jax.data.batches import batch_at, positions_at
+from maskrl_jax.data.batches import positions_at
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.evaluate import gain
@@ -32,7 +32,7 @@ from maskrl_jax.rl.action_noise import ActionNoise
 from maskrl_jax.rl.reward_gradient import Truncation
 from maskrl_jax.sampling import mar as sampling
 from maskrl_jax.sampling.mar import MarPlan
-from maskrl_jax.tasks import checks, continuous, generators, marval
+from maskrl_jax.tasks import checks, continuous, encoding, generators, marval
 from maskrl_jax.tasks import kl_vae as kl_vae_task
 from maskrl_jax.tasks import mar as mar_task
 from maskrl_jax.tasks.continuous import MarSampler, row_noise
@@ -227,7 +227,8 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     conditioning = conditioning_of(config.data.name, config.data.text_length)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
-    side, struct = wiring.base.codec.config.image_size, jax.ShapeDtypeStruct
+    latents, struct = wiring.base.codec.config, jax.ShapeDtypeStruct
+    side = latents.image_size
     whole = struct((config.batch_size,), jnp.int32)
     cond = struct((config.batch_size, *conditioning.null.shape), jnp.int32)
     target = struct((config.batch_size, 3), jnp.int32) if wiring.judge_sizes.kind == "cells" else whole
@@ -244,8 +245,8 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
         made = jax.eval_shape(functools.partial(rollout, axis=Axis(1)), network, frozen, request)
         found, learn = [Phase("rollout", rollout, (network, frozen, request), kind="map")], request | made
     if wiring.anchor.kind != "none":
-        image = struct((config.batch_size, side, side, 3), jnp.uint8)
-        learn = learn | {"pictures": {"image": image, "cond": cond, "index": whole, "round": whole}}
+        shown = encoding.example(config, latents, latents.channels)
+        learn = learn | {"pictures": {**shown, "cond": cond, "index": whole, "round": whole}}
     frozen |= dict.fromkeys(_frozen_names(wiring), network)
     state = jax.eval_shape(wiring.init, network, network)
     return [*found, Phase("update", wiring.update, (state, frozen, learn), kind="update")]
@@ -262,7 +263,7 @@ def studio(context: Context, params: Any) -> continuous.Studio:
 def build(context: Context) -> Task:
     """Wire the stage."""
     config, parallel, parents = context.config, context.parallel, context.parents
-    train = generators.dataset_of(context, "train")
+    train = generators.training_set(context)
     wiring = Wiring(config, train.conditioning)
     checks.same_codes({name: parent.workdir for name, parent in parents.items()}, "marval")
     checks.same_base(parents["marval"].workdir, parents["mar"].workdir, "mar")
@@ -274,6 +275,7 @@ def build(context: Context) -> Task:
     rows, pool = parallel.rows(config.batch_size), train.pool(held_out=False)
     update = parallel.update(wiring.update)
     roll_out = parallel.map(wiring.policy.rollout) if wiring.policy else None
+    read = encoding.examples(train, config, rows)
     gallery = MarvalRlGallery(context, wiring, engine, networks)
 
     def batch(step):
@@ -285,8 +287,7 @@ def build(context: Context) -> Task:
         target = judge_reward.targets(wiring.judge_sizes.kind, cond, train.describe(cond))
         found = {"cond": cond, "target": target, "index": samples.astype(np.int32)[rows], "round": number}
         if wiring.anchor.kind != "none":
-            shown = batch_at(train, step, config.batch_size, rows, config.seed)
-            found["pictures"] = {name: shown[name] for name in ("image", "cond", "index")} | {"round": number}
+            found["pictures"] = read(step) | {"round": number}
         return found
 
     def step(state, batch):
