@@ -21,7 +21,7 @@ def get_config(arg: str = ""):
         num_steps=steps,
         batch_size=16,
         eval_samples=512,
-        data={"name": "imagenet2012" if published else sizes.data_set(arg)},
+        data={"name": "imagenet2012" if published else sizes.data_set(arg), "workers": 0},
         # Of the KL by latent; how KL-16 was trained is not published. Ours keeps 15 nats a token: with less a token is
         # mostly noise, of which a generator above it learns little from a sample (5e-3 of 8 channels keeps 2.9).
         kl_weight=1e-6 if published else 1e-4,

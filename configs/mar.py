@@ -38,7 +38,7 @@ def embedded(arg: str):
         repeats=2,  # fresh times and noise of every token in an update
         parents={"tokenizer": kl_vae.get_config(arg), "judge": judge.get_config(arg)},
         init={"tokenizer": "", "judge": ""},
-        data=sizes.data("shapes"),
+        data=sizes.data("shapes", **sizes.READING),
         model=model(smoke),
         masking={"least": 0.15, "deviation": 0.5},  # more tokens are visible than as published
         optimizer={

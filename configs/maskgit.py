@@ -35,7 +35,7 @@ def embedded(arg: str, steps: int):
         cond_drop=0.1,
         parents={"tokenizer": tokenizer.get_config(parent), "judge": judge.get_config(parent)},
         init={"tokenizer": "", "judge": ""},
-        data=sizes.data(sizes.data_set(arg)),
+        data=sizes.data(sizes.data_set(arg), **sizes.READING),
         model=model(small=arg.endswith("smoke")),
         optimizer={
             "name": "muon",

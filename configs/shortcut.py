@@ -112,7 +112,7 @@ def published_scale():
     config.num_steps, config.batch_size, config.log_every, config.save_every = STEPS["maskgit512"], 64, 1, 50
     base = maskgit.get_config("port512")
     config.parents = {"tokenizer": base.parents.tokenizer, "judge": base.parents.judge, "maskgit": base}
-    config.data = base.data
+    config.data.name = base.data.name
     config.model.update({"heads": 16, "zero_init_out": False, "local_mixing": False, "kv_prenorm": False})
     config.model.update({"dtype": "bfloat16", "remat": True})
     config.teacher.update({"num_steps": (15,), "pairs": 1, "epochs": 1})

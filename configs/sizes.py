@@ -58,6 +58,12 @@ def run(task: str, name: str, **keys) -> ConfigDict:
     )
 
 
+# How a generator's training pictures are read (docs/input.md).
+READING = {
+    "encoded": "",  # folder of tokens or latents that python -m maskrl_jax.encode made; "": pictures
+    "workers": 0,  # processes that decode pictures of a set on disk; 0: threads of this one
+}
+
 # A reward of another process (docs/remote_rewards.md); without a url there is none.
 SERVICE = {
     "url": "",

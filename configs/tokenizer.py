@@ -42,7 +42,7 @@ def embedded(arg: str, steps: int, name: str):
         num_steps=steps,
         batch_size=16,
         eval_samples=512,
-        data={"name": name},
+        data={"name": name, "workers": 0},
         model={
             "image_size": 32,
             "patch": 4,

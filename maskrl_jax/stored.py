@@ -22,6 +22,7 @@ DONE = "done"
 # Keys that do not change what a stage computes, only how it is run and watched.
 RUNNING = ("name", "log_every", "eval_every", "save_every", "keep", "profile_at", "parallel", "init")
 NEUTRAL = (*RUNNING, "evaluation")
+READING = ("encoded", "workers")  # of `data`: how pictures are read, or what was made of them by the tokenizer
 SERVICE = ("name", "weight")  # of a reward service; its other keys say how it is reached
 # Keys whose change makes a stored checkpoint another model or another run, or one that does not fit.
 ARCHITECTURE = ("task", "seed", "model", "data", "parents", "init")
@@ -93,6 +94,11 @@ def tuples(value: Any) -> Any:
     return tuple(tuples(inner) for inner in value) if isinstance(value, list) else value
 
 
+def data_of(config: ConfigDict) -> dict[str, Any]:
+    """Return what a stage's data are, without how they are read."""
+    return {key: value for key, value in plain(config.data).items() if key not in READING}
+
+
 def is_done(config: ConfigDict, workdir: str) -> bool:
     """Say if the stage is complete; UserError where the config differs too much from the stored one."""
     found = changes(config, workdir)
@@ -140,10 +146,10 @@ def _of_reaching(key):
 
 
 def _served(config):
-    """Return a plain config without the services, its own and its parents', that have no url, and keys nobody reads."""
+    """Return a plain config without the services, its own and its parents', that have no url, and how data are read."""
     own = {key: value for key, value in config.items() if key != "service" or value.get("url")}
     if "data" in own:
-        own["data"] = read_keys(own["data"])
+        own["data"] = {key: value for key, value in read_keys(own["data"]).items() if key not in READING}
     if "parents" in own:
         own["parents"] = {name: _served(parent) for name, parent in own["parents"].items()}
     return own

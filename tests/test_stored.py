@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tiny
 import toy_task
 
 from configs import sizes
@@ -123,3 +124,17 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     for workdir in (tmp_path / "notes.md", tmp_path / "notes.md" / "run"):
         with pytest.raises(UserError, match="is or lies below a file"), stored.lock(str(workdir)):
             pass
+
+
+def test_how_data_are_read_makes_no_other_stage():
+    """Nor do stages of before these keys existed count as others."""
+    before, now = (tiny.get_config("maskgit") for _ in range(2))
+    for config in (before, before.parents.tokenizer):
+        for key in ("encoded", "workers"):
+            with config.unlocked():
+                if key in config.data:
+                    del config.data[key]
+    now.data.update({"encoded": "folder", "workers": 4})
+    assert stored.fingerprint(before) == stored.fingerprint(now)
+    assert stored.differences(stored.plain(before), stored.plain(now)) == {}
+    assert stored.data_of(before) == stored.data_of(now) == {"name": "shapes", "text_length": 8}

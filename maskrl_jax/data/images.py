@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import io
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -15,15 +17,20 @@ from maskrl_jax.errors import UserError
 
 MEMORY_LIMIT = 256 * 2**20  # bytes of pictures up to which a split is read once and kept
 CHUNK = 256  # samples read at a time
+THREADS = min(os.cpu_count() or 1, 16)  # that decode pictures; more of them wait for the interpreter
 TRAIN_SHARE = 95  # percent of `train` that stays where a set has no second split
 
 
 class StoredColumn:
     """One feature of a split on disk, read when asked for; indexed like an array."""
 
-    def __init__(self, records: Records, feature: str, convert: Callable):
-        """Keep the records and what makes an array of the feature's stored value."""
-        self._records, self._feature, self._convert = records, feature, convert
+    def __init__(self, records: Records, feature: str, convert: Callable, threads: int = 1):
+        """Keep the records and what makes an array of the feature's stored value, in so many threads."""
+        self._records, self._feature, self._convert, self._threads = records, feature, convert, threads
+
+    def __getstate__(self) -> dict:
+        """Leave threads behind: a copy is for a worker process, which has others beside it."""
+        return self.__dict__ | {"_threads": 1}
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -33,7 +40,10 @@ class StoredColumn:
         """Return one value at an int, or the stacked values at int positions [b]."""
         if np.ndim(positions) == 0:
             return self[[positions]][0]
-        return np.stack([self._convert(record[self._feature]) for record in self._records.take(positions)])
+        stored = [record[self._feature] for record in self._records.take(positions)]
+        if self._threads == 1 or len(stored) < 2:
+            return np.stack([self._convert(value) for value in stored])
+        return np.stack(list(_threads(self._threads).map(self._convert, stored)))
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         """Give the whole column to numpy: read once, when first asked for."""
@@ -48,6 +58,12 @@ class StoredColumn:
         return values
 
 
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """The threads that decode pictures, which Pillow does without holding the interpreter."""
+    return ThreadPoolExecutor(count, thread_name_prefix="decode")
+
+
 @functools.lru_cache(maxsize=4)
 def load(name: str, split: str, data_dir: str, image_size: int) -> tuple[dict, list[str]]:
     """Return the columns (image, cond, label) of a split and the class names.
@@ -58,7 +74,7 @@ def load(name: str, split: str, data_dir: str, image_size: int) -> tuple[dict, l
     image, label = _features(builder.info.features, name)
     records = Records(builder, _split(builder, split), {image: tfds.decode.SkipDecoding()})
     columns = {
-        "image": StoredColumn(records, image, functools.partial(decoded, size=image_size)),
+        "image": StoredColumn(records, image, functools.partial(decoded, size=image_size), THREADS),
         "label": StoredColumn(records, label, np.int32),
     }
     if len(records) * image_size**2 * 3 <= MEMORY_LIMIT:

@@ -82,8 +82,9 @@ def timesteps_notes(rollouts: str, sampler: str) -> tuple[str, ...]:
 
 def same_data(config: Any) -> None:
     """Raise UserError where a tuning stage would prompt its base with other data than it was trained on."""
-    own, base = settings.filled(config.data), settings.filled(config.parents.maskgit.data)
-    if settings.settings_of(config.data).is_prompts and settings.settings_of(config.parents.maskgit.data).is_prompts:
+    data, base_data = stored.data_of(config), stored.data_of(config.parents.maskgit)
+    own, base = settings.filled(data), settings.filled(base_data)
+    if settings.settings_of(data).is_prompts and settings.settings_of(base_data).is_prompts:
         # Which prompts a policy is asked for is its own affair; how they become tokens is not.
         own, base = ({key: x for key, x in one.items() if key not in ("name", "tokenizer")} for one in (own, base))
     if own != base:
@@ -107,7 +108,8 @@ def judge_reads(config: Any, kind: str) -> None:
 
 def same_tokenizer(ours: Any, theirs: Any) -> None:
     """Raise UserError where the base was trained on the codes of another tokenizer: its images would be noise."""
-    ours, theirs = stored.plain(ours), stored.plain(theirs)  # configs differ by being locked, too
+    # Configs differ by being locked, too.
+    ours, theirs = (stored.plain(one) | {"data": stored.data_of(one)} for one in (ours, theirs))
     for key in ("seed", "num_steps", "batch_size", "data", "model", "optimizer"):
         if ours[key] != theirs[key]:
             raise UserError(

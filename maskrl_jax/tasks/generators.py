@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from maskrl_jax.data.batches import batch_at
 from maskrl_jax.data.dataset import Dataset, open_conditions, open_dataset
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import measured
@@ -17,7 +16,7 @@ from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.report import Findings
 from maskrl_jax.evaluate.systems import Engine, features_of, judge_scorer
 from maskrl_jax.sampling.maskgit import SamplerConfig, make_plan
-from maskrl_jax.tasks import codecs, forms
+from maskrl_jax.tasks import codecs, encoding, forms
 from maskrl_jax.tasks import judge as judge_task
 from maskrl_jax.tasks.task import Context, Parent, Task
 
@@ -46,6 +45,14 @@ def conditions_of(context: Context) -> Dataset:
 
 def _image_size(context: Context) -> int:
     return context.config.parents.tokenizer.model.image_size
+
+
+def training_set(context: Context) -> Dataset:
+    """What a stage is trained on: pictures, or in their place the shards in the folder `data.encoded`."""
+    folder = encoding.folder_of(context.config)
+    if not folder:
+        return dataset_of(context, "train")
+    return encoding.encoded_set(folder, context.parents["tokenizer"], dataset_of(context, "validation"))
 
 
 def engine_of(context: Context, sizes: forms.Sizes, null: np.ndarray) -> Engine:
@@ -116,7 +123,7 @@ def bench_of(context: Context) -> Bench:
 def base_task(
     context: Context,
     wiring: Any,
-    frozen: Any,
+    tokenizer: Any,
     train: Dataset,
     system: Callable[[Any, Any], System],
     sampler: Any,
@@ -124,16 +131,14 @@ def base_task(
 ) -> Task:
     """A base model's stage around its `wiring` (init, update, held_out_loss): batches, glances, search and curve.
 
+    tokenizer: its placed parameters.
     `system(params, sampler)` generates; `facts(sampler)` are the report's lines about the sampler that was chosen.
     """
-    config, parallel, train = context.config, context.parallel, train.with_pictures()
-    rows, update = parallel.rows(config.batch_size), parallel.update(wiring.update)
+    config, parallel = context.config, context.parallel
+    update = parallel.update(wiring.update)
+    frozen, read = {"tokenizer": tokenizer}, {"tokenizer": encoding.read_by(config, tokenizer)}
     bench = functools.cache(lambda: bench_of(context))
     held_out_loss = jax.jit(wiring.held_out_loss)
-
-    def batch(step):
-        example = batch_at(train, step, config.batch_size, rows, config.seed)
-        return {name: example[name] for name in ("image", "cond", "index")}
 
     def evaluate(state, step):
         examples = bench().dataset.take(np.arange(256) % len(bench().dataset))
@@ -163,8 +168,8 @@ def base_task(
 
     return Task(
         init=lambda key: parallel.init(wiring.init, key),
-        batch=batch,
-        step=lambda state, b: update(state, frozen, b),
+        batch=encoding.examples(train, config, parallel.rows(config.batch_size)),
+        step=lambda state, b: update(state, read, b),
         evaluate=evaluate,
         report=report,
     )

@@ -11,7 +11,7 @@ import numpy as np
 from maskrl_jax import state as train_state
 from maskrl_jax.keys import TRAIN, sample_keys
 from maskrl_jax.models.conv_autoencoder import ConvSizes
-from maskrl_jax.models.kl_vae import KLVAE, KLVAEConfig
+from maskrl_jax.models.kl_vae import KLVAE, KLVAEConfig, Moments
 from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.tasks import reconstruction
@@ -28,6 +28,8 @@ class LatentCodec:
     config: KLVAEConfig
     params: Any  # {"model": ..., "latents": {"mean": [C], "square": [C]}}
     encode: Callable[[Any, Array, Array], Array]  # (params, images [B,H,W,3] in [0,1], noise [B,L,C]) -> tokens [B,L,C]
+    moments: Callable[[Any, Array], Moments]  # (params, images) -> posterior of the latents
+    draw: Callable[[Any, Moments, Array], Array]  # (params, moments, noise) -> tokens; reads params["latents"] alone
     decode: Callable[
         [Any, Array], Array
     ]  # (params, tokens [B,L,C]) -> images [B,H,W,3] in [0,1], straight-through clip
@@ -53,9 +55,15 @@ def codec(config: KLVAEConfig, params: Any) -> LatentCodec:
         mean = p["latents"]["mean"]
         return mean, jnp.sqrt(p["latents"]["square"] - mean**2)
 
-    def encode(p, images, noise):
+    def moments(p, images):
+        return model.apply(p["model"], images, method="encode")
+
+    def draw(p, moments, noise):
         mean, deviation = (x[None, None] for x in scale(p))
-        return (model.apply(p["model"], images, method="encode").sample(noise) - mean) / deviation
+        return (moments.sample(noise) - mean) / deviation
+
+    def encode(p, images, noise):
+        return draw(p, moments(p, images), noise)
 
     def decode(p, tokens):
         mean, deviation = (x[None, None] for x in scale(p))
@@ -63,7 +71,7 @@ def codec(config: KLVAEConfig, params: Any) -> LatentCodec:
         # A reward's gradient must not end where a picture leaves its range.
         return images + jax.lax.stop_gradient(jnp.clip(images, 0.0, 1.0) - images)
 
-    return LatentCodec(config, params, encode, decode)
+    return LatentCodec(config, params, encode, moments, draw, decode)
 
 
 def abstract_codec(config: Any) -> Any:

@@ -16,11 +16,12 @@ from maskrl_jax.distill import diffusion
 from maskrl_jax.evaluate.bench import Evaluation, read_sampler
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys, step_key
+from maskrl_jax.models.kl_vae import Moments
 from maskrl_jax.models.mar import Mar
 from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling.mar import orders, to_order
-from maskrl_jax.tasks import checks, continuous, generators
+from maskrl_jax.tasks import checks, continuous, encoding, generators
 from maskrl_jax.tasks import kl_vae as kl_vae_task
 from maskrl_jax.tasks.continuous import MarSampler
 from maskrl_jax.tasks.task import Context, Task
@@ -77,17 +78,23 @@ class Wiring:
         return train_state.create(self.network.model.init(key, tokens, order, cond), self.tx)
 
     def examples(
-        self, keys_B: Array, frozen: Any, images: Array, masking: Masking | None = None
+        self, keys_B: Array, frozen: Any, batch: dict, masking: Masking | None = None
     ) -> tuple[Array, Array, Array]:
-        """Tokens [B,L,C] of uint8 images in a random generation order, that order, and masked counts [B]."""
+        """Tokens [B,L,C] of a batch in a random generation order, that order, and masked counts [B]."""
         order_keys_B, count_keys_B, noise_keys_B = (
             jax.vmap(jax.random.fold_in, (0, None))(keys_B, i) for i in range(3)
         )
         noise = kl_vae_task.token_noise(noise_keys_B, self.codec.config)
-        tokens = self.codec.encode(frozen["tokenizer"], images.astype(jnp.float32) / 255, noise)
+        tokens = self.codec.draw(frozen["tokenizer"], self.moments(frozen, batch), noise)
         order_BL = orders(order_keys_B, self.sizes.num_tokens)
         masked_B = (masking or self.masking).counts(count_keys_B, self.sizes.num_tokens)
         return to_order(tokens, order_BL), order_BL, masked_B
+
+    def moments(self, frozen: Any, batch: dict) -> Moments:
+        """Posterior of a batch's latents: as stored, or of its uint8 images."""
+        if "moments" in batch:
+            return Moments(*jnp.split(batch["moments"].astype(jnp.float32), 2, -1))
+        return self.codec.moments(frozen["tokenizer"], batch["image"].astype(jnp.float32) / 255)
 
     def conditions(
         self, params: Any, tokens, order_BL, cond, masked_B, masking: Masking | None = None, dropout: Any = None
@@ -124,16 +131,16 @@ class Wiring:
     def held_out_loss(self, params: Any, frozen: Any, images: Array, cond: Array) -> tuple[Array, Array]:
         """Squared error of what the head predicts (sum, weight) of held-out images, always under the same draws."""
         keys_B = sample_keys(self.config.seed, EVALUATE, 0, jnp.arange(len(images)))
-        tokens, order_BL, masked_B = self.examples(keys_B, frozen, images)
+        tokens, order_BL, masked_B = self.examples(keys_B, frozen, {"image": images})
         z = self.conditions(params, tokens, order_BL, cond, masked_B)
         error, _, count = self.losses(params, keys_B, tokens, z, masked_B, 1)
         return error, count
 
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
-        """One optimizer step on images [b,H,W,3] uint8 with conditions."""
+        """One optimizer step on images [b,H,W,3] uint8, or their moments [b,L,2C], with conditions."""
         config = self.config
         keys_B = sample_keys(config.seed, TRAIN, state.step, batch["index"])
-        tokens, order_BL, masked_B = self.examples(keys_B, frozen, batch["image"])
+        tokens, order_BL, masked_B = self.examples(keys_B, frozen, batch)
         dropped = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 5)))(keys_B)
         keep = (dropped >= config.cond_drop).reshape(-1, *[1] * self.null.ndim)
         cond = jnp.where(keep, batch["cond"], jnp.asarray(self.null)[None])
@@ -159,14 +166,13 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     checks.judge_reads(config, conditioning.kind)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
-    side = wiring.codec.config.image_size
-    struct = jax.ShapeDtypeStruct
+    struct, latents = jax.ShapeDtypeStruct, wiring.codec.config
     batch = {
-        "image": struct((config.batch_size, side, side, 3), jnp.uint8),
+        **encoding.example(config, latents, latents.channels),
         "cond": struct((config.batch_size, *conditioning.null.shape), jnp.int32),
         "index": struct((config.batch_size,), jnp.int32),
     }
-    frozen = {"tokenizer": kl_vae_task.abstract_codec(config.parents.tokenizer)}
+    frozen = {"tokenizer": encoding.read_by(config, kl_vae_task.abstract_codec(config.parents.tokenizer))}
     state = jax.eval_shape(wiring.init, jax.random.key(0))
     return [Phase("update", wiring.update, (state, frozen, batch), kind="update")]
 
@@ -190,7 +196,7 @@ def studio(context: Context, params: Any) -> continuous.Studio:
 
 def build(context: Context) -> Task:
     """Wire the stage."""
-    train = generators.dataset_of(context, "train")
+    train = generators.training_set(context)
     wiring = Wiring(context.config, train.conditioning)
     engine = engine_of(context, wiring)
 
@@ -204,5 +210,5 @@ def build(context: Context) -> Task:
             "sampler": best.in_words(),
         }
 
-    frozen, sampler = {"tokenizer": engine.tokenizer}, MarSampler(**context.config.sampler)
-    return generators.base_task(context, wiring, frozen, train, system, sampler, facts)
+    sampler = MarSampler(**context.config.sampler)
+    return generators.base_task(context, wiring, engine.tokenizer, train, system, sampler, facts)

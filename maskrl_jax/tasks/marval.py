@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax import state as train_state
-from maskrl_jax.data.batches import batch_at
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.distill import diffusion, gsim
 from maskrl_jax.distill.gsim import Gsim, OneStep
@@ -21,7 +20,7 @@ from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.keys import TRAIN, sample_keys
 from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
-from maskrl_jax.tasks import checks, continuous, generators
+from maskrl_jax.tasks import checks, continuous, encoding, generators
 from maskrl_jax.tasks import kl_vae as kl_vae_task
 from maskrl_jax.tasks import mar as mar_task
 from maskrl_jax.tasks.continuous import MarSampler
@@ -180,7 +179,7 @@ class Wiring:
     def prepared(self, frozen: Any, batch: dict) -> dict:
         """Tokens of a batch in generation order, what is masked, and the teacher's conditions."""
         keys_B = sample_keys(self.config.seed, TRAIN, batch["round"][0], batch["index"])
-        tokens, order_BL, masked_B = self.base.examples(keys_B, frozen, batch["image"], self.masking)
+        tokens, order_BL, masked_B = self.base.examples(keys_B, frozen, batch, self.masking)
         conds = [batch["cond"], jnp.broadcast_to(jnp.asarray(self.null)[None], batch["cond"].shape)]
         spread = lambda x: jnp.concatenate([x] * 2)  # noqa: E731
         inputs = (spread(tokens), spread(order_BL), jnp.concatenate(conds), spread(masked_B))
@@ -259,17 +258,17 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     conditioning = conditioning_of(config.data)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
-    side = wiring.base.codec.config.image_size
-    struct = jax.ShapeDtypeStruct
+    struct, latents = jax.ShapeDtypeStruct, wiring.base.codec.config
     whole = struct((config.batch_size,), jnp.int32)
     batch = {
-        "image": struct((config.batch_size, side, side, 3), jnp.uint8),
+        **encoding.example(config, latents, latents.channels),
         "cond": struct((config.batch_size, *conditioning.null.shape), jnp.int32),
         "index": whole,
         "round": whole,
     }
     teacher = jax.eval_shape(wiring.base.init, jax.random.key(0)).params
-    frozen = {"tokenizer": kl_vae_task.abstract_codec(config.parents.tokenizer), "teacher": teacher}
+    tokenizer = encoding.read_by(config, kl_vae_task.abstract_codec(config.parents.tokenizer))
+    frozen = {"tokenizer": tokenizer, "teacher": teacher}
     state = jax.eval_shape(wiring.init, teacher)
     programs = {"regression": wiring.regressor and wiring.regressor.update}
     programs |= {"warm-up": wiring.warm_up if wiring.settings.warm_up else None, "update": wiring.update}
@@ -286,21 +285,21 @@ def studio(context: Context, params: Any) -> continuous.Studio:
 def build(context: Context) -> Task:
     """Wire the stage."""
     config, parallel = context.config, context.parallel
-    train = generators.dataset_of(context, "train").with_pictures()
+    train = generators.training_set(context)
     wiring = Wiring(config, train.conditioning)
     checks.same_codes({name: parent.workdir for name, parent in context.parents.items()}, "mar")
     engine = mar_task.engine_of(context, wiring.base)
     teacher = parallel.replicate(context.parents["mar"].params)
-    frozen = {"tokenizer": engine.tokenizer, "teacher": teacher}
+    frozen = {"tokenizer": encoding.read_by(config, engine.tokenizer), "teacher": teacher}
     rows = parallel.rows(config.batch_size)
     warm_up, update = parallel.update(wiring.warm_up), parallel.update(wiring.update)
     regress = parallel.update(wiring.regressor.update) if wiring.regressor else None
     gallery = MarvalGallery(context, wiring, engine, teacher)
+    read = encoding.examples(train, config, rows)
 
     def batch(step):
-        example = batch_at(train, step, config.batch_size, rows, config.seed)
-        example |= {"round": np.full(len(example["index"]), step, np.int32)}
-        return {name: example[name] for name in ("image", "cond", "index", "round")}
+        shown = read(step)
+        return shown | {"round": np.full(len(shown["index"]), step, np.int32)}
 
     def step(state, batch):
         number = int(batch["round"][0])

@@ -16,7 +16,7 @@ import optax
 from flax import serialization
 
 from maskrl_jax import state as train_state
-from maskrl_jax.data.batches import batch_at, positions_at
+from maskrl_jax.data.batches import positions_at
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.evaluate import gain
@@ -31,7 +31,7 @@ from maskrl_jax.rl.action_noise import ActionNoise
 from maskrl_jax.rl.reward_gradient import Truncation
 from maskrl_jax.sampling import mar as sampling
 from maskrl_jax.sampling.mar import MarPlan
-from maskrl_jax.tasks import checks, continuous, generators, marval
+from maskrl_jax.tasks import checks, continuous, encoding, generators, marval
 from maskrl_jax.tasks import judge as judge_task
 from maskrl_jax.tasks import kl_vae as kl_vae_task
 from maskrl_jax.tasks import mar as mar_task
@@ -225,7 +225,8 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     conditioning = conditioning_of(config.data)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
-    side, struct = wiring.base.codec.config.image_size, jax.ShapeDtypeStruct
+    latents, struct = wiring.base.codec.config, jax.ShapeDtypeStruct
+    side = latents.image_size
     whole = struct((config.batch_size,), jnp.int32)
     cond = struct((config.batch_size, *conditioning.null.shape), jnp.int32)
     target = struct((config.batch_size, *wiring.judge.target_shape), jnp.int32)
@@ -242,8 +243,8 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
         made = jax.eval_shape(functools.partial(rollout, axis=Axis(1)), network, frozen, request)
         found, learn = [Phase("rollout", rollout, (network, frozen, request), kind="map")], request | made
     if wiring.anchor.kind != "none":
-        image = struct((config.batch_size, side, side, 3), jnp.uint8)
-        learn = learn | {"pictures": {"image": image, "cond": cond, "index": whole, "round": whole}}
+        shown = encoding.example(config, latents, latents.channels)
+        learn = learn | {"pictures": {**shown, "cond": cond, "index": whole, "round": whole}}
     frozen |= dict.fromkeys(_frozen_names(wiring), network)
     state = jax.eval_shape(wiring.init, network, network)
     return [*found, Phase("update", wiring.update, (state, frozen, learn), kind="update")]
@@ -260,10 +261,8 @@ def studio(context: Context, params: Any) -> continuous.Studio:
 def build(context: Context) -> Task:
     """Wire the stage."""
     config, parallel, parents = context.config, context.parallel, context.parents
-    train = generators.dataset_of(context, "train")
+    train = generators.training_set(context)
     wiring = Wiring(config, train.conditioning)
-    if wiring.anchor.kind != "none":
-        train = train.with_pictures()
     checks.same_codes({name: parent.workdir for name, parent in parents.items()}, "marval")
     checks.same_base(parents["marval"].workdir, parents["mar"].workdir, "mar")
     engine = mar_task.engine_of(context, wiring.base)
@@ -275,6 +274,7 @@ def build(context: Context) -> Task:
     judge = judge_task.load(parents["judge"])
     update = parallel.update(wiring.update)
     roll_out = parallel.map(wiring.policy.rollout) if wiring.policy else None
+    read = encoding.examples(train, config, rows) if wiring.anchor.kind != "none" else None
     gallery = MarvalRlGallery(context, wiring, engine, networks)
 
     def batch(step):
@@ -285,9 +285,8 @@ def build(context: Context) -> Task:
         samples = (step * config.batch_size + np.arange(config.batch_size)) % 2**31
         target = judge.targets(cond, train.describe(cond))
         found = {"cond": cond, "target": target, "index": samples.astype(np.int32)[rows], "round": number}
-        if wiring.anchor.kind != "none":
-            shown = batch_at(train, step, config.batch_size, rows, config.seed)
-            found["pictures"] = {name: shown[name] for name in ("image", "cond", "index")} | {"round": number}
+        if read:
+            found["pictures"] = read(step) | {"round": number}
         return found
 
     def step(state, batch):

@@ -17,7 +17,7 @@ from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling.draws import commit_top
 from maskrl_jax.sampling.maskgit import SamplerConfig
-from maskrl_jax.tasks import checks, codecs, forms, generators
+from maskrl_jax.tasks import checks, codecs, encoding, forms, generators
 from maskrl_jax.tasks.task import Context, Task
 
 Array = jax.Array
@@ -79,17 +79,23 @@ class Wiring:
         cond, _ = self.codec.told(frozen["tokenizer"], cond, self.null)
         return self.model.logits(params)(inputs_BN, timestep_of(masked_BN), cond)
 
+    def codes(self, frozen: Any, batch: dict) -> Array:
+        """Codes int32 [b,N] of a batch: as stored, or of its uint8 images."""
+        if "tokens" in batch:
+            return batch["tokens"].astype(jnp.int32)
+        return self.codec.encode(frozen["tokenizer"], batch["image"].astype(jnp.float32) / 255)
+
     def held_out_loss(self, params: Any, frozen: Any, images: Array, cond: Array) -> tuple[Array, Array]:
         """Masked cross-entropy (sum, weight) of held-out images, always under the same masks."""
         keys_B = sample_keys(self.config.seed, EVALUATE, 0, jnp.arange(len(images)))
-        ids = self.codec.encode(frozen["tokenizer"], images.astype(jnp.float32) / 255)
+        ids = self.codes(frozen, {"image": images})
         inputs, masked = mask_tokens(keys_B, ids, self.sizes.mask_id)
         return masked_cross_entropy(self.logits(params, frozen, inputs, masked, cond), ids, masked)
 
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
-        """One optimizer step on images [b,H,W,3] uint8 with conditions."""
+        """One optimizer step on images [b,H,W,3] uint8, or their tokens [b,N], with conditions."""
         keys_B = sample_keys(self.config.seed, TRAIN, state.step, batch["index"])
-        ids = self.codec.encode(frozen["tokenizer"], batch["image"].astype(jnp.float32) / 255)
+        ids = self.codes(frozen, batch)
         inputs, masked = mask_tokens(keys_B, ids, self.sizes.mask_id)
         dropped = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 2)))(keys_B)
         keep = (dropped >= self.config.cond_drop).reshape(-1, *[1] * self.null.ndim)
@@ -111,14 +117,13 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     checks.judge_reads(config, conditioning.kind)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
-    side = wiring.tokens.image_size
     struct = jax.ShapeDtypeStruct
     batch = {
-        "image": struct((config.batch_size, side, side, 3), jnp.uint8),
+        **encoding.example(config, wiring.codec.config),
         "cond": struct((config.batch_size, *conditioning.null.shape), jnp.int32),
         "index": struct((config.batch_size,), jnp.int32),
     }
-    frozen = {"tokenizer": codecs.abstract(config.parents.tokenizer.model)}
+    frozen = {"tokenizer": encoding.read_by(config, codecs.abstract(config.parents.tokenizer.model))}
     state = jax.eval_shape(wiring.init, jax.random.key(0))
     return [Phase("update", wiring.update, (state, frozen, batch), kind="update")]
 
@@ -146,7 +151,7 @@ def studio(context: Context, params: Any) -> Studio:
 
 def build(context: Context) -> Task:
     """Wire the base-model stage."""
-    train = generators.dataset_of(context, "train")
+    train = generators.training_set(context)
     wiring = Wiring(context.config, train.conditioning)
     engine = generators.engine_of(context, wiring.sizes, wiring.null)
     program = fixed_program(engine)
@@ -160,5 +165,5 @@ def build(context: Context) -> Task:
             f"temperature {best.temperature:g}"
         }
 
-    frozen, sampler = {"tokenizer": engine.tokenizer}, SamplerConfig(**context.config.sampler)
-    return generators.base_task(context, wiring, frozen, train, system, sampler, facts)
+    sampler = SamplerConfig(**context.config.sampler)
+    return generators.base_task(context, wiring, engine.tokenizer, train, system, sampler, facts)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskrl_jax.data.batches import batch_at
 from maskrl_jax.data.dataset import open_pictures
+from maskrl_jax.data.reader import reader
 from maskrl_jax.evaluate.grid import image_grid
 from maskrl_jax.phase import Phase
 from maskrl_jax.tasks.task import Context, Task
@@ -30,9 +30,11 @@ def build(context: Context, wiring: Any, rebuild: Callable[[Any, np.ndarray], tu
     config, parallel, size = context.config, context.parallel, wiring.image_shape[0]
     train, held_out = (open_pictures(config.data, split, context.data_dir, size) for split in ("train", "validation"))
     rows, update = parallel.rows(config.batch_size), parallel.update(wiring.update)
+    # Stages of before there were workers have no such key.
+    read = reader(train, config.batch_size, rows, config.seed, config.data.get("workers", 0))
 
     def batch(step):
-        example = batch_at(train, step, config.batch_size, rows, config.seed)
+        example = read(step)
         return {"image": example["image"], "index": example["index"]}
 
     def evaluate(state, step):

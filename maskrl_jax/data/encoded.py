@@ -1,0 +1,194 @@
+"""A split of an image set as tokens or latents: array_record shards, and a manifest that says of what they are.
+
+A record is one sample, raw little-endian numbers in the order of the manifest's `fields`; record r of shard s is the
+sample at position s * shard_size + r of the split, which it repeats as its `index`.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+
+import numpy as np
+from array_record.python import array_record_data_source, array_record_module
+
+from maskrl_jax.errors import UserError
+
+GROUPS = "group_size:1,uncompressed"  # each record read alone; codes and latents hardly shrink
+CHUNK = 4096  # records read at a time where all are
+KINDS = ("tokens", "moments")  # int [N] codes; float [L,2C], the means and log variances of latents
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder's shards of a split are; written before the first of them, as <split>.json.
+
+    fields: (name, dtype, shape) of index, cond, label and one of KINDS. tokenizer: identity of its parameters.
+    """
+
+    tokenizer: str
+    data: str  # name of the set
+    split: str
+    image_size: int
+    count: int
+    shard_size: int
+    fields: tuple[tuple[str, str, tuple[int, ...]], ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of one record."""
+        return np.dtype([(name, kind, tuple(shape)) for name, kind, shape in self.fields])
+
+    @property
+    def kind(self) -> str:
+        """Which of KINDS is stored."""
+        return self.fields[-1][0]
+
+    @property
+    def shards(self) -> int:
+        return -(-self.count // self.shard_size)
+
+    def path(self, folder: str, shard: int) -> str:
+        """Where a shard lies when it is complete."""
+        return os.path.join(folder, f"{self.split}-{shard:05d}-of-{self.shards:05d}.array_record")
+
+    def positions(self, shard: int) -> range:
+        """Of a shard's samples in the split."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
+
+    def missing(self, folder: str) -> list[int]:
+        """Shards that are not there yet."""
+        return [shard for shard in range(self.shards) if not os.path.exists(self.path(folder, shard))]
+
+
+def fields_of(columns: dict[str, np.ndarray]) -> tuple:
+    """The fields of rows [b, ...], as a manifest has them."""
+    return tuple(
+        (name, np.dtype(x.dtype).newbyteorder("<").str, tuple(int(n) for n in x.shape[1:]))
+        for name, x in columns.items()
+    )
+
+
+def begin(folder: str, manifest: Manifest) -> None:
+    """Claim a folder for these shards; UserError where it holds others of the split."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"{manifest.split}.json")
+    found = read_manifest(folder, manifest.split) if os.path.exists(path) else None
+    if found is None:
+        aside = f"{path}.{os.getpid()}.tmp"  # others may begin the same folder at the same time
+        with open(aside, "w") as file:
+            json.dump(dataclasses.asdict(manifest), file, indent=1)
+        os.replace(aside, path)
+    elif found != manifest:
+        names = [field.name for field in dataclasses.fields(Manifest)]
+        other = [name for name in names if getattr(found, name) != getattr(manifest, name)]
+        raise UserError(f"{folder} holds shards of another {', '.join(other)}; name another --out")
+
+
+def read_manifest(folder: str, split: str) -> Manifest:
+    """What a folder says of its shards of a split; UserError where it says nothing."""
+    path = os.path.join(folder, f"{split}.json")
+    try:
+        with open(path) as file:
+            stored = json.load(file)
+        fields = tuple((name, kind, tuple(shape)) for name, kind, shape in stored.pop("fields"))
+        return Manifest(**stored, fields=fields)
+    except OSError:
+        raise UserError(f"{folder} has no {split}.json; make it with python -m maskrl_jax.encode") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no manifest of shards ({error}); encode into another folder") from None
+
+
+def write_shard(folder: str, manifest: Manifest, shard: int, batches: Iterable[dict[str, np.ndarray]]) -> None:
+    """Write a shard from its samples in batches of columns [b, ...]; it gets its name when it is complete."""
+    path = manifest.path(folder, shard)
+    writer = array_record_module.ArrayRecordWriter(path + ".tmp", GROUPS)
+    try:
+        for columns in batches:
+            rows = np.empty(len(columns["index"]), manifest.dtype)
+            for name in manifest.dtype.names:
+                rows[name] = columns[name]
+            for row in rows:
+                writer.write(row.tobytes())
+    finally:
+        writer.close()
+    with open(path + ".tmp", "rb+") as file:
+        os.fsync(file)
+    os.replace(path + ".tmp", path)
+
+
+class Shards:
+    """The complete shards of a split, read when asked for, by position."""
+
+    def __init__(self, folder: str, manifest: Manifest):
+        """Open them; UserError where some are missing, or hold another number of samples."""
+        self._folder, self._manifest = folder, manifest
+        missing = len(manifest.missing(folder))
+        if missing:
+            raise UserError(
+                f"{folder} lacks {missing} of {manifest.shards} shards of {manifest.split}; run its encode command again"
+            )
+        try:
+            paths = [manifest.path(folder, shard) for shard in range(manifest.shards)]
+            self._source = array_record_data_source.ArrayRecordDataSource(paths)
+            count = len(self._source)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise self._damaged(error) from None
+        if count != manifest.count:
+            raise self._damaged(f"{count} records for {manifest.count} samples")
+        self._last = (b"", None)
+
+    def __len__(self) -> int:
+        return self._manifest.count
+
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """Rows [b] of the manifest's dtype at int positions [b]; UserError where they are not what they should be."""
+        positions = np.asarray(positions, np.int64)
+        key, rows = self._last
+        if key != positions.tobytes():  # the columns of a batch ask for the same rows, one after another
+            try:
+                stored = self._source.__getitems__(positions.tolist())
+                rows = np.frombuffer(b"".join(stored), self._manifest.dtype)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise self._damaged(error) from None
+            if not np.array_equal(rows["index"], positions):
+                raise self._damaged("a record is not where it should be")
+            self._last = (positions.tobytes(), rows)
+        return rows
+
+    def check(self) -> None:
+        """Read every record once; UserError where one is missing, twice there, or damaged."""
+        for first in range(0, len(self), CHUNK):
+            self.take(np.arange(first, min(first + CHUNK, len(self))))
+
+    def columns(self) -> dict[str, "Column"]:
+        """Every field but the index, indexed like an array."""
+        return {name: Column(self, name) for name in self._manifest.dtype.names if name != "index"}
+
+    def _damaged(self, reason: Exception | str) -> UserError:
+        reason = " ".join(str(reason).split())[:120]
+        return UserError(
+            f"shards of {self._manifest.split} in {self._folder} are damaged ({reason}); delete them and encode again"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One field of all rows."""
+
+    shards: Shards
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, positions):
+        """Return one value at an int, or the stacked values at int positions [b]."""
+        rows = self.shards.take(np.atleast_1d(positions))[self.name]
+        return rows[0] if np.ndim(positions) == 0 else np.ascontiguousarray(rows)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        """Give the whole column to numpy."""
+        starts = range(0, len(self), CHUNK)
+        values = np.concatenate([self[np.arange(i, min(i + CHUNK, len(self)))] for i in starts])
+        return values if dtype is None else values.astype(dtype)
