@@ -24,9 +24,7 @@ class Checkpoints:
     def __init__(self, workdir: str, parallel: Parallel, keep: int = 1):
         self._folder = _folder(workdir)
         self._parallel = parallel
-        self._manager = _Manager(
-            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        )
+        self._manager = _Manager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
 
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint, None if there is none."""

@@ -32,7 +32,12 @@ def two_processes(trained, workdir, strategy, stage="speed_rl"):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = ["--distributed", f"--coordinator_address=localhost:{port}", "--num_processes=2", f"--config.parallel={strategy}"]
+    flags = [
+        "--distributed",
+        f"--coordinator_address=localhost:{port}",
+        "--num_processes=2",
+        f"--config.parallel={strategy}",
+    ]
     flags += ["--config.evaluation.timing_repeats=0"] if stage == "speed_rl" else []
     processes = [start(trained, workdir, *flags, f"--process_id={i}", stage=stage) for i in range(2)]
     for process in processes:
