@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
+from maskrl_jax import paths
 from maskrl_jax.errors import UserError
 from maskrl_jax.parallel import Parallel
 
@@ -95,7 +97,7 @@ def load_arrays(workdir: str, names: Sequence[str]) -> dict[str, Any]:
     """
     folder = _folder(workdir)
     remedy = "train that stage or point init.<parent> to its workdir"
-    if not os.path.isdir(folder):
+    if not epath.Path(folder).is_dir():
         raise UserError(f"no checkpoint under {folder}; {remedy}")
     with ocp.CheckpointManager(folder, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
         step = manager.latest_step()
@@ -117,7 +119,7 @@ def load_arrays(workdir: str, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _folder(workdir):
-    return os.path.join(os.path.abspath(workdir), FOLDER)
+    return os.path.join(paths.absolute(workdir), FOLDER)
 
 
 def _abstract(x):

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from maskrl_jax import checkpoint, dry_run, loop, stored
+from maskrl_jax import checkpoint, dry_run, loop, paths, stored
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.evaluate import measured
 from maskrl_jax.parallel import Parallel
@@ -127,7 +127,7 @@ def _stage(config, workdir, store, seconds):
                 )
             for line in stored.changes(config, workdir).values():
                 print(f"config changed since the last run: {line}", flush=True)
-            stored.write(
+            paths.write(
                 os.path.join(workdir, stored.CONFIG), json.dumps(stored.plain(config), indent=1, sort_keys=True)
             )
             stored.write_places(workdir, {name: parent.workdir for name, parent in trained.items()}, store)
@@ -178,7 +178,7 @@ def keep(
     with tempfile.TemporaryDirectory(prefix=f"{os.path.basename(place)}.", dir=os.path.dirname(place)) as folder:
         aside = os.path.join(folder, os.path.basename(place))
         os.mkdir(aside)
-        stored.write(os.path.join(aside, stored.CONFIG), json.dumps(stored.plain(config), indent=1, sort_keys=True))
+        paths.write(os.path.join(aside, stored.CONFIG), json.dumps(stored.plain(config), indent=1, sort_keys=True))
         stored.write_places(aside, parents, store, seen_from=place)
         for name, file in (beside or {}).items():
             os.makedirs(os.path.dirname(os.path.join(aside, name)), exist_ok=True)
@@ -254,7 +254,7 @@ def _settings_of_the_user(config, kinds=ValueError):
 
 def compilation_cache(store: str) -> None:
     """Keep compiled programs in the store, for all runs that share it."""
-    jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(store), "jax_cache"))
+    jax.config.update("jax_compilation_cache_dir", os.path.join(paths.absolute(store), "jax_cache"))
 
 
 def open_workdir(workdir: str) -> tuple[Context, Any]:

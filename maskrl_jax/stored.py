@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from maskrl_jax import paths
 from maskrl_jax.data.settings import read_keys
 from maskrl_jax.errors import UserError
 
@@ -47,7 +49,7 @@ def fingerprint(config: ConfigDict) -> str:
     for name, wanted in config.parents.items():
         path = config.init.get(name, "")
         found = read_config(path) if path else wanted
-        own["parents"][name] = os.path.abspath(path) if found is None else fingerprint(found)
+        own["parents"][name] = paths.absolute(path) if found is None else fingerprint(found)
         if path and found is not None:
             own["parents"][name] += f" {trained_id(path)}"
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
@@ -63,10 +65,11 @@ def default_workdir(file: str) -> str:
 def new_evaluation(workdir: str) -> str:
     """Make the first of <workdir>/evaluations/1, 2, ... that does not exist; return its path."""
     for number in itertools.count(1):
+        path = epath.Path(workdir, "evaluations", str(number))
         with contextlib.suppress(FileExistsError):
-            path = os.path.join(workdir, "evaluations", str(number))
-            os.makedirs(path)  # no other evaluation can then take it
-            return path
+            if not path.exists():
+                path.mkdir(parents=True)  # no other evaluation can then take it
+                return str(path)
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:
@@ -76,14 +79,13 @@ def plain(config: ConfigDict) -> dict[str, Any]:
 
 def read_config(workdir: str) -> ConfigDict | None:
     """Return the config stored in a workdir, lists as tuples; None if there is none."""
-    path = os.path.join(workdir, CONFIG)
-    if not os.path.exists(path):
+    path = epath.Path(workdir, CONFIG)
+    if not path.exists():
         return None
-    with open(path) as file:
-        try:
-            return ConfigDict(tuples(json.load(file)))
-        except ValueError as error:
-            raise UserError(f"{path} is not a config ({error}); use another --workdir") from error
+    try:
+        return ConfigDict(tuples(json.loads(path.read_text())))
+    except ValueError as error:
+        raise UserError(f"{path} is not a config ({error}); use another --workdir") from error
 
 
 def tuples(value: Any) -> Any:
@@ -173,7 +175,7 @@ def is_finished(workdir: str) -> bool:
 
 def finish(workdir: str, step: int, trained: str) -> None:
     """Note that a stage is complete at this step; `trained` identifies its parameters."""
-    write(os.path.join(workdir, DONE), json.dumps({"step": step, "trained": trained}))
+    paths.write(os.path.join(workdir, DONE), json.dumps({"step": step, "trained": trained}))
 
 
 def trained_id(workdir: str) -> str | None:
@@ -182,11 +184,10 @@ def trained_id(workdir: str) -> str | None:
 
 
 def _done(workdir: str) -> dict[str, Any]:
-    path = os.path.join(workdir, DONE)
-    if not os.path.exists(path):
+    path = epath.Path(workdir, DONE)
+    if not path.exists():
         return {}
-    with open(path) as file:
-        found = json.load(file)
+    found = json.loads(path.read_text())
     return found if isinstance(found, dict) else {"step": found}  # of an earlier version: the step alone
 
 
@@ -194,36 +195,33 @@ def write_places(workdir: str, parents: dict[str, str], store: str, seen_from: s
     """Note where a stage's parents and its store are, seen from where the workdir will be, if that is elsewhere."""
     # Relative, so that a folder of runs can be moved as a whole.
     place = seen_from or workdir
-    places = {name: os.path.relpath(parent, place) for name, parent in parents.items()}
-    text = json.dumps({"parents": places, "store": os.path.relpath(store, place)}, indent=1)
-    write(os.path.join(workdir, PARENTS), text)
+    places = {name: paths.relative(parent, place) for name, parent in parents.items()}
+    text = json.dumps({"parents": places, "store": paths.relative(store, place)}, indent=1)
+    paths.write(os.path.join(workdir, PARENTS), text)
 
 
 def read_places(workdir: str) -> tuple[dict[str, str], str] | None:
     """Return the workdirs of a stage's parents and its store; None where they were not noted."""
-    path = os.path.join(workdir, PARENTS)
-    if not os.path.exists(path):
+    path = epath.Path(workdir, PARENTS)
+    if not path.exists():
         return None
-    with open(path) as file:
-        places = json.load(file)
-
-    def found(place):
-        return os.path.normpath(os.path.join(workdir, place))
-
-    return {name: found(place) for name, place in places["parents"].items()}, found(places["store"])
-
-
-def write(path: str, text: str) -> None:
-    """Write a small file as a whole or not at all."""
-    # By rename: a process killed while it writes must not leave half a file.
-    with open(path + ".tmp", "w") as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)
+    places = json.loads(path.read_text())
+    found = {name: paths.joined(workdir, place) for name, place in places["parents"].items()}
+    return found, paths.joined(workdir, places["store"])
 
 
 @contextlib.contextmanager
 def lock(workdir: str) -> Iterator[None]:
-    """Keep other runs out of a workdir, waiting for the one that is in; a kill frees the lock."""
+    """Keep other runs out of a workdir, waiting for the one that is in; a kill frees the lock.
+
+    A bucket has no locks: there all that is done is to let this run's processes in and out together.
+    """
+    together = multihost_utils.sync_global_devices
+    if paths.is_remote(workdir):
+        together(f"enter {workdir}")
+        yield
+        together(f"leave {workdir}")
+        return
     try:
         os.makedirs(workdir, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -237,6 +235,6 @@ def lock(workdir: str) -> Iterator[None]:
             except BlockingIOError:
                 print(f"waiting for another run that works in {workdir}", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
-        multihost_utils.sync_global_devices(f"lock {workdir}")
+        together(f"lock {workdir}")
         yield
-        multihost_utils.sync_global_devices(f"unlock {workdir}")
+        together(f"unlock {workdir}")

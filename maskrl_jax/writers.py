@@ -3,13 +3,18 @@
 import json
 import math
 import os
+import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
+
+from maskrl_jax import paths
 
 METRICS, EVENTS = "metrics.jsonl", "events"
 PROFILE, PROFILED_STEPS = "profile", 3
@@ -31,9 +36,11 @@ class Writer:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        os.makedirs(workdir, exist_ok=True)
-        _drop_after(os.path.join(workdir, METRICS), start)
-        again = any(name.startswith(EVENTS) for name in os.listdir(workdir))
+        folder = epath.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lines = _drop_after(folder / METRICS, start)
+        again = any(path.name.startswith(EVENTS) for path in folder.iterdir())
+        _events_in_buckets()
         # Not SummaryWriter: it hands events to a thread, and its flush does not wait for that thread.
         self._events = EventsWriter(os.path.join(workdir, EVENTS))
         if again:  # TensorBoard hides what an earlier file of the folder has from this step on
@@ -48,21 +55,27 @@ class Writer:
 
         values = {name: float(value) for name, value in values.items()}
         clean = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with open(os.path.join(self._workdir, METRICS), "a") as file:
-            file.write(json.dumps({"step": step, **clean}) + "\n")
+        self._append(json.dumps({"step": step, **clean}) + "\n")
         self._add(step, [scalar(name, value) for name, value in values.items()])
+
+    def _append(self, line):
+        path = os.path.join(self._workdir, METRICS)
+        if paths.is_remote(path):  # an object of a bucket is written as a whole
+            self._lines.append(line)
+            paths.write(path, "".join(self._lines))
+            return
+        with open(path, "a") as file:
+            file.write(line)
 
     def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Write uint8 [H, W, 3] pictures as events and as PNG under samples/."""
         if not self._active or not pictures:
             return
-        from PIL import Image
         from tensorboardX.summary import image
 
         for name, picture in pictures.items():
             path = os.path.join(self._workdir, "samples", f"{name.removeprefix('samples/')}_{step:07d}.png")
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            Image.fromarray(picture).save(path)
+            paths.write(path, paths.as_png(picture))
         self._add(step, [image(name, picture, dataformats="HWC") for name, picture in pictures.items()])
 
     def _add(self, step, summaries):
@@ -78,22 +91,53 @@ class Writer:
             self._events.close()
 
 
-def read_metrics(workdir: str) -> list[dict]:
+def read_metrics(workdir: str | os.PathLike) -> list[dict]:
     """Return the lines of metrics.jsonl; a last line cut short by a kill is left out."""
-    path = os.path.join(workdir, METRICS)
-    if not os.path.exists(path):
+    path = epath.Path(workdir, METRICS)
+    if not path.exists():
         return []
-    with open(path) as file:
-        return [json.loads(line) for line in file if line.endswith("\n") and line.strip()]
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
 
 
 def _drop_after(path, step):
-    if not os.path.exists(path):
-        return
-    kept = [line for line in read_metrics(os.path.dirname(path)) if line["step"] <= step]
-    with open(path + ".tmp", "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-    os.replace(path + ".tmp", path)
+    """Cut metrics.jsonl after a step; return its lines."""
+    if not path.exists():
+        return []
+    kept = [json.dumps(line) + "\n" for line in read_metrics(path.parent) if line["step"] <= step]
+    paths.write(path, "".join(kept))
+    return kept
+
+
+def _events_in_buckets():
+    """Let tensorboardX write to buckets as everything else does, without a client library of its own."""
+    from tensorboardX import record_writer
+
+    for scheme in ("gs", "s3"):
+        record_writer.register_writer_factory(scheme, _Bucket)
+
+
+class _Bucket:
+    """A file of events in a bucket, written anew with every flush."""
+
+    def __init__(self, path):
+        self._path, self._data = path, b""
+
+    @classmethod
+    def open(cls, path):
+        return cls(path)
+
+    @staticmethod
+    def directory_check(path):
+        """Nothing: a bucket has no folders."""
+
+    def write(self, data):
+        self._data += data
+
+    def flush(self):
+        paths.write(self._path, self._data)
+
+    close = flush
 
 
 class Progress:
@@ -140,6 +184,7 @@ class Profile:
 
     def __init__(self, workdir: str, at: int):
         self._folder, self._at, self._running = os.path.join(workdir, PROFILE), at, False
+        self._local = tempfile.mkdtemp() if at and paths.is_remote(workdir) else self._folder
 
     def reach(self, step: int, state: Any) -> None:
         """Begin or end the trace if this step asks for it; waits for `state` at both ends."""
@@ -147,11 +192,14 @@ class Profile:
             jax.block_until_ready(state)
             self.close()
             if step == self._at:
-                jax.profiler.start_trace(self._folder)
+                jax.profiler.start_trace(self._local)
                 self._running = True
 
     def close(self) -> None:
         """End the trace if it is running."""
         if self._running:
             jax.profiler.stop_trace()
+            if self._local != self._folder:
+                for path in filter(pathlib.Path.is_file, pathlib.Path(self._local).rglob("*")):
+                    paths.write(os.path.join(self._folder, path.relative_to(self._local)), path.read_bytes())
         self._running = False

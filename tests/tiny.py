@@ -5,6 +5,10 @@ full step, which no two splits of a batch share.
 """
 
 from configs import judge as judge_config
+from configs import kl_vae as kl_vae_config
+from configs import mar as mar_config
+from configs import marval as marval_config
+from configs import marval_rl as marval_rl_config
 from configs import mask_grpo as mask_grpo_config
 from configs import maskfocus as maskfocus_config
 from configs import maskgit as maskgit_config
@@ -26,6 +30,7 @@ SPLIT_SIZES = {"train": 96, "validation": 64}  # of shapes; see tests/tasks/conf
 def get_config(stage: str = "speed_rl"):
     """Return the config of a stage; `digits` is a maskgit of another set."""
     stages = (tokenizer, judge, maskgit, digits, speed_rl, mask_grpo, maskfocus, shortcut)
+    stages += (kl_vae, mar, marval, marval_rl)
     return {make.__name__: make for make in stages}[stage]()
 
 
@@ -127,6 +132,51 @@ def shortcut():
     config.teacher.epochs = 1
     config.curve.update({"calibration": 8, "timing_runs": 2})
     config.evaluation.update({"prompts": 8, "steps": (2, 4), "keep": 2, "batch_size": 16})
+    return config
+
+
+def kl_vae():
+    """A 4 x 4 grid of 4 channels."""
+    config = kl_vae_config.get_config("smoke")
+    config.update({"num_steps": 4, "eval_samples": 16, "save_every": 2})
+    config.model.update({"patch": 8, "hidden": 16, "decoder_width": 8})
+    config.optimizer = SGD | {"ema_decay": 0.5}
+    return config
+
+
+def mar():
+    """One block of width 16."""
+    config = mar_config.get_config("smoke")
+    config.parents = {"tokenizer": kl_vae(), "judge": judge()}
+    config.update({"num_steps": 4, "save_every": 2})
+    config.model.update({"width": 16, "head_width": 16})
+    config.optimizer = SGD | {"learning_rate": 0.02, "ema_decay": 0.5}
+    config.sampler.update({"num_steps": 2, "inner_steps": 4})
+    config.evaluation.update({"prompts": 8})
+    return config
+
+
+def marval():
+    """One update of each of its three kinds, one more of the last."""
+    config, teacher = marval_config.get_config("smoke"), mar()
+    config.parents = {**teacher.parents, "mar": teacher}
+    config.update({"num_steps": 4, "save_every": 2})
+    config.distillation.repeats = 2
+    config.regression.chain_steps = 4
+    for name in ("optimizer", "auxiliary_optimizer", "regression_optimizer"):
+        config[name] = SGD | {"learning_rate": 0.02} | ({"ema_decay": 0.5} if "ema_decay" in config[name] else {})
+    config.evaluation.update({"prompts": 8})
+    return config
+
+
+def marval_rl():
+    """Two iterations; whole pictures are asked for, since a tiny student shows nothing that was asked for."""
+    config, student = marval_rl_config.get_config("smoke"), marval()
+    config.parents = {**student.parents, "marval": student}
+    config.rollout.update({"num_steps": 2})
+    config.rewards = {"judge": 1.0, "judge_whole": 1.0}
+    config.optimizer = SGD | {"learning_rate": 0.02, "ema_decay": 0.5}
+    config.evaluation.update({"prompts": 8})
     return config
 
 

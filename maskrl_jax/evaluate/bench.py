@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from maskrl_jax import stored, writers
+from maskrl_jax import paths, writers
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import curve, illustrate, measure, measured, report, timing
 from maskrl_jax.evaluate.grid import image_grid
@@ -150,7 +151,7 @@ class Bench:
         parameters and grids, nor by a later measurement (`out`), which must not change what those stages did.
         """
         s = self.settings
-        path = pathlib.Path(self.workdir, SAMPLER)
+        path = epath.Path(self.workdir, SAMPLER)
         tuned = [name for name in TUNED if hasattr(sampler, name)]
         grids = [getattr(s, f"tune_{name}") for name in tuned]
         key = measured.identity(system_of(sampler).identity, grids, s.reference, s.tune_prompts, s.margin, s.seed)
@@ -179,7 +180,7 @@ class Bench:
         progress.close()
         if jax.process_index() == 0:
             found = {"key": key, "reference": s.reference, "sampler": dataclasses.asdict(chosen), "tried": rows}
-            stored.write(str(path), json.dumps(found, indent=1) + "\n")
+            paths.write(path, json.dumps(found, indent=1) + "\n")
         return chosen
 
     def measure(self, system: System, settings: Sequence[float]) -> list[Point]:
@@ -272,7 +273,7 @@ class Bench:
         drawn += [] if draw is None else draw(out)
         path = report.write(out, dataclasses.replace(findings, illustrations=drawn), facts)
         for point in findings.points:
-            measure.save_samples(pathlib.Path(out, "points"), point)
+            measure.save_samples(epath.Path(out, "points"), point)
         writer = writers.Writer(out, step)
         for point in findings.points:
             prefix = "" if point.system == reference[0].system else f"{point.system}/"
@@ -295,7 +296,7 @@ def scalars(point: Point) -> dict[str, float]:
 
 def read_sampler(workdir: str, fallback: Any) -> Any:
     """The sampler that `tune` chose for a base model, or the config's where none was tuned."""
-    path = pathlib.Path(workdir, SAMPLER)
+    path = epath.Path(workdir, SAMPLER)
     if not path.exists():
         return fallback
     return type(fallback)(**json.loads(path.read_text())["sampler"])
@@ -306,7 +307,7 @@ def tuning_notes(workdir: str, reference: int) -> tuple[str, ...]:
 
     Nothing is missed beyond a natural end.
     """
-    path = pathlib.Path(workdir, SAMPLER)
+    path = epath.Path(workdir, SAMPLER)
     if not path.exists():
         return ("The base's sampler was not tuned: it is the one of its config.",)
     found = json.loads(path.read_text())

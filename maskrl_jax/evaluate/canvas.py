@@ -1,11 +1,14 @@
 """The look that all figures share, and how one is written. No pyplot: nothing global stays open."""
 
-import pathlib
+import io
+import os
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from maskrl_jax import paths
 
 # Okabe and Ito's palette: told apart with every common colour blindness. The base comes first, in grey.
 COLOURS = ("#5b6670", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -66,10 +69,10 @@ def small_multiples(figure: Figure, count: int, columns: int, xlabel: str) -> li
     return axes
 
 
-def save(figure: Figure, path: str | pathlib.Path) -> np.ndarray:
+def save(figure: Figure, path: str | os.PathLike) -> np.ndarray:
     """Write the figure as PNG and return the same pixels, uint8 [H, W, 3]."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    packed = io.BytesIO()
     # Without a version string in the file the same figure gives the same bytes.
-    figure.savefig(path, format="png", metadata={"Software": None})
+    figure.savefig(packed, format="png", metadata={"Software": None})
+    paths.write(path, packed.getvalue())
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()

@@ -1,10 +1,11 @@
 """Draw the standard figures of a run into its workdir."""
 
 import dataclasses
-import pathlib
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from etils import epath
 
 from maskrl_jax.evaluate import curve, figures, pictures, tables
 from maskrl_jax.evaluate.measure import Point
@@ -63,7 +64,7 @@ def _row_label(point: Point) -> str:
     return f"{point.label}\n{point.calls_mean:.1f} calls"
 
 
-def _grid(path: pathlib.Path, shown: Sequence[Point], prompts: Sequence[str]) -> np.ndarray:
+def _grid(path: os.PathLike, shown: Sequence[Point], prompts: Sequence[str]) -> np.ndarray:
     count = min(8, *(len(point.kept["images"]) for point in shown))
     rows = {_row_label(point): point.kept["images"][:count] for point in shown}
     right = None
@@ -74,7 +75,7 @@ def _grid(path: pathlib.Path, shown: Sequence[Point], prompts: Sequence[str]) ->
     return pictures.sample_grid(path, rows, prompts[:count], right)
 
 
-def _order(path: pathlib.Path, point: Point, prompts: Sequence[str]) -> np.ndarray:
+def _order(path: os.PathLike, point: Point, prompts: Sequence[str]) -> np.ndarray:
     rows = slice(min(4, len(point.kept["images"])))
     kept = point.kept
     return pictures.commit_order(path, kept["images"][rows], kept["commit_step"][rows], kept["calls"][rows], prompts)
@@ -86,7 +87,7 @@ def _histograms(points: Sequence[Point], seed: int) -> dict[str, dict[int, int]]
 
 
 def illustrate(
-    workdir: str | pathlib.Path,
+    workdir: str | os.PathLike,
     points: Sequence[Point],
     reference: Sequence[Point],
     prompts: Sequence[str],
@@ -103,7 +104,7 @@ def illustrate(
     `tuned` names the tuned system, "" for a plain base model; `setting` is the one whose pictures are shown, by default
     that of T*; `logged` are the lines of metrics.jsonl.
     """
-    root, drawn = pathlib.Path(workdir), []
+    root, drawn = epath.Path(workdir), []
 
     def add(name: str, caption: str, draw, *arguments) -> None:
         image = draw(root / "figures" / name, *arguments)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
-import pathlib
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from etils import epath
 
+from maskrl_jax import paths
 from maskrl_jax.evaluate import bootstrap, diversity, frechet
 from maskrl_jax.evaluate.bootstrap import Interval
 
@@ -218,19 +220,17 @@ def unpack(arrays: dict[str, np.ndarray]) -> Point:
     return _point(json.loads(str(arrays["plain"])), **parts)
 
 
-def save_samples(folder: str | pathlib.Path, point: Point) -> pathlib.Path:
+def save_samples(folder: str | os.PathLike, point: Point) -> epath.Path:
     """Write the per-sample arrays of a point as npz, for paired tests made later; returns the path."""
-    path = pathlib.Path(folder) / f"{point.system}-{point.setting:g}-seed{point.seed}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **point.per_sample)
+    path = epath.Path(folder) / f"{point.system}-{point.setting:g}-seed{point.seed}.npz"
+    paths.write_arrays(path, point.per_sample)
     return path
 
 
-def load_point(folder: str | pathlib.Path, plain: dict) -> Point:
+def load_point(folder: str | os.PathLike, plain: dict) -> Point:
     """Return the point that `to_json` and `save_samples` wrote, without its pictures."""
-    path = pathlib.Path(folder) / f"{plain['system']}-{plain['setting']:g}-seed{plain['seed']}.npz"
-    with np.load(path) as stored:
-        return _point(plain, per_sample=dict(stored), kept={})
+    path = epath.Path(folder) / f"{plain['system']}-{plain['setting']:g}-seed{plain['seed']}.npz"
+    return _point(plain, per_sample=paths.read_arrays(path), kept={})
 
 
 def _point(plain: dict, per_sample: dict[str, np.ndarray], kept: dict[str, np.ndarray]) -> Point:

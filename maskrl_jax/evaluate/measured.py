@@ -5,13 +5,15 @@ import functools
 import hashlib
 import os
 import pathlib
-import platform
 import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
+
+from maskrl_jax import paths
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 
@@ -37,23 +39,18 @@ def code() -> str:
 
 
 def once(
-    folder: str | pathlib.Path, name: str, key: str, make: Callable[[], dict[str, np.ndarray]]
+    folder: str | os.PathLike, name: str, key: str, make: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """Return `make()`, or what it gave to an earlier run whose key, code, JAX and kind of device were the same.
 
     A process of several measures always: whether a file exists need not look the same to all of them.
     """
     whole_key = identity(key, code(), jax.__version__, jax.default_backend())
-    path = pathlib.Path(folder, f"{name}-{whole_key[:16]}.npz")
+    path = epath.Path(folder, f"{name}-{whole_key[:16]}.npz")
     if jax.process_count() == 1 and path.exists():
-        with contextlib.suppress(EOFError, OSError, ValueError, zipfile.BadZipFile), np.load(path) as stored:
-            return dict(stored)  # a damaged file is measured anew
+        with contextlib.suppress(EOFError, OSError, ValueError, zipfile.BadZipFile):
+            return paths.read_arrays(path)  # a damaged file is measured anew
     made = make()
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # By rename: a kill half-way must not leave half a file; two runs may measure the same.
-        aside = path.with_suffix(f".{platform.node()}-{os.getpid()}.tmp")
-        with open(aside, "wb") as file:
-            np.savez_compressed(file, **made)
-        aside.replace(path)
+        paths.write_arrays(path, made)
     return made

@@ -12,7 +12,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import jax
+from etils import epath
 
+from maskrl_jax import paths
 from maskrl_jax.evaluate import bootstrap, curve, gain, tables
 from maskrl_jax.evaluate.illustrate import Illustration
 from maskrl_jax.evaluate.latency import Latency
@@ -306,7 +308,7 @@ def results(findings: Findings, found: Mapping[str, curve.Equality], facts: Mapp
     )
 
 
-def write(workdir: str | pathlib.Path, findings: Findings, facts: Mapping[str, str] | None = None) -> pathlib.Path:
+def write(workdir: str | os.PathLike, findings: Findings, facts: Mapping[str, str] | None = None) -> epath.Path:
     """Write `report.md` and `results.json` into the workdir; returns the report's path.
 
     `facts` are further lines of the protocol; commit and machine are added here.
@@ -314,7 +316,7 @@ def write(workdir: str | pathlib.Path, findings: Findings, facts: Mapping[str, s
     Raises:
       ValueError: if a figure named in the findings does not exist below the workdir.
     """
-    root = pathlib.Path(workdir)
+    root = epath.Path(workdir)
     missing = [shown.path for shown in findings.illustrations if not (root / shown.path).is_file()]
     if missing:
         raise ValueError(f"figures {missing} are not below {root}")
@@ -325,9 +327,8 @@ def write(workdir: str | pathlib.Path, findings: Findings, facts: Mapping[str, s
         "machine": machine(),
     }
     found = equalities(findings)
-    root.mkdir(parents=True, exist_ok=True)
     plain = json.dumps(results(findings, found, facts), indent=1, allow_nan=False)
-    (root / "results.json").write_text(plain + "\n", encoding="utf-8")
+    paths.write(root / "results.json", plain + "\n")
     path = root / "report.md"
-    path.write_text(_markdown(findings, found, facts), encoding="utf-8")
+    paths.write(path, _markdown(findings, found, facts))
     return path

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 from maskrl_jax import stored
 from maskrl_jax.data import settings
 from maskrl_jax.errors import UserError
@@ -57,6 +59,11 @@ def groups(batch_size: int, group: int) -> int:
     if group < 2 or batch_size % group:
         raise UserError(
             f"batch_size {batch_size} rollouts do not fill groups of {group}; make it a multiple of group (at least 2)"
+        )
+    if batch_size % (group * jax.process_count()):
+        raise UserError(
+            f"batch_size {batch_size} does not give each of {jax.process_count()} processes whole groups of {group}; "
+            f"make it a multiple of {group * jax.process_count()}"
         )
     return batch_size // group
 

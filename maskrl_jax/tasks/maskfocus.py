@@ -5,13 +5,13 @@ specs/maskfocus.md says what of it is published, what is read from the official 
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from maskrl_jax import state as train_state
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
@@ -281,7 +281,7 @@ def _figures(context: Context, wiring: Wiring, rollouts: Rollouts, params: Any) 
 
     def draw(folder: str) -> list[Illustration]:
         series = figures.logged_series(read_metrics(context.workdir))
-        place, steps = pathlib.Path(folder, "figures"), wiring.choice.num_steps - 1
+        place, steps = epath.Path(folder, "figures"), wiring.choice.num_steps - 1
         drawn = {
             "chosen_steps": step_figures.chosen_steps(place / "chosen_steps.png", series, steps),
             "information_gain": step_figures.information_gain(

@@ -57,8 +57,10 @@ class Rollouts:
             self._read_real()
         self.program = context.parallel.map(wiring.rollout)
         self.rounds = self.config.resample.rounds if "resample" in self.config else 0
-        # Groups of a resampling program: those asked for, filled up until the devices divide their rollouts.
+        # Groups of a resampling program: those asked for, filled up until the devices divide their rollouts, and the
+        # processes the groups.
         least = self.parallel.num_devices // math.gcd(self.parallel.num_devices, self.config.group)
+        least = math.lcm(least, jax.process_count())
         self.resampled = -(-self.config.resample.groups // least) * least if self.rounds else 0
         self.assign = jax.jit(functools.partial(credit.assign, wiring.credit))
         self.record = jax.jit(credit.record)

@@ -1,11 +1,11 @@
 """What stage `shortcut` reports: the base at fewer steps and the base with its shortcut, on one time axis."""
 
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from maskrl_jax.evaluate import curve, latency, shortcut_figures, tables
 from maskrl_jax.evaluate.bench import tuning_notes
@@ -148,7 +148,7 @@ class ShortcutGallery:
         }
 
     def _draw(self, out, points, latencies, kinds, errors, prices):
-        place = pathlib.Path(out, "figures")
+        place = epath.Path(out, "figures")
         metrics = tables.headline_metrics(points)[:6]
         rows = {
             f"{self.systems.labels[kind]}, {budget} full": asks(budget).full[: self.systems.curve.num_steps].tolist()

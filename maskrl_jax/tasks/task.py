@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from maskrl_jax import paths
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.state import TrainState
+
+CACHE = "~/.cache/maskrl_jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Context:
 
     @property
     def data_dir(self) -> str:
-        """Where data sets are prepared."""
-        return os.path.join(self.store, "data")
+        """Where data sets are prepared: on this machine, since they are read at random."""
+        return os.path.join(os.path.expanduser(CACHE) if paths.is_remote(self.store) else self.store, "data")
 
     @property
     def measured_dir(self) -> str:
