@@ -98,7 +98,11 @@ def tuples(value: Any) -> Any:
 
 def data_of(config: ConfigDict) -> dict[str, Any]:
     """Return what a stage's data are, without how they are read."""
-    return {key: value for key, value in plain(config.data).items() if key not in READING}
+    return _data_of(plain(config.data))
+
+
+def _data_of(data):
+    return {key: value for key, value in read_keys(data).items() if key not in READING}
 
 
 def is_done(config: ConfigDict, workdir: str) -> bool:
@@ -151,7 +155,7 @@ def _served(config):
     """Return a plain config without the services, its own and its parents', that have no url, and how data are read."""
     own = {key: value for key, value in config.items() if key != "service" or value.get("url")}
     if "data" in own:
-        own["data"] = {key: value for key, value in read_keys(own["data"]).items() if key not in READING}
+        own["data"] = _data_of(own["data"])
     if "parents" in own:
         own["parents"] = {name: _served(parent) for name, parent in own["parents"].items()}
     return own
