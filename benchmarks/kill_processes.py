@@ -31,6 +31,7 @@ from maskrl_jax.checkpoint import load_arrays  # noqa: E402
 from maskrl_jax.command import DONE, LOST, PREEMPTED  # noqa: E402
 
 PROCESSES, DEVICES = 2, 2
+ATTEMPTS = 3  # on a machine that is busy, a process may come too late for another
 LIMIT = 60  # seconds that a process may outlive the signal to another
 
 
@@ -44,6 +45,7 @@ class Round:
     trained: bool
     codes: list[int]
     seconds: float
+    lost: int  # how often the run that resumed had to be started again
     difference: float = 0.0
 
     def ends_well(self) -> bool:
@@ -71,11 +73,18 @@ def start(command: Sequence[str], log: pathlib.Path) -> list[subprocess.Popen]:
     return processes
 
 
-def finish(processes: Sequence[subprocess.Popen], log: pathlib.Path) -> None:
-    """Wait for the end of a run; RuntimeError with the log where it failed."""
-    codes = [process.wait(timeout=600) for process in processes]
-    if any(codes):
-        raise RuntimeError(f"{codes}: " + "\n".join(pathlib.Path(f"{log}.{i}").read_text() for i in range(PROCESSES)))
+def finish(command: Sequence[str], log: pathlib.Path) -> int:
+    """Run a command in all processes to its end, again where that is asked for; return how often it was lost.
+
+    RuntimeError with the log where it failed.
+    """
+    for lost in range(ATTEMPTS):
+        codes = [process.wait(timeout=600) for process in start(command, log)]
+        if not any(codes):
+            return lost
+        if LOST not in codes:
+            break
+    raise RuntimeError(f"{codes}: " + "\n".join(pathlib.Path(f"{log}.{i}").read_text() for i in range(PROCESSES)))
 
 
 def stop_one(processes: Sequence[subprocess.Popen], number: int, victim: int, after: float) -> tuple[list[int], float]:
@@ -105,7 +114,7 @@ def rounds(command: Sequence[str], out: pathlib.Path, count: int, seed: int) -> 
     straight, seconds = [f"{out / 'straight'}", f"{out / 'timed'}"], 0.0
     for workdir in straight:
         began = time.monotonic()
-        finish(start([*command, f"--workdir={workdir}"], out / "straight.log"), out / "straight.log")
+        finish([*command, f"--workdir={workdir}"], out / "straight.log")
         seconds = time.monotonic() - began
     print(f"a run in peace takes {seconds:.0f} s", flush=True)
     draw, played = random.Random(seed), []
@@ -116,8 +125,8 @@ def rounds(command: Sequence[str], out: pathlib.Path, count: int, seed: int) -> 
         after = draw.uniform(0, seconds)
         codes, spent = stop_one(start(again, log), number, victim, after)
         trained = "parameters, step" in pathlib.Path(f"{log}.0").read_text()
-        finish(start(again, out / f"round{i}.resumed"), out / f"round{i}.resumed")
-        one = Round(number.name, victim, after, trained, codes, spent, difference(straight[0], str(workdir)))
+        lost = finish(again, out / f"round{i}.resumed")
+        one = Round(number.name, victim, after, trained, codes, spent, lost, difference(straight[0], str(workdir)))
         print(one, "" if one.ends_well() else "NOT WELL", flush=True)
         played.append(one)
     return played
@@ -128,14 +137,14 @@ def table(played: Sequence[Round], command: str) -> str:
     lines = [
         f"`{command}`: {PROCESSES} processes of {DEVICES} devices; a negative exit code is the signal that killed it.",
         "",
-        "| signal | to process | after | had begun to train | exit codes | seconds until all had ended | largest difference after resuming |",
-        "|---|---:|---:|---|---|---:|---:|",
+        "| signal | to process | after | had begun to train | exit codes | seconds until all had ended | started again | largest difference after resuming |",
+        "|---|---:|---:|---|---|---:|---:|---:|",
     ]
     for one in played:
         codes = ", ".join(map(str, one.codes))
         lines.append(
             f"| {one.number} | {one.victim} | {one.moment:.1f} s | {'yes' if one.trained else 'no'} | {codes} | "
-            f"{one.seconds:.1f} | {one.difference:g} |"
+            f"{one.seconds:.1f} | {1 + one.lost} x | {one.difference:g} |"
         )
     return "\n".join(lines) + "\n"
 

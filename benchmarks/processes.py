@@ -68,12 +68,12 @@ def _parent(out, config):
     return Parent(config, *checkpoint.load_params(workdir), workdir)
 
 
-def work(out: pathlib.Path, strategy: str) -> None:
-    """Make the updates of every stage that is not done, and leave its parameters and tokens; process 0 writes."""
+def work(out: pathlib.Path, strategy: str, stages: Sequence[str]) -> None:
+    """Make the updates of the stages that are not done, and leave its parameters and tokens; process 0 writes."""
     shapes.SPLIT_SIZES = tiny.SPLIT_SIZES
     parallel.FSDP_MIN_SIZE = 512  # so that tiny arrays are split, too
     place = out / f"{strategy}-{jax.device_count()}-{jax.process_count()}"
-    for stage in STAGES:
+    for stage in stages:
         if (place / f"{stage}.npz").exists():
             continue
         state, seen, _ = updated(stage, strategy, out)
@@ -88,10 +88,11 @@ def work(out: pathlib.Path, strategy: str) -> None:
             jax.experimental.multihost_utils.sync_global_devices(stage)
 
 
-def prepare(out: pathlib.Path) -> None:
+def prepare(out: pathlib.Path, stages: Sequence[str]) -> None:
     """Train what the stages build on, on one device."""
     shapes.SPLIT_SIZES = tiny.SPLIT_SIZES
-    for stage in BELOW:
+    needed = {parent.task for stage in stages for parent in tiny.get_config(stage).parents.values()}
+    for stage in (stage for stage in BELOW if stage in needed):
         workdir = out / "parents" / stage
         if not workdir.exists():
             state, *_ = updated(stage, "pmap", out, jax.devices()[:1])
@@ -172,16 +173,16 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(out: pathlib.Path, minutes: float) -> list[dict]:
+def run(out: pathlib.Path, minutes: float, stages: Sequence[str], counts: Sequence[int] = COUNTS) -> list[dict]:
     """Measure until the time is over; return the rows."""
-    until = time.monotonic() + 60 * minutes
-    if not finish(start(out, ["--prepare"], 1, 1), until):
+    until, which = time.monotonic() + 60 * minutes, f"--stages={','.join(stages)}"
+    if not finish(start(out, ["--prepare", which], 1, 1), until):
         raise RuntimeError("the parents were not trained; more --minutes?")
-    for count in COUNTS:
+    for count in counts:
         for strategy in STRATEGIES:
             for processes in (1, count):
                 for _ in range(3):  # as a launcher does: a process may be lost on a machine that is busy
-                    started = start(out, [f"--strategy={strategy}"], processes, DEVICES * count // processes)
+                    started = start(out, [f"--strategy={strategy}", which], processes, DEVICES * count // processes)
                     if finish(started, until) or time.monotonic() > until:
                         break
     return compare(out)
@@ -192,21 +193,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--strategy", help=argparse.SUPPRESS)
     parser.add_argument("--place", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    out = args.out.resolve()
+    out, stages = args.out.resolve(), args.stages.split(",")
     if args.prepare:
-        prepare(out)
+        prepare(out, stages)
     elif args.strategy:
         if args.place:
             address, count, number = args.place.split(",")
             cluster.join(cluster.Place(address, int(count), int(number)), 120)
         with cluster.together() if args.place else contextlib.nullcontext():
-            work(out, args.strategy)
+            work(out, args.strategy, stages)
     else:
-        rows = run(out, args.minutes)
+        rows = run(out, args.minutes, stages)
         place = ROOT / "benchmarks" / "processes"
         place.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
         place.with_suffix(".md").write_text(table(rows))

@@ -25,8 +25,9 @@ def run(workdir, change=lambda task: task, **settings):
     """Train the toy stage; `change` replaces functions of the task."""
     config = toy_task.get_config()
     config.data.update(settings.pop("data", {}))
+    devices = settings.pop("devices", None)
     config.update(settings)
-    parallel = Parallel(config.parallel)
+    parallel = Parallel(config.parallel, jax.devices()[:devices])
     workdir.mkdir(exist_ok=True)
     task = toy_task.build(Context(config, {}, parallel, "", str(workdir)))
     return loop.train(change(task), config, str(workdir), parallel)
@@ -64,6 +65,16 @@ def test_resume_equals_a_straight_run_bit_for_bit(tmp_path, stop_at):
     jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path / "resumed"), arrays(tmp_path / "straight"))
     steps = [[line["step"] for line in read_metrics(str(tmp_path / name))] for name in ("straight", "resumed")]
     assert steps[0] == steps[1] == [2, 4, 6, 6]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(("before", "after"), [("pmap", "pmap"), ("sharded", "sharded"), ("sharded", "pmap")])
+def test_what_eight_devices_saved_goes_on_with_fewer_to_the_same_end(tmp_path, devices, before, after):
+    run(tmp_path / "straight", parallel=before)
+    run(tmp_path / "moved", parallel=before, num_steps=4, devices=8)
+    run(tmp_path / "moved", parallel=after, devices=devices)
+    found, expected = arrays(tmp_path / "moved"), arrays(tmp_path / "straight")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found, expected)
 
 
 @pytest.mark.parametrize(("at", "traces"), [(0, 0), (2, 1), (5, 1)])

@@ -12,11 +12,14 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import kill_processes
 from benchmarks.kill_resume import kill_and_resume
 from maskrl_jax import stored
 from maskrl_jax.checkpoint import load_params
+from maskrl_jax.writers import read_metrics
 
 HERE = pathlib.Path(__file__).parent
+CLUSTER = ["--coordinator_address=localhost:7000"]
 COMMAND = [sys.executable, str(HERE / "toy_main.py")]
 
 
@@ -112,3 +115,57 @@ def test_kills_at_random_moments_do_not_change_the_result(tmp_path):
     command = [*COMMAND, f"--config={HERE / 'toy_task.py'}", f"--store={tmp_path / 'store'}", *settings]
     equal, hits = kill_and_resume(command, str(tmp_path), kills=3, seed=0)
     assert equal and hits > 0
+
+
+@pytest.mark.slow
+def test_when_one_of_two_processes_is_stopped_all_end_and_the_same_command_resumes(tmp_path):
+    """SIGTERM saves one step in both; kill -9 of process 0, the coordinator, is what the other tells as exit code 42."""
+    settings = ["--config.num_steps=40", "--config.save_every=4", "--config.data.slow=0.1"]
+    command = [*COMMAND, f"--config={HERE / 'toy_task.py'}", f"--store={tmp_path / 'store'}", *settings]
+    again, seen = [*command, f"--workdir={tmp_path / 'stopped'}"], []
+    for i, (number, victim) in enumerate([(signal.SIGTERM, 1), (signal.SIGKILL, 0)]):
+        processes = kill_processes.start(again, tmp_path / f"log{i}")
+        _beyond(tmp_path / "stopped", 4 + 16 * i, processes)
+        codes, seconds = kill_processes.stop_one(processes, number, victim, after=0)
+        seen.append(codes)
+        assert seconds < kill_processes.LIMIT
+    assert seen == [[143, 143], [-signal.SIGKILL, 42]]
+    assert "process 1 of 2 lost another one" in (tmp_path / "log1.1").read_text()
+    kill_processes.finish(again, tmp_path / "resumed")
+    kill_processes.finish([*command, f"--workdir={tmp_path / 'straight'}"], tmp_path / "straight.log")
+    assert "process 0 of 2, 2 devices of 4" in (tmp_path / "straight.log.0").read_text()
+    assert kill_processes.difference(str(tmp_path / "stopped"), str(tmp_path / "straight")) == 0
+
+
+def _beyond(workdir, step, processes):
+    """Wait until a run has logged a step."""
+    while not any(line["step"] >= step for line in read_metrics(str(workdir))):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_processes=2"], "--num_processes without --distributed"),
+        (["--distributed", "--process_id=1"], "--coordinator_address, --num_processes missing"),
+        (["--distributed", *CLUSTER, "--num_processes=2", "--process_id=2"], "--process_id=2 is not one of"),
+        (["--distributed", "--coordinator_address=here", "--num_processes=1", "--process_id=0"], "is not host:port"),
+    ],
+)
+def test_flags_of_a_cluster_that_disagree_are_a_mistake(arguments, message):
+    process = start(f"--config={HERE / 'toy_task.py'}", *arguments)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert message in errors and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_processes_that_do_not_come_are_counted(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = ["--distributed", f"--coordinator_address={address}", "--num_processes=3", "--startup_timeout=2"]
+    process = start(*toy(tmp_path, "alone", *flags, "--process_id=0"))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 42
+    assert "waited 2 s for 2 of 3 processes, which are missing" in errors

@@ -1,4 +1,4 @@
-"""Tiny speed_rl in processes of its own: a signal, and two processes that train together."""
+"""Tiny stages in processes of their own: a signal, and processes that train together."""
 
 import signal
 import time
@@ -9,6 +9,7 @@ import pytest
 from cluster import start, two_processes
 from resumed import FIELDS
 
+from benchmarks import processes
 from maskrl_jax.checkpoint import load_arrays
 
 
@@ -42,3 +43,14 @@ def test_two_processes_equal_one(trained, tmp_path, strategy):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found[name], expected[name])
     assert int(found["step"]) == int(expected["step"]) == 6
     assert (workdir / "report.md").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_equal_one_of_four(tmp_path):
+    """The rest of the table, all tasks and four processes, is in benchmarks/processes.md."""
+    rows = processes.run(tmp_path, minutes=5, stages=("tokenizer", "mask_grpo"), counts=(2,))
+    assert [(row["task"], row["strategy"]) for row in rows] == [
+        *[("tokenizer", "pmap"), ("mask_grpo", "pmap"), ("tokenizer", "sharded"), ("mask_grpo", "sharded")]
+    ]
+    assert max(row["parameters"] for row in rows) < 1e-6
+    assert [row["tokens_equal"] for row in rows] == [None, True, None, True]

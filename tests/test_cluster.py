@@ -1,0 +1,54 @@
+"""Where a process finds its place, and what tells that another one is gone."""
+
+import jax
+import pytest
+
+from maskrl_jax import cluster
+from maskrl_jax.cluster import Place
+from maskrl_jax.errors import UserError
+
+NOTHING = dict.fromkeys(cluster.FIELDS)
+ENVIRONMENT = {
+    "MASKRL_COORDINATOR_ADDRESS": "10.0.0.1:8476",
+    "MASKRL_NUM_PROCESSES": "4",
+    "MASKRL_PROCESS_ID": "3",
+}
+
+
+def test_flags_come_before_the_environment():
+    assert cluster.place(NOTHING, ENVIRONMENT, True) == Place("10.0.0.1:8476", 4, 3)
+    assert cluster.place(NOTHING | {"process_id": 0}, ENVIRONMENT, True) == Place("10.0.0.1:8476", 4, 0)
+
+
+def test_without_either_the_cluster_is_asked():
+    assert cluster.place(NOTHING, {}, True) == Place()
+
+
+def test_a_run_of_one_process_ignores_the_environment_and_refuses_flags():
+    assert cluster.place(NOTHING, ENVIRONMENT, False) is None
+    with pytest.raises(UserError, match="--process_id without --distributed"):
+        cluster.place(NOTHING | {"process_id": 0}, {}, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MASKRL_PROCESS_ID": "4"}, "--process_id=4 is not one of --num_processes=4"),
+        ({"MASKRL_PROCESS_ID": "-1"}, "--process_id=-1 is not one of"),
+        ({"MASKRL_PROCESS_ID": "two"}, "MASKRL_PROCESS_ID=two is not a number"),
+        ({"MASKRL_PROCESS_ID": ""}, "--process_id missing"),
+        ({"MASKRL_COORDINATOR_ADDRESS": "10.0.0.1"}, "is not host:port"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        cluster.place(NOTHING, ENVIRONMENT | changes, True)
+
+
+def test_the_loss_of_a_process_is_told_from_other_failures():
+    gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:54492")
+    wrapped = ValueError("could not save")
+    wrapped.__cause__ = gone
+    assert cluster.lost(gone) and cluster.lost(wrapped)
+    assert not cluster.lost(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    assert not cluster.lost(ValueError("Gloo"))
