@@ -9,8 +9,8 @@ python -m maskrl_jax.convert --from=meissonic-tokenizer Meissonic --out=runs/pub
 python -m maskrl_jax.convert --from=meissonic Meissonic --tokenizer=runs/published/meissonic-tokenizer --out=runs/published/meissonic
 python -m maskrl_jax.convert --to=meissonic runs/speed_rl-meissonic --like=Meissonic --out=Meissonic-tuned
 
-Families: taming, maskgit-port, google-vqgan, google-maskgit, shortcut, kl16, mar, amused, meissonic-tokenizer, meissonic, dimoo,
-dimoo-shortcut; clip-rewards, a folder of rewards that are a CLIP, becomes a judge; docs/published_weights.md says what they
+Families: taming, maskgit-port, google-vqgan, google-maskgit, shortcut, kl16, mar, amused, meissonic-tokenizer, meissonic,
+and dimoo, dimoo-shortcut; clip-rewards, a folder of rewards that are a CLIP, becomes a judge; docs/published_weights.md says what they
 are. What is written is what a trained stage leaves: a config, a checkpoint, and the places of the stages below it.
 """
 

@@ -34,6 +34,7 @@ class ShortcutTimes:
         """A closure that makes one batch of tokens, with other keys every time."""
         engine, size = self.systems.engine, self.systems.bench.settings.batch_size
         rows, cond = engine.parallel.rows(size), self.systems.calibration_prompts(size)
+        frozen = frozen | {"tokenizer": engine.tokenizer}  # of which no more is read than a text encoder
         fixed = {"cond": cond, "seed": np.zeros(size, np.int32)}
         if setting is None:
             fixed["given"] = np.full((size, engine.num_tokens), engine.mask_id, np.int32)
