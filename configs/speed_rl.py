@@ -158,7 +158,7 @@ def published_scale():
     config, base = embedded("full"), maskgit.get_config("meissonic")
     config.name = "configs/speed_rl.py:meissonic"
     config.num_steps = STEPS["meissonic"]
-    config.batch_size, config.group, config.micro_batch, config.rollout_rows = 128, 8, 1, 2
+    config.batch_size, config.group, config.micro_batch, config.rollout_rows = 128, 8, 1, 1
     config.parallel = "sharded"
     config.log_every, config.save_every = 1, 50
     config.reference_samples = 2
