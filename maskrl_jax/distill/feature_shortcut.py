@@ -146,10 +146,7 @@ def loss(
             found = jax.vmap(lambda features, branch, at: features[branch, at])(buffer.features, branch, at)
         return found.reshape(-1, *buffer.features.shape[3:])
 
-    if settings.student_tokens:
-        own = with_null(cond_b, student.null) if branches > 1 else cond_b
-    else:
-        own = _of_branch(cond_b, student.null, branch.reshape(-1))
+    own = _of_branch(cond_b, student.null, None if settings.student_tokens else branch.reshape(-1), branches)
     # Of a chain, every step is computed again on the way back.
     advance = jax.checkpoint(student.advance) if settings.chain > 1 else student.advance
     features = start = known(0)
@@ -181,8 +178,10 @@ def loss(
     return total, metrics | {"loss": (total, count)}
 
 
-def _of_branch(cond_b: Any, null: Any, branch_b: Array) -> Any:
-    """The condition of branch 0, or the null one."""
+def _of_branch(cond_b: Any, null: Any, branch_b: Array | None, branches: int) -> Any:
+    """Conditions of rows: of the branch of each, 0 that of the condition; None: all conditional ones, then null ones."""
+    if branch_b is None:
+        return with_null(cond_b, null) if branches > 1 else cond_b
 
     def one(cond, null):
         conditional = (branch_b == 0).reshape(-1, *[1] * (cond.ndim - 1))

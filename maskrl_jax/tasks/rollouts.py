@@ -248,7 +248,9 @@ class Rollouts:
         values |= {f"pictures/{name}": value for name, value in looks.items()}
         held_out = sum(w * values[f"reward_heldout/{name}"] for name, w in self.wiring.base.held_out.items())
         watched = np.float32([values["reward/quality"], held_out, *looks.values()])
-        alarm_memory, alarms = self.watch(jax.device_put(self.parallel.whole(state.extra["alarm"])), jax.device_put(watched))
+        alarm_memory, alarms = self.watch(
+            jax.device_put(self.parallel.whole(state.extra["alarm"])), jax.device_put(watched)
+        )
         values |= {f"alarm/{name}": fired for name, fired in jax.device_get(alarms).items()}
         self._warn(values)
         return {name: float(value) for name, value in values.items()}, alarm_memory
