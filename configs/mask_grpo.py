@@ -66,7 +66,7 @@ def embedded(arg: str):
 
 
 def published_scale():
-    """Meissonic's sizes with Mask-GRPO's published settings (of Show-o); serves --dry_run until its weights load."""
+    """Meissonic's sizes with Mask-GRPO's published settings (of Show-o)."""
     other = maskfocus.published_scale()
     config = embedded("")
     config.name = "configs/mask_grpo.py:meissonic"

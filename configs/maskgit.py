@@ -139,7 +139,8 @@ def published(arg: str):
 def text_to_image(arg: str):
     """Meissonic or Lumina-DiMOO at 1024 pixels: network and sampler as published (specs/meissonic.md, lumina_dimoo.md).
 
-    Trained on, with pictures, they follow their published fine-tuning recipes but for our trainer's law of masking.
+    Timesteps are told by `clock`, in rollouts and in training too: equal to the published countdown at 64 steps, and
+    the same for fewer. Trained on, with pictures, they follow their published fine-tuning recipes but for our trainer's law of masking.
     """
     config, dimoo = embedded("", 42_000), arg == "dimoo"
     config.name, config.save_every, config.parallel = f"configs/maskgit.py:{arg}", 1000, "sharded"
@@ -159,7 +160,7 @@ def text_to_image(arg: str):
         config.sampler.update({"gumbel": 1.0, "last_gumbel": 1.0, "num_steps": 64, "max_steps": 64})
     else:
         config.optimizer.update({"learning_rate": 1e-4, "clip_norm": 10.0})
-        config.sampler.update({"schedule": "float32-cosine", "timesteps": "countdown", "noise_ends": "at"})
+        config.sampler.update({"schedule": "float32-cosine", "timesteps": "clock", "noise_ends": "at"})
         config.sampler.update({"gumbel": 2.0, "last_gumbel": 0.0, "guidance": 9.0, "num_steps": 48, "max_steps": 64})
     config.evaluation.update({"steps": (16, 32, 64) if dimoo else (8, 16, 24, 32, 48, 64), "batch_size": 32})
     config.evaluation.update({"glance_steps": 32, "glance_prompts": 32})

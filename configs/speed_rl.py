@@ -77,7 +77,7 @@ def policy(arg: str) -> dict:
         "temperature": 0.7 if arg == "full" else 0.35,
         "guidance": 1.0 if arg == "full" else 1.15,  # what is trained for minutes only needs a little
         "guidance_schedule": "constant",
-        "timesteps": "clock",  # or mask_ratio, const; kind fixed: countdown. No network of this library reads them yet
+        "timesteps": "clock",  # or mask_ratio, const; kind fixed: countdown. Meissonic alone reads them
     }
 
 

@@ -45,8 +45,10 @@ class Family:
 
     def params(self, state: Any, config: ConfigDict) -> dict:
         """Parameters of the stage's network; ValueError names what is missing, left over or misshapen."""
-        found = getattr(self._module(), self.reads)(state, self.sizes(config))
-        weights = config.model.get("weights", "float32")
+        weights, read = config.model.get("weights", "float32"), getattr(self._module(), self.reads)
+        if self.reads == "load":  # streamed in the type that is asked for, so that there is no second copy
+            return read(state, self.sizes(config), weights)
+        found = read(state, self.sizes(config))
         return found if weights == "float32" else jax.tree.map(lambda x: x.astype(weights), found)
 
     def state(self, params: Any, config: ConfigDict) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 from ml_collections import ConfigDict
 
-from maskrl_jax import clip_stage, runner, stored
+from maskrl_jax import clip_stage, paths, runner, stored
 from maskrl_jax.convert import files, meissonic
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.families import FAMILIES, Family
@@ -29,8 +29,7 @@ def read(
 
     Raises UserError for what is missing, left over, misshapen or in the way.
     """
-    if os.path.exists(out):
-        raise UserError(f"{out} exists already; name another --out")
+    _free(out)
     if name == REWARDS:
         if below or entry:
             raise UserError(f"weights of {name!r} stand on no other stage and are safetensors; give their folder alone")
@@ -75,8 +74,7 @@ def write(name: str, workdir: str, out: str, like: str = "") -> None:
     if name == REWARDS:
         raise UserError(f"weights of {name!r} are never changed here; there is nothing to write back")
     family = _family(name)
-    if os.path.exists(out):
-        raise UserError(f"{out} exists already; name another --out")
+    _free(out)
     context, params = runner.open_workdir(workdir)
     task = context.config.task
     if task not in (family.task, *family.runs):
@@ -95,6 +93,13 @@ def write(name: str, workdir: str, out: str, like: str = "") -> None:
     except ValueError as error:
         raise UserError(f"the network of {workdir} does not fit the layout of {name!r}: {error}") from error
     print(f"{out}: the network of {workdir} in the layout of {name!r}")
+
+
+def _free(out: str) -> None:
+    if paths.is_remote(out):
+        raise UserError(f"--out={out} must be on a local disk; copy what is made there to the bucket")
+    if os.path.exists(out):
+        raise UserError(f"{out} exists already; name another --out")
 
 
 def _family(name: str) -> Family:

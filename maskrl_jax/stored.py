@@ -23,7 +23,7 @@ PARENTS = "parents.json"
 DONE = "done"
 # Keys that do not change what a stage computes, only how it is run and watched.
 RUNNING = ("name", "log_every", "eval_every", "save_every", "keep", "profile_at", "parallel", "init")
-NEUTRAL = (*RUNNING, "evaluation")
+NEUTRAL = (*RUNNING, "evaluation", "rollout_rows")
 READING = ("encoded", "workers")  # of `data`: how pictures are read, or what was made of them by the tokenizer
 SERVICE = ("name", "weight")  # of a reward service; its other keys say how it is reached
 # Keys whose change makes a stored checkpoint another model or another run, or one that does not fit.
@@ -156,6 +156,9 @@ def _served(config):
     own = {key: value for key, value in config.items() if key != "service" or value.get("url")}
     if "data" in own:
         own["data"] = _data_of(own["data"])
+    for name in ("policy", "rollout"):  # runs of before there were conventions have no such key
+        if name in own and own[name].get("timesteps") == "clock":
+            own[name] = {key: value for key, value in own[name].items() if key != "timesteps"}
     if "parents" in own:
         own["parents"] = {name: _served(parent) for name, parent in own["parents"].items()}
     return own

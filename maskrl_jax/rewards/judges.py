@@ -10,19 +10,23 @@ A judge holds no parameters; they come as `params`, as its stage keeps them.
   score(params, images, target)     {name: float32 [B]} of pictures float32 [B,H,W,3] in [0,1]; pure and differentiable
   features(params, images)          float32 [B,D], for the Frechet distance and diversity; pure
   measured(params, images, target)  both in one pass, the features under "features"
+  at_once                           most pictures that go through it at a time; None: any number
   abstract(image_size)              shapes of `params` for square pictures of so many pixels
 """
 
 import dataclasses
 import functools
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
+from maskrl_jax import paths
 from maskrl_jax.data.clip_tokens import ClipTokens
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.models.clip import PUBLISHED, ClipConfig, PictureConfig, TextConfig
@@ -45,6 +49,7 @@ class TrainedJudge:
         return trained.names(self.config.kind)
 
     without_gradient = trained.WITHOUT_GRADIENT
+    at_once = None
 
     @property
     def target_shape(self) -> tuple[int, ...]:
@@ -105,6 +110,10 @@ class ClipJudge:
         return tuple(reward.kind for reward in self.rewards)
 
     @property
+    def at_once(self) -> int:
+        return min(reward.batch_size for reward in self.rewards)
+
+    @property
     def target_shape(self) -> tuple[int, ...]:
         return (self._readers[0].config.text.length,) if self._readers else (1,)
 
@@ -114,7 +123,12 @@ class ClipJudge:
 
     @functools.cached_property
     def _tokens(self) -> ClipTokens:
-        return ClipTokens(os.path.join(self.workdir, TOKENIZER), *self.target_shape)
+        if not paths.is_remote(self.workdir):
+            return ClipTokens(os.path.join(self.workdir, TOKENIZER), *self.target_shape)
+        with tempfile.TemporaryDirectory() as folder:  # the library reads local files
+            for file in epath.Path(self.workdir, TOKENIZER).iterdir():
+                file.copy(os.path.join(folder, file.name))
+            return ClipTokens(folder, *self.target_shape)
 
     def targets(self, cond: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         if not self._readers:  # by the picture alone

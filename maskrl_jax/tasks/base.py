@@ -73,6 +73,7 @@ class Base:
         base = config.parents.maskgit
         self.config, self.trained_with, self.null = config, base, conditioning.null
         checks.same_tokenizer(config.parents.tokenizer, base.parents.tokenizer)
+        checks.kept_exactly(base)
         self.sizes = forms.model_config(base, base.parents.tokenizer, conditioning)
         self.generator = forms.generator(self.sizes)
         self.model = Model(self.generator.row_features, self.generator.row_head, self.null)
@@ -137,9 +138,14 @@ class Base:
 
         What a service gives is added on the host (`rollouts.Rollouts`).
         """
-        decode = functools.partial(self.codec.decode, frozen["tokenizer"])
-        images = axis.in_parts(decode, ids_BN, self.codec.at_once)
-        scores = self.judge.score(frozen["judge"], images, target)
+
+        def shown(rows):
+            images = self.codec.decode(frozen["tokenizer"], rows["ids"])
+            return images, self.judge.score(frozen["judge"], images, rows["target"])
+
+        most = [self.codec.at_once, self.judge.at_once and max(self.judge.at_once // axis.size, 1)]
+        at_once = min([count for count in most if count], default=None)
+        images, scores = axis.in_parts(shown, {"ids": ids_BN, "target": target}, at_once)
         parts = {f"reward/{name}": score for name, score in scores.items()}
         return parts | {"quality": mix.weighted_sum(scores, self.judged), "images": images}
 

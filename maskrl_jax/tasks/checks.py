@@ -77,13 +77,28 @@ def whole_groups(batch_size: int, group: int, parallel: Any) -> None:
         )
 
 
+def parts(config: Any) -> int | None:
+    """Rollouts that a device samples at a time, None for all; stages of before there was such a key lack it."""
+    rows = config.get("rollout_rows", 0)
+    if rows < 0:
+        raise UserError(f"rollout_rows {rows} must be at least 0; 0: all at once")
+    return rows or None
+
+
+def kept_exactly(config: Any) -> None:
+    """Raise UserError where a generator that is to be trained is kept in less than float32: small steps would vanish."""
+    weights = config.model.get("weights", "float32")
+    if weights != "float32":
+        raise UserError(f"model.weights={weights} of {config.task} is for sampling; set float32 to train or tune it")
+
+
 def timesteps_notes(rollouts: str, sampler: str) -> tuple[str, ...]:
     """What a report must say where rollouts and the base's sampler tell timesteps by two conventions."""
     if rollouts == sampler:
         return ()
     return (
         f"Rollouts tell the network its timesteps by `{rollouts}`, the base's sampler by `{sampler}`: a network that "
-        "reads them (ours reads none) is trained and measured under two conventions.",
+        "reads them (Meissonic; others read none) is trained and measured under two conventions.",
     )
 
 
@@ -102,7 +117,7 @@ def same_data(config: Any) -> None:
 
 def judge_reads(config: Any, kind: str) -> None:
     """Raise UserError, before it is trained, where a judge cannot read what a generator of this kind is asked for."""
-    if "judge" not in config.parents or config.init.get("judge", ""):
+    if "judge" not in config.parents or config.init.get("judge", "") or config.parents.judge.model.kind == "clip":
         return
     wanted, tokens = "class" if kind == "class" else "cells", settings.filled(config.data)["tokens"]
     if config.parents.judge.model.kind != wanted or tokens:

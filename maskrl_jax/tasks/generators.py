@@ -20,6 +20,7 @@ from maskrl_jax.tasks import codecs, encoding, forms
 from maskrl_jax.tasks import judge as judge_task
 from maskrl_jax.tasks.task import Context, Parent, Task
 
+HELD_OUT = 256  # pictures of the loss that is watched
 REAL_PICTURES = 2048  # about so many stand for the real ones
 DRAWN_BY = ("maskgit", "mar", "tokenizer")  # stages that pictures depend on
 
@@ -141,10 +142,14 @@ def base_task(
     held_out_loss = jax.jit(wiring.held_out_loss)
 
     def evaluate(state, step):
-        examples = bench().dataset.take(np.arange(256) % len(bench().dataset))
-        loss, weight = jax.device_get(held_out_loss(state.ema, frozen, examples["image"], examples["cond"]))
+        loss, weight = 0.0, 0.0
+        for first in range(0, HELD_OUT, bench().settings.batch_size):
+            rows = np.arange(first, min(first + bench().settings.batch_size, HELD_OUT))
+            shown = bench().dataset.take(rows % len(bench().dataset))
+            found = held_out_loss(state.ema, frozen, shown["image"], shown["cond"], np.int32(first))
+            loss, weight = (total + float(part) for total, part in zip((loss, weight), found, strict=True))
         scores, picture = bench().glance(system(state.ema, sampler), bench().settings.glance_steps)
-        return {"eval/loss": float(loss / weight), **scores}, {"samples/grid": picture}
+        return {"eval/loss": loss / weight, **scores}, {"samples/grid": picture}
 
     def report(params):
         stages = context.parents | {config.task: Parent(config, params, {}, context.workdir)}

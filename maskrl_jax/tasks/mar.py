@@ -128,9 +128,11 @@ class Wiring:
         counted = (jnp.arange(self.sizes.num_tokens)[None] < masked_B[:, None])[None]
         return *(jnp.where(counted, x, 0).sum() for x in (error, bound)), (counted.sum() * repeats).astype(jnp.float32)
 
-    def held_out_loss(self, params: Any, frozen: Any, images: Array, cond: Array) -> tuple[Array, Array]:
+    def held_out_loss(
+        self, params: Any, frozen: Any, images: Array, cond: Array, first: Any = 0
+    ) -> tuple[Array, Array]:
         """Squared error of what the head predicts (sum, weight) of held-out images, always under the same draws."""
-        keys_B = sample_keys(self.config.seed, EVALUATE, 0, jnp.arange(len(images)))
+        keys_B = sample_keys(self.config.seed, EVALUATE, 0, first + jnp.arange(len(images)))
         tokens, order_BL, masked_B = self.examples(keys_B, frozen, {"image": images})
         z = self.conditions(params, tokens, order_BL, cond, masked_B)
         error, _, count = self.losses(params, keys_B, tokens, z, masked_B, 1)

@@ -121,8 +121,8 @@ class Wiring:
 
     def rollout(self, params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
         """Sample, decode and score a batch of routed rollouts, whole groups at a time; per-sample outputs."""
-        at_once = self.config.get("rollout_rows", 0) or None
-        return axis.in_parts(lambda rows: self._rollout(params, frozen, rows, axis), batch, at_once, self.config.group)
+        rollout = lambda rows: self._rollout(params, frozen, rows, axis)  # noqa: E731
+        return axis.in_parts(rollout, batch, checks.parts(self.config), self.config.group)
 
     def _rollout(self, params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
         round_, index = batch["round"][0], batch["index"]

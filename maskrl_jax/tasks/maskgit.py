@@ -13,7 +13,7 @@ from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.studio import Studio
 from maskrl_jax.evaluate.systems import fixed_program, fixed_system
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys
-from maskrl_jax.parallel import mean_gradients
+from maskrl_jax.parallel import Axis, mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling.draws import commit_top
 from maskrl_jax.sampling.maskgit import SamplerConfig
@@ -44,12 +44,18 @@ def masked_cross_entropy(logits_BNK: Array, ids_BN: Array, masked_BN: Array) -> 
     return -(token * masked_BN).sum(), masked_BN.sum().astype(jnp.float32)
 
 
-def timestep_of(masked_BN: Array) -> Array:
-    """What a network that knows its timestep is told of partly masked grids [B,N]: int32 [B], 63 down to 0.
+def timestep_of(masked_BN: Array, convention: str = "clock") -> Array:
+    """What a network that knows its timestep is told of partly masked grids [B,N], [B] (specs/meissonic.md section 6).
 
-    The time of the cosine clock at which so many tokens are masked (specs/meissonic.md section 6, `clock64`).
+    The time of the cosine clock at which so many tokens are masked, by the sampler's convention; a countdown, which a
+    training has not, is the clock's, equal at 64 steps.
     """
-    done_B = 2 / jnp.pi * jnp.arccos(jnp.clip(masked_BN.mean(-1, dtype=jnp.float32), 0.0, 1.0))
+    share_B = jnp.clip(masked_BN.mean(-1, dtype=jnp.float32), 0.0, 1.0)
+    if convention == "mask_ratio":
+        return 1000 * share_B
+    if convention == "const":
+        return jnp.zeros(share_B.shape, jnp.int32)
+    done_B = 2 / jnp.pi * jnp.arccos(share_B)
     return jnp.clip(jnp.ceil(64 * (1 - done_B)) - 1, 0, 63).astype(jnp.int32)
 
 
@@ -62,6 +68,7 @@ class Wiring:
         self.codec = codecs.codec(self.tokens, None)
         self.sizes = forms.model_config(config, config.parents.tokenizer, conditioning)
         self.model, self.weights = forms.generator(self.sizes), config.model.get("weights", "float32")
+        self.timesteps = config.sampler.get("timesteps", "clock")
         self.null = conditioning.null
         settings = Evaluation(**config.evaluation)
         generators.check_steps(
@@ -77,25 +84,28 @@ class Wiring:
     def logits(self, params: Any, frozen: Any, inputs_BN: Array, masked_BN: Array, cond: Array) -> Array:
         """Logits [B,N,K] of partly masked tokens."""
         cond, _ = self.codec.told(frozen["tokenizer"], cond, self.null)
-        return self.model.logits(params)(inputs_BN, timestep_of(masked_BN), cond)
+        return self.model.logits(params)(inputs_BN, timestep_of(masked_BN, self.timesteps), cond)
 
-    def codes(self, frozen: Any, batch: dict) -> Array:
+    def codes(self, frozen: Any, batch: dict, axis: Axis) -> Array:
         """Codes int32 [b,N] of a batch: as stored, or of its uint8 images."""
         if "tokens" in batch:
             return batch["tokens"].astype(jnp.int32)
-        return self.codec.encode(frozen["tokenizer"], batch["image"].astype(jnp.float32) / 255)
+        encode = lambda images: self.codec.encode(frozen["tokenizer"], images.astype(jnp.float32) / 255)  # noqa: E731
+        return axis.in_parts(encode, batch["image"], self.codec.at_once)
 
-    def held_out_loss(self, params: Any, frozen: Any, images: Array, cond: Array) -> tuple[Array, Array]:
+    def held_out_loss(
+        self, params: Any, frozen: Any, images: Array, cond: Array, first: Any = 0
+    ) -> tuple[Array, Array]:
         """Masked cross-entropy (sum, weight) of held-out images, always under the same masks."""
-        keys_B = sample_keys(self.config.seed, EVALUATE, 0, jnp.arange(len(images)))
-        ids = self.codes(frozen, {"image": images})
+        keys_B = sample_keys(self.config.seed, EVALUATE, 0, first + jnp.arange(len(images)))
+        ids = self.codes(frozen, {"image": images}, Axis(1))
         inputs, masked = mask_tokens(keys_B, ids, self.sizes.mask_id)
         return masked_cross_entropy(self.logits(params, frozen, inputs, masked, cond), ids, masked)
 
     def update(self, state: Any, frozen: Any, batch: dict, axis: Any) -> tuple[Any, dict]:
         """One optimizer step on images [b,H,W,3] uint8, or their tokens [b,N], with conditions."""
         keys_B = sample_keys(self.config.seed, TRAIN, state.step, batch["index"])
-        ids = self.codes(frozen, batch)
+        ids = self.codes(frozen, batch, axis)
         inputs, masked = mask_tokens(keys_B, ids, self.sizes.mask_id)
         dropped = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 2)))(keys_B)
         keep = (dropped >= self.config.cond_drop).reshape(-1, *[1] * self.null.ndim)
@@ -115,6 +125,7 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
     """What the stage compiles, with abstract arguments (for the dry run)."""
     conditioning = conditioning_of(config.data)
     checks.judge_reads(config, conditioning.kind)
+    checks.kept_exactly(config)
     wiring = Wiring(config, conditioning)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
     struct = jax.ShapeDtypeStruct

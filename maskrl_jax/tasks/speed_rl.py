@@ -85,8 +85,7 @@ class Wiring:
 
     def rollout(self, params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
         """Sample, decode and score a batch of rollouts, `rollout_rows` of a device at a time; per-sample outputs."""
-        at_once = self.config.get("rollout_rows", 0) or None
-        return axis.in_parts(lambda rows: self._rollout(params, frozen, rows, axis), batch, at_once)
+        return axis.in_parts(lambda rows: self._rollout(params, frozen, rows, axis), batch, checks.parts(self.config))
 
     def _rollout(self, params: Any, frozen: Any, batch: dict, axis: Any) -> dict:
         keys_B = sample_keys(self.config.seed, ROLLOUT, batch["round"][0], batch["index"])
