@@ -1,7 +1,6 @@
 """The base that a tuning stage starts from, and the rewards of what it makes."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
