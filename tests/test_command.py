@@ -7,6 +7,8 @@ INTERRUPTED = """
 import os, signal, sys, time
 from maskrl_jax import command
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started the tests in the background
+
 def work(path):
     with open(path, "w") as file:
         file.write("half of a report")

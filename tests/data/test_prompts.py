@@ -142,4 +142,5 @@ def test_stages_of_before_there_were_tokens_have_the_same_data():
     config.parents.maskgit = maskgit.get_config("smoke")
     config.parents.maskgit.data = {"name": "shapes", "text_length": 8}
     checks.same_data(config)
-    assert settings.filled({"name": "shapes"}) == sizes.data("shapes") == config.data.to_dict()
+    assert settings.filled({"name": "shapes"}) == sizes.data("shapes")
+    assert config.data.to_dict() == sizes.data("shapes", **sizes.READING)

@@ -91,7 +91,7 @@ def test_a_gradient_goes_through_the_reward_into_the_tokens(clip_judge):
     """Of marval_rl, with the tokens' decoder between."""
     config = marval_rl_config.get_config("smoke")
     config.anchor.update({"kind": "none", "weight": 0.0})
-    conditioning = conditioning_of(config.data.name, config.data.text_length)
+    conditioning = conditioning_of(config.data)
     _, frozen = random_networks(marval_rl.Wiring(config, conditioning))
     config.parents.judge, config.rewards = clip_judge.config, REWARDS
     wiring = marval_rl.Wiring(config, conditioning)

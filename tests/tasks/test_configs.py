@@ -39,7 +39,7 @@ def trace(config):
 @pytest.mark.parametrize(("name", "argument"), RUNNABLE)
 def test_a_config_loads_passes_the_check_and_traces(name, argument):
     config = MODULES[name].get_config(argument)
-    if argument.startswith(("meissonic", "maskgit512")):  # their blocks are alike, and take long to trace
+    if argument.startswith(("meissonic", "maskgit512", "dimoo")):  # their blocks are alike, and take long to trace
         config.parents.maskgit.model.depth = 2
     assert config.name == f"configs/{name}.py" + (f":{argument}" if argument else "")
     assert config.task == name and config.num_steps == MODULES[name].STEPS[argument]
@@ -47,16 +47,35 @@ def test_a_config_loads_passes_the_check_and_traces(name, argument):
         config.rollout.num_steps = 2
     if argument == "maskgit512-official":  # four rollouts, for one to four devices
         config.batch_size = 8
-    if argument.startswith("maskgit512"):
+    if argument.startswith(("meissonic", "maskgit512", "dimoo")):
         refused_without_weights(config)
         config.init.update({"tokenizer": "converted", "maskgit": "converted"})
+        if not argument.startswith("maskgit512"):
+            config.init.judge = "converted"
     runner.check(config)
     trace(config)
 
 
 def refused_without_weights(config):
-    with pytest.raises(UserError, match="a tokenizer of model.form=.* is not trained here; convert its published"):
+    with pytest.raises(
+        UserError, match="a (tokenizer|judge) of model.(form|kind)=.* is not trained here; convert its published"
+    ):
         runner.check(config)
+
+
+def test_published_text_generators_trace():
+    for argument in MODULES["maskgit"].TEXT:
+        config = MODULES["maskgit"].get_config(argument)
+        assert config.name == f"configs/maskgit.py:{argument}"
+        config.model.depth = 2
+        refused_without_weights(config)
+        config.init.update({"tokenizer": "converted", "judge": "converted"})
+        if argument == "dimoo":
+            with pytest.raises(UserError, match="model.weights=bfloat16 of maskgit is for sampling; set float32"):
+                runner.check(config)
+            config.model.weights = "float32"
+        runner.check(config)
+        trace(config)
 
 
 @pytest.mark.parametrize("argument", MODULES["maskgit"].PUBLISHED)
