@@ -68,12 +68,12 @@ def test_published_text_generators_trace():
         config = MODULES["maskgit"].get_config(argument)
         assert config.name == f"configs/maskgit.py:{argument}"
         config.model.depth = 2
-        refused_without_weights(config)
-        config.init.update({"tokenizer": "converted", "judge": "converted"})
         if argument == "dimoo":
             with pytest.raises(UserError, match="model.weights=bfloat16 of maskgit is for sampling; set float32"):
                 runner.check(config)
             config.model.weights = "float32"
+        refused_without_weights(config)
+        config.init.update({"tokenizer": "converted", "judge": "converted"})
         runner.check(config)
         trace(config)
 
