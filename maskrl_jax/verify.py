@@ -146,7 +146,9 @@ def _text(folder: pathlib.Path, state: State, params: Mapping[str, Any], sizes: 
     say("text_encoder", errors("text_encoder", dict(zip(wanted, found, strict=True)), wanted))
 
 
-def _hugging_face(folder, state, config, images, ids) -> dict[str, np.ndarray]:
+def _hugging_face(
+    folder: pathlib.Path, state: State, config: ClipConfig, images: np.ndarray, ids: np.ndarray
+) -> dict[str, np.ndarray]:
     torch, transformers = _package("torch"), _package("transformers")
     sizes = folder / clip.SIZES
     with _quiet(), torch.no_grad():
@@ -157,7 +159,9 @@ def _hugging_face(folder, state, config, images, ids) -> dict[str, np.ndarray]:
         return {name: x.numpy() for name, x in outputs.items()}
 
 
-def _open_clip(folder, state, config, images, ids) -> dict[str, np.ndarray]:
+def _open_clip(
+    folder: pathlib.Path, state: State, config: ClipConfig, images: np.ndarray, ids: np.ndarray
+) -> dict[str, np.ndarray]:
     torch = _package("torch")
     with _quiet(), torch.no_grad():
         theirs = _filled(_open_network(config), state)

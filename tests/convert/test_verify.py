@@ -28,6 +28,7 @@ def get_config(arg):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A Meissonic folder and the config file of its sizes."""
+    packages("torch")
     root = tmp_path_factory.mktemp("verify")
     tiny_text.write_meissonic(root / "Meissonic")
     (root / "config.py").write_text(CONFIG)
