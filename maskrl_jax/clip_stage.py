@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from maskrl_jax import runner
+from maskrl_jax import runner, verify
 from maskrl_jax.data import clip_tokens
 from maskrl_jax.errors import UserError
 from maskrl_jax.rewards import clip, judges
@@ -16,11 +16,12 @@ from maskrl_jax.rewards import clip, judges
 PROBE = ("a photo of two cats.", "A red circle left of 17 blue squares!", "It's naïve – 猫 & café №5", "")
 
 
-def read(folder: str, config: ConfigDict, out: str, store: str) -> None:
+def read(folder: str, config: ConfigDict, out: str, store: str, compare: bool = False) -> None:
     """Make a judge in `out` of the rewards in a folder, whose subfolders are named as `rewards.clip.KINDS`.
 
     `config` is that of the stage; which rewards it has, and of what sizes, is told by the folder. The stage keeps the
-    tokenizer. Raises UserError for what is missing, left over, misshapen or no such reward.
+    tokenizer. With `compare`, outputs are first compared with those of the reference (`verify`). Raises UserError for
+    what is missing, left over, misshapen or no such reward.
     """
     found = {name: clip.read_reward(name, str(place)) for name, place in _subfolders(folder).items()}
     with config.ignore_type():
@@ -32,6 +33,9 @@ def read(folder: str, config: ConfigDict, out: str, store: str) -> None:
     params = {reward.kind: reward.needed(found[reward.kind][1]) for reward in judge.rewards}
     tokenizers = {name: tokens for name, (*_, tokens) in found.items() if tokens}
     _check_alike(tokenizers)
+    if compare:
+        for name, (sizes, own, _) in found.items():
+            verify.reward(name, pathlib.Path(folder, name), own, sizes)
     place = pathlib.Path(folder, next(iter(tokenizers), ""))
     kept = {name: place / name for name in clip_tokens.FILES if tokenizers and (place / name).exists()}
     beside = {f"{judges.TOKENIZER}/{name}": str(file) for name, file in kept.items()}

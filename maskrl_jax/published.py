@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 from ml_collections import ConfigDict
 
-from maskrl_jax import clip_stage, paths, runner, stored
+from maskrl_jax import clip_stage, paths, runner, stored, verify
 from maskrl_jax.convert import files, meissonic
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.families import FAMILIES, Family
@@ -16,7 +16,15 @@ REWARDS = "clip-rewards"  # no family of one network, but a folder of several
 
 
 def read(
-    name: str, path: str, out: str, *, config: str = "", below: Mapping[str, str], store: str, entry: str = ""
+    name: str,
+    path: str,
+    out: str,
+    *,
+    config: str = "",
+    below: Mapping[str, str],
+    store: str,
+    entry: str = "",
+    compare: bool = False,
 ) -> None:
     """Make a stage in `out` of the weights in a file or folder of a family.
 
@@ -26,15 +34,18 @@ def read(
         be left out.
       store: where data sets and measurements go.
       entry: see `convert.files.read`.
+      compare: whether outputs are compared with those of the reference before anything is kept; see `verify`.
 
     Raises UserError for what is missing, left over, misshapen or in the way.
     """
     _free(out)
-    if name == REWARDS:
+    family = None if name == REWARDS else _family(name)
+    if compare:
+        verify.require(name)
+    if family is None:
         if below or entry:
             raise UserError(f"weights of {name!r} stand on no other stage and are safetensors; give their folder alone")
-        return clip_stage.read(path, _config(config or "configs/judge.py:clip", "judge"), out, store)
-    family = _family(name)
+        return clip_stage.read(path, _config(config or "configs/judge.py:clip", "judge"), out, store, compare)
     for parent in family.parents:
         if parent not in below:
             flag = "base" if parent == "maskgit" else parent
@@ -60,6 +71,8 @@ def read(
             f"{path} does not fit family {name!r} at the sizes of {config or 'the published config'} and of what is below "
             f"it: {reason}"
         ) from error
+    if compare:
+        verify.tokenizer(name, path, state, params, family.sizes(made))
     runner.keep(made, out, store, dict(below), params, family.extra(made))
     print(f"{out}: a {made.task!r} stage of {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
 

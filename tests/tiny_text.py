@@ -78,6 +78,8 @@ def write_meissonic(folder):
         "transformer": TRANSFORMER,
         "vqvae": {
             "block_out_channels": [4, 4, 4],
+            "down_block_types": ["DownEncoderBlock2D"] * 3,
+            "up_block_types": ["UpDecoderBlock2D"] * 3,
             "latent_channels": 4,
             "num_vq_embeddings": K,
             "norm_num_groups": 2,

@@ -5,7 +5,7 @@ python -m maskrl_jax.convert --from=mar checkpoint-last.pth --tokenizer=runs/pub
 python -m maskrl_jax.main --config=configs/marval.py:base --config.init.tokenizer=runs/published/kl16 --config.init.mar=runs/published/mar-base
 python -m maskrl_jax.convert --from=clip-rewards weights --out=runs/published/clip-rewards
 python -m maskrl_jax.convert --to=mar runs/marval-base --out=student.safetensors
-python -m maskrl_jax.convert --from=meissonic-tokenizer Meissonic --out=runs/published/meissonic-tokenizer
+python -m maskrl_jax.convert --from=meissonic-tokenizer Meissonic --out=runs/published/meissonic-tokenizer --verify
 python -m maskrl_jax.convert --from=meissonic Meissonic --tokenizer=runs/published/meissonic-tokenizer --out=runs/published/meissonic
 python -m maskrl_jax.convert --to=meissonic runs/speed_rl-meissonic --like=Meissonic --out=Meissonic-tuned
 
@@ -30,6 +30,9 @@ BASE = flags.DEFINE_string("base", None, "--from=shortcut, dimoo-shortcut: conve
 JUDGE = flags.DEFINE_string("judge", None, "--from: trained judge of the same data, to measure a generator by")
 STORE = flags.DEFINE_string("store", None, "--from: where data sets and measurements go; runs/stages")
 LIKE = flags.DEFINE_string("like", None, "--to=meissonic: published folder to copy with the tuned network in it")
+VERIFY = flags.DEFINE_bool(
+    "verify", False, "--from: compare a forward pass with that of the package the weights are for (extra parity)"
+)
 ENTRY = flags.DEFINE_string("entry", None, "--from: which of the dicts in a PyTorch file, if not its average")
 
 
@@ -37,7 +40,7 @@ def check() -> None:
     """Raise for flags that do not go together."""
     if (FROM.value is None) == (TO.value is None):
         raise UserError("expected --from=<family> or --to=<family>; see --help")
-    for flag in (CONFIG, TOKENIZER, BASE, JUDGE, STORE, ENTRY):
+    for flag in (CONFIG, TOKENIZER, BASE, JUDGE, STORE, ENTRY, VERIFY):
         if TO.value and flag.value:
             raise UserError(f"--{flag.name} is for --from")
     if FROM.value and LIKE.value:
@@ -60,6 +63,7 @@ def main(path: str) -> None:
         below={name: workdir for name, workdir in below.items() if workdir},
         store=STORE.value or "runs/stages",
         entry=ENTRY.value or "",
+        compare=VERIFY.value,
     )
 
 

@@ -34,8 +34,8 @@ def params_of(state: Mapping[str, np.ndarray], sizes: Sizes) -> dict:
     """Variables of the tokenizer, with those of the text encoder under "text", float32."""
     if other := [name for name in state if not name.startswith((f"{VQ}.", f"{TEXT}."))]:
         raise ValueError(f"the state has {other[0]}, which is neither in {VQ} nor in {TEXT}")
-    codes = vq_model.params_of(_part(state, VQ), sizes[0])
-    return codes | {"text": clip.text_params_of(_part(state, TEXT), sizes[1])}
+    codes = vq_model.params_of(part(state, VQ), sizes[0])
+    return codes | {"text": clip.text_params_of(part(state, TEXT), sizes[1])}
 
 
 def state_of(params: Mapping[str, Any], sizes: Sizes) -> dict[str, np.ndarray]:
@@ -45,5 +45,6 @@ def state_of(params: Mapping[str, Any], sizes: Sizes) -> dict[str, np.ndarray]:
     return {f"{VQ}.{name}": x for name, x in codes.items()} | {f"{TEXT}.{name}": x for name, x in text.items()}
 
 
-def _part(state: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+def part(state: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    """The tensors of `VQ` or of `TEXT`, by their names there."""
     return {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
