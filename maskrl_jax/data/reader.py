@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -55,7 +56,12 @@ class InOrder:
 
 
 def _end_with_parent(*_) -> None:
-    """Let a worker end when its parent is killed, who then cannot tell it to."""
+    """Let a worker end when its parent is killed, who then cannot tell it to.
+
+    Signals to the whole group are the parent's, who saves and ends its workers.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
     def watch():
         multiprocessing.parent_process().join()

@@ -42,7 +42,10 @@ class _Timed(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         try:
-            self._connection.settimeout(max(self._end - time.monotonic(), 1e-3))
+            left = self._end - time.monotonic()
+            if left <= 0:  # however much comes
+                raise TimeoutError
+            self._connection.settimeout(left)
             return self._connection.recv_into(buffer)
         except TimeoutError as error:
             raise _LateError from error

@@ -1,10 +1,14 @@
 """Training on shards is training on the pictures they were made of; shards of anything else are refused."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import text_tokenizers
 import tiny
+from PIL import Image
 
 from configs import kl_vae as kl_vae_config
 from configs import mar as mar_config
@@ -13,7 +17,7 @@ from maskrl_jax import runner, shards
 from maskrl_jax.data import encoded
 from maskrl_jax.data.dataset import conditioning_of, open_dataset
 from maskrl_jax.errors import UserError
-from maskrl_jax.parallel import Parallel
+from maskrl_jax.parallel import Axis, Parallel
 from maskrl_jax.tasks import encoding, kl_vae, mar, marval, maskgit
 from maskrl_jax.tasks.task import Context, Parent
 from tests.continuous import images, random_networks
@@ -73,7 +77,9 @@ def test_codes_are_those_that_an_update_would_make(trained, tokens, tmp_path):
     found, train = encode(trained.parents["tokenizer"], trained.store, str(tmp_path), batch_size=8, devices=8)
     wiring = maskgit.Wiring(tiny.get_config("maskgit"), conditioning_of("shapes"))
     frozen = {"tokenizer": encoding.encoding_of(trained.parents["tokenizer"]).params}
-    expected = jax.jit(wiring.codes)(frozen, {"image": train.columns["image"]})
+    expected = jax.jit(lambda frozen, batch: wiring.codes(frozen, batch, Axis(1)))(
+        frozen, {"image": train.columns["image"]}
+    )
     assert found.columns()["tokens"][0].dtype == np.uint16 and len(found) == tiny.SPLIT_SIZES["train"]
     np.testing.assert_array_equal(np.asarray(found.columns()["tokens"]), expected)
     for name in ("cond", "label"):
@@ -184,6 +190,23 @@ def test_a_folder_that_is_not_there_or_not_complete_is_told(build, tokens, tmp_p
     encoded.begin(str(tmp_path), encoded.read_manifest(tokens, "train"))
     with pytest.raises(UserError, match="lacks 3 of 3 shards"):
         build(config)
+
+
+def test_prompts_with_pictures_have_no_label(trained, tmp_path):
+    for number in range(3):
+        Image.new("RGB", (32, 32), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    rows = [{"prompt": f"cat {number}", "image": f"{number}.png"} for number in range(3)]
+    (tmp_path / "my.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    files = text_tokenizers.write_clip(tmp_path / "clip")
+    data = {"name": str(tmp_path / "my.jsonl"), "text_length": 12, "tokens": "clip", "tokenizer": str(files)}
+    parent, train = trained.parents["tokenizer"], open_dataset(data, "train", "unused", 32)
+    made, folder = encoding.encoding_of(parent), str(tmp_path / "shards")
+    manifest = shards.manifest_of(made, encoding.identity(parent), train, "train", shard_size=2)
+    encoded.begin(folder, manifest)
+    shards.write(made, train, manifest, folder, [0, 1], Parallel("pmap", jax.local_devices()[:1]), 2)
+    columns = encoded.Shards(folder, manifest).columns()
+    assert set(columns) == {"cond", "tokens"}
+    np.testing.assert_array_equal(np.asarray(columns["cond"]), train.columns["cond"])
 
 
 def test_a_stage_that_is_no_tokenizer_encodes_nothing(trained):
