@@ -21,7 +21,7 @@ def manifest_of(made: Encoding, tokenizer: str, dataset: Dataset, split: str, sh
     """What the shards of a split will be; `tokenizer` is its identity."""
     first = dataset.take(np.arange(1))
     value = jax.eval_shape(made.encode, made.params, first["image"])
-    columns = {"index": np.zeros(1, np.int64), "cond": first["cond"], "label": first["label"]}
+    columns = {"index": np.zeros(1, np.int64)} | {name: first[name] for name in _told(dataset.columns)}
     columns[made.kind] = np.zeros(value.shape, made.dtype)
     fields = encoded.fields_of(columns)
     return encoded.Manifest(tokenizer, dataset.name, split, made.image_size, len(dataset), shard_size, fields)
@@ -41,6 +41,7 @@ def write(
 
     A shard begins with a batch of its own, so that what it holds does not depend on where a run was cut off.
     """
+    told = _told(dataset.columns)
     plan = _Plan(dataset.columns, tuple(c for shard in shards for c in _batches(manifest.positions(shard), batch_size)))
     program = parallel.map(lambda params, _, batch, axis: made.encode(params, batch["image"]))
     params = parallel.replicate(made.params)
@@ -56,18 +57,19 @@ def write(
             fill = np.arange(batch_size) % len(chosen)  # one shape, one program
             value = parallel.get(program(params, {}, {"image": found["image"][fill]}))[: len(chosen)]
             progress.update(number + 1)
-            return {
-                "index": chosen,
-                "cond": found["cond"],
-                "label": found["label"],
-                made.kind: _exact(value, made.dtype),
-            }
+            kept = {name: found[name] for name in told}
+            return {"index": chosen, **kept, made.kind: _exact(value, made.dtype)}
 
         first = 0
         for shard in shards:
             last = first + len(_batches(manifest.positions(shard), batch_size))
             encoded.write_shard(folder, manifest, shard, map(rows, range(first, last)))
             first = last
+
+
+def _told(columns: dict) -> list[str]:
+    """What is stored beside a picture; a set of prompts has no label."""
+    return [name for name in ("cond", "label") if name in columns]
 
 
 def _batches(positions: range, batch_size: int) -> list[np.ndarray]:
@@ -83,7 +85,7 @@ class _Plan:
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         chosen = self.batches[int(number)]
-        return {name: np.asarray(self.columns[name][chosen]) for name in ("image", "cond", "label")}
+        return {name: np.asarray(self.columns[name][chosen]) for name in ("image", *_told(self.columns))}
 
 
 def _exact(value: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -23,7 +23,7 @@ KINDS = ("tokens", "moments")  # int [N] codes; float [L,2C], the means and log 
 class Manifest:
     """What a folder's shards of a split are; written before the first of them, as <split>.json.
 
-    fields: (name, dtype, shape) of index, cond, label and one of KINDS. tokenizer: identity of its parameters.
+    fields: (name, dtype, shape) of index, cond, label (where the set has it) and one of KINDS. tokenizer: identity of its parameters.
     """
 
     tokenizer: str

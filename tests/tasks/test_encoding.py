@@ -1,10 +1,14 @@
 """Training on shards is training on the pictures they were made of; shards of anything else are refused."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import text_tokenizers
 import tiny
+from PIL import Image
 
 from configs import kl_vae as kl_vae_config
 from configs import mar as mar_config
@@ -184,6 +188,23 @@ def test_a_folder_that_is_not_there_or_not_complete_is_told(build, tokens, tmp_p
     encoded.begin(str(tmp_path), encoded.read_manifest(tokens, "train"))
     with pytest.raises(UserError, match="lacks 3 of 3 shards"):
         build(config)
+
+
+def test_prompts_with_pictures_have_no_label(trained, tmp_path):
+    for number in range(3):
+        Image.new("RGB", (32, 32), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    rows = [{"prompt": f"cat {number}", "image": f"{number}.png"} for number in range(3)]
+    (tmp_path / "my.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    files = text_tokenizers.write_clip(tmp_path / "clip")
+    data = {"name": str(tmp_path / "my.jsonl"), "text_length": 12, "tokens": "clip", "tokenizer": str(files)}
+    parent, train = trained.parents["tokenizer"], open_dataset(data, "train", "unused", 32)
+    made, folder = encoding.encoding_of(parent), str(tmp_path / "shards")
+    manifest = shards.manifest_of(made, encoding.identity(parent), train, "train", shard_size=2)
+    encoded.begin(folder, manifest)
+    shards.write(made, train, manifest, folder, [0, 1], Parallel("pmap", jax.local_devices()[:1]), 2)
+    columns = encoded.Shards(folder, manifest).columns()
+    assert set(columns) == {"cond", "tokens"}
+    np.testing.assert_array_equal(np.asarray(columns["cond"]), train.columns["cond"])
 
 
 def test_a_stage_that_is_no_tokenizer_encodes_nothing(trained):
