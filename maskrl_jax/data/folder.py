@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
-from maskrl_jax.data.images import StoredColumn
+from maskrl_jax.data.images import THREADS, StoredColumn
 from maskrl_jax.data.pixels import square
 from maskrl_jax.errors import UserError
 
@@ -34,7 +34,7 @@ class Files:
 
 def pictures(paths: Sequence[str], image_size: int) -> StoredColumn:
     """Pictures of files, each read when asked for: uint8 [image_size, image_size, 3]."""
-    return StoredColumn(Files(paths), "path", functools.partial(read, size=image_size))
+    return StoredColumn(Files(paths), "path", functools.partial(read, size=image_size), THREADS)
 
 
 def read(path: str, size: int) -> np.ndarray:
