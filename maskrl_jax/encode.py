@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from maskrl_jax import command
+from maskrl_jax import command, paths
 from maskrl_jax.errors import UserError
 
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "finished run of a tokenizer or kl_vae stage", required=True)
@@ -41,6 +41,8 @@ def check() -> None:
     """Raise for flags that do not go together."""
     if JOB.value >= JOBS.value:
         raise UserError(f"--job={JOB.value} is not one of --jobs={JOBS.value}; they count from 0")
+    if paths.is_remote(OUT.value):
+        raise UserError(f"--out={OUT.value} lies in a bucket; shards are written to a local folder, name one")
 
 
 def main() -> None:
@@ -64,7 +66,8 @@ def main() -> None:
     data |= {"tokens": TOKENS.value, "tokenizer": FILES.value}
     data_dir = os.path.join(STORE.value, "data")
     dataset = open_dataset(data, SPLIT.value, data_dir, made.image_size).with_pictures()
-    manifest = shards.manifest_of(made, encoding.identity(tokenizer), dataset, SPLIT.value, SHARD_SIZE.value)
+    made_of = (encoding.identity(tokenizer), dataset, SPLIT.value, SHARD_SIZE.value, encoded.texts_of(data))
+    manifest = shards.manifest_of(made, *made_of)
     encoded.begin(OUT.value, manifest)
     with _alone(f".{SPLIT.value}-{JOB.value}-of-{JOBS.value}.lock"):
         mine = [shard for shard in manifest.missing(OUT.value) if shard % JOBS.value == JOB.value]

@@ -17,14 +17,16 @@ from maskrl_jax.tasks.encoding import Encoding
 from maskrl_jax.writers import Progress
 
 
-def manifest_of(made: Encoding, tokenizer: str, dataset: Dataset, split: str, shard_size: int) -> encoded.Manifest:
-    """What the shards of a split will be; `tokenizer` is its identity."""
+def manifest_of(
+    made: Encoding, tokenizer: str, dataset: Dataset, split: str, shard_size: int, texts: str = ""
+) -> encoded.Manifest:
+    """What the shards of a split will be; `tokenizer` is its identity, `texts` are `encoded.texts_of` the set."""
     first = dataset.take(np.arange(1))
     value = jax.eval_shape(made.encode, made.params, first["image"])
     columns = {"index": np.zeros(1, np.int64)} | {name: first[name] for name in _told(dataset.columns)}
     columns[made.kind] = np.zeros(value.shape, made.dtype)
     fields = encoded.fields_of(columns)
-    return encoded.Manifest(tokenizer, dataset.name, split, made.image_size, len(dataset), shard_size, fields)
+    return encoded.Manifest(tokenizer, dataset.name, split, made.image_size, len(dataset), shard_size, fields, texts)
 
 
 def write(

@@ -71,6 +71,7 @@ def test_jobs_share_the_shards_and_the_last_one_checks_them(command, tmp_path):
         (["--shard_size=80", "--out={made}"], "holds shards of another shard_size; name another --out"),
         (["--tokenizer={made}", "--out={made}"], "is no finished run; run its training command first"),
         (["--jobs=2", "--job=2", "--out={made}"], "--job=2 is not one of --jobs=2; they count from 0"),
+        (["--out=gs://bucket/made"], "--out=gs://bucket/made lies in a bucket; shards are written to a local folder"),
         (["--data=nothing", "--out={made}"], "unknown data set 'nothing'"),
     ],
 )

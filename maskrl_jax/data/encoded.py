@@ -5,13 +5,19 @@ sample at position s * shard_size + r of the split, which it repeats as its `ind
 """
 
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+import pathlib
+import platform
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
+from maskrl_jax.data.clip_tokens import FILES
+from maskrl_jax.data.settings import settings_of
 from maskrl_jax.errors import UserError
 
 GROUPS = "group_size:1,uncompressed"  # each record read alone; codes and latents hardly shrink
@@ -25,6 +31,7 @@ class Manifest:
 
     fields: (name, dtype, shape) of index, cond, label (where the set has it) and one of KINDS. tokenizer: identity of its
     parameters.
+    texts: `texts_of` the set; "" too in manifests of before it was kept, which are of classes or of words of shapes.
     """
 
     tokenizer: str
@@ -34,6 +41,7 @@ class Manifest:
     count: int
     shard_size: int
     fields: tuple[tuple[str, str, tuple[int, ...]], ...]
+    texts: str = ""
 
     @property
     def dtype(self) -> np.dtype:
@@ -70,13 +78,32 @@ def fields_of(columns: dict[str, np.ndarray]) -> tuple:
     )
 
 
+def texts_of(data: Mapping[str, Any] | str) -> str:
+    """How texts of a config's `data` became ids, with the SHA-256 of the tokenizer's files; "": they are no tokens."""
+    settings = settings_of(data)
+    if not settings.tokens:
+        return ""
+    digest, place = hashlib.sha256(), pathlib.Path(settings.tokenizer)
+    for file in (place / name for name in _read_files(settings.tokens, place)):
+        digest.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
+    pad = f", pad {settings.pad}" if settings.tokens == "clip" else ""
+    return f"{settings.tokens}, {settings.text_length} ids{pad}, files {digest.hexdigest()}"
+
+
+def _read_files(tokens: str, place: pathlib.Path) -> list[str]:
+    """Names of the files that a tokenizer is read from."""
+    whole, *pairs = FILES
+    apart = tokens == "clip" and all((place / name).exists() for name in pairs)
+    return [name for name in (pairs if apart else [whole]) if (place / name).exists()]
+
+
 def begin(folder: str, manifest: Manifest) -> None:
     """Claim a folder for these shards; UserError where it holds others of the split."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{manifest.split}.json")
     found = read_manifest(folder, manifest.split) if os.path.exists(path) else None
     if found is None:
-        aside = f"{path}.{os.getpid()}.tmp"  # others may begin the same folder at the same time
+        aside = _aside(path)
         with open(aside, "w") as file:
             json.dump(dataclasses.asdict(manifest), file, indent=1)
         os.replace(aside, path)
@@ -103,7 +130,8 @@ def read_manifest(folder: str, split: str) -> Manifest:
 def write_shard(folder: str, manifest: Manifest, shard: int, batches: Iterable[dict[str, np.ndarray]]) -> None:
     """Write a shard from its samples in batches of columns [b, ...]; it gets its name when it is complete."""
     path = manifest.path(folder, shard)
-    writer = array_record_module.ArrayRecordWriter(path + ".tmp", GROUPS)
+    aside = _aside(path)
+    writer = array_record_module.ArrayRecordWriter(aside, GROUPS)
     try:
         for columns in batches:
             rows = np.empty(len(columns["index"]), manifest.dtype)
@@ -113,9 +141,32 @@ def write_shard(folder: str, manifest: Manifest, shard: int, batches: Iterable[d
                 writer.write(row.tobytes())
     finally:
         writer.close()
-    with open(path + ".tmp", "rb+") as file:
+    with open(aside, "rb+") as file:
         os.fsync(file)
-    os.replace(path + ".tmp", path)
+    os.replace(aside, path)
+
+
+def _aside(path: str) -> str:
+    """Name of a file while this process writes it: others may write the same one at the same time.
+
+    What a killed process of this machine left of it is removed.
+    """
+    place, mine = pathlib.Path(path).parent, f"{os.path.basename(path)}.{platform.node()}-"
+    for left in place.glob("*.tmp"):
+        number = left.name.removeprefix(mine).removesuffix(".tmp")
+        if number.isdecimal() and not _runs(int(number)):
+            left.unlink(missing_ok=True)
+    return str(place / f"{mine}{os.getpid()}.tmp")
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 class Shards:

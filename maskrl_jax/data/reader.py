@@ -46,7 +46,7 @@ class InOrder:
         numbers = grain.MapDataset.range(number, self._stop).map(self._make)
         one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=AHEAD)
-        return iter(numbers.to_iter_dataset(one_thread).mp_prefetch(options, worker_init_fn=_end_with_parent))
+        return iter(numbers.to_iter_dataset(one_thread).mp_prefetch(options, worker_init_fn=_follow_parent))
 
     def close(self) -> None:
         """End the workers."""
@@ -55,11 +55,8 @@ class InOrder:
         self._next, self._ahead = -1, None
 
 
-def _end_with_parent(*_) -> None:
-    """Let a worker end when its parent is killed, who then cannot tell it to.
-
-    Signals to the whole group are the parent's, who saves and ends its workers.
-    """
+def _follow_parent(*_) -> None:
+    """Leave signals that reach all processes to the parent, who saves and ends its workers; end when it is killed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

@@ -25,9 +25,9 @@ class DataSettings:
 
     @property
     def is_folder(self) -> bool:
-        """Whether the set is a folder of images; the names of embedded sets are no folders."""
-        own = self.name not in ("shapes", "digits")
-        return own and not self.is_prompts and (self.name.endswith("/") or os.path.isdir(self.name))
+        """Whether the set is a folder of images; a name without "/" is one of a set, whatever lies here."""
+        is_path = "/" in self.name and not self.is_prompts
+        return is_path and (self.name.endswith("/") or os.path.isdir(self.name))
 
 
 def settings_of(data: Mapping[str, Any] | str) -> DataSettings:

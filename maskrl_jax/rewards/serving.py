@@ -41,10 +41,10 @@ class _Timed(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise _LateError
         try:
-            left = self._end - time.monotonic()
-            if left <= 0:  # however much comes
-                raise TimeoutError
             self._connection.settimeout(left)
             return self._connection.recv_into(buffer)
         except TimeoutError as error:
@@ -120,7 +120,8 @@ def make_server(
             self.wfile.write(body)
 
         def _drain(self):
-            """Read on, so that a client that is still sending meets the answer and not a broken pipe."""
+            """Read on until the deadline, so that a client that is still sending meets the answer, no broken pipe."""
+            self.close_connection = True
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
                 while self.rfile.read1(2**16):

@@ -84,6 +84,19 @@ def _check(manifest: encoded.Manifest, tokenizer: Parent, name: str, conditionin
         "image size": (manifest.image_size, tokenizer.config.model.image_size),
         "length of conditions": (shapes.get("cond"), conditioning.null.shape),
     }
+    _same(wanted, folder)
+
+
+def check_texts(config: Any) -> None:
+    """Raise UserError where a stage's shards keep conditions that its `data` does not make of texts; pictures pass."""
+    if folder := folder_of(config):
+        kept = encoded.read_manifest(folder, "train").texts
+        _same(
+            {"way from texts to ids (data.tokens and what goes with it)": (kept, encoded.texts_of(config.data))}, folder
+        )
+
+
+def _same(wanted: dict[str, tuple[Any, Any]], folder: str) -> None:
     other = [what for what, (found, asked) in wanted.items() if found != asked]
     if other:
         raise UserError(
@@ -114,11 +127,23 @@ def read_by(config: Any, tokenizer: Any) -> Any:
     return {name: tokenizer[name] for name in ("latents", "text") if name in tokenizer}
 
 
+def pool(train: Dataset, config: Any) -> np.ndarray:
+    """Distinct conditions to train a policy on [P, ...], as `Dataset.pool`.
+
+    Classes of shards are counted, since a record's class is read with its moments. UserError as `check_texts`.
+    """
+    check_texts(config)
+    if folder_of(config) and train.conditioning.kind == "class":
+        return np.arange(train.conditioning.null, dtype=np.int32)  # the null id is the one after the last class
+    return train.pool(held_out=False)
+
+
 def examples(train: Dataset, config: Any, rows: slice) -> Callable[[int], dict[str, np.ndarray]]:
     """Batches of a step: images, tokens or moments, whichever the set has, with `cond` and `index`.
 
-    Raises UserError for a set of prompts alone.
+    Raises UserError for a set of prompts alone, and for shards whose texts became ids in another way.
     """
+    check_texts(config)
     if not any(kind in train.columns for kind in encoded.KINDS):
         train.with_pictures()
     # Stages of before there were workers have no such key.

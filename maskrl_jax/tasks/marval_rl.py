@@ -270,7 +270,7 @@ def build(context: Context) -> Task:
     networks["student"] = parallel.replicate(parents["marval"].params)
     frozen = {"tokenizer": engine.tokenizer, "judge": parallel.replicate(parents["judge"].params)}
     frozen |= {name: networks[name] for name in _frozen_names(wiring)}
-    rows, pool = parallel.rows(config.batch_size), train.pool(held_out=False)
+    rows, pool = parallel.rows(config.batch_size), encoding.pool(train, config)
     judge = judge_task.load(parents["judge"])
     update = parallel.update(wiring.update)
     roll_out = parallel.map(wiring.policy.rollout) if wiring.policy else None

@@ -1,8 +1,11 @@
 """Shards: what is written is read, by position; what is not whole, or not of the folder, is refused."""
 
 import dataclasses
+import json
 import os
 import pathlib
+import platform
+import subprocess
 
 import numpy as np
 import pytest
@@ -97,12 +100,51 @@ def test_a_shard_is_made_of_the_same_bytes_and_a_half_one_has_no_name(folder, tm
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_two_may_write_a_shard_at_once_and_leftovers_of_the_dead_are_removed(folder, tmp_path):
+    path = pathlib.Path(MANIFEST.path(folder, 1))
+    before = path.read_bytes()
+    path.unlink()
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    other, dead, far = (
+        f"{path.name}.{name}.tmp"
+        for name in (f"{platform.node()}-{os.getppid()}", f"{platform.node()}-{ended.pid}", "far-1")
+    )
+    for name in (other, dead, far):
+        (tmp_path / name).write_bytes(b"half")
+    encoded.write_shard(folder, MANIFEST, 1, batches(1))
+    assert path.read_bytes() == before
+    assert {left.name for left in tmp_path.glob("*.tmp")} == {other, far}
+
+
 @pytest.mark.parametrize("change", [{"tokenizer": "other"}, {"data": "digits"}, {"shard_size": 6}, {"image_size": 16}])
 def test_a_folder_of_others_is_refused_in_one_line(folder, change):
     (name,) = change
     with pytest.raises(UserError, match=f"holds shards of another {name}; name another --out"):
         encoded.begin(folder, dataclasses.replace(MANIFEST, **change))
     encoded.begin(folder, MANIFEST)  # its own is not
+
+
+def test_texts_are_the_same_where_their_ids_are(tmp_path):
+    places = [tmp_path / name for name in "abc"]
+    for place, merges in zip(places, ("x", "x", "y"), strict=True):
+        place.mkdir()
+        (place / "vocab.json").write_text("{}")
+        (place / "merges.txt").write_text(merges)
+    (places[1] / "tokenizer.json").write_text("unread beside the two others")
+    data = {"name": "my.jsonl", "tokens": "clip", "text_length": 12, "pad": 0, "tokenizer": str(places[0])}
+    texts = encoded.texts_of(data)
+    assert encoded.texts_of(data | {"tokenizer": str(places[1]), "encoded": "x"}) == texts
+    for change in ({"tokenizer": str(places[2])}, {"pad": 49407}, {"text_length": 11}, {"tokens": "dimoo"}):
+        assert encoded.texts_of(data | change) != texts
+    assert encoded.texts_of("shapes") == "" == MANIFEST.texts
+
+
+def test_a_manifest_of_before_texts_were_kept_is_of_words(folder, tmp_path):
+    stored = json.loads((tmp_path / "train.json").read_text())
+    assert stored.pop("texts") == ""
+    (tmp_path / "train.json").write_text(json.dumps(stored))
+    assert encoded.read_manifest(folder, "train") == MANIFEST
 
 
 def test_a_folder_without_a_manifest_and_a_damaged_one_are_told(folder, tmp_path):

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskrl_jax.data import images
 from maskrl_jax.data.dataset import conditioning_of, open_conditions, open_dataset
+from maskrl_jax.data.settings import DataSettings
 from maskrl_jax.errors import UserError
 
 CLASSES = {"owl": (200, 0, 0), "bee": (0, 0, 200)}
@@ -36,6 +38,17 @@ def test_subfolders_are_classes_and_every_tenth_file_is_held_out(name):
         colour = CLASSES[train.describe(sample["cond"])[0]]
         np.testing.assert_array_equal(sample["image"], np.full((8, 8, 3), colour, np.uint8))
     assert train.take(np.array([3, 5]))["image"].dtype == np.uint8
+
+
+def test_pictures_are_decoded_by_as_many_threads_as_those_of_other_sets(name):
+    assert open_dataset(name, "train", "unused", 8).columns["image"]._threads == images.THREADS
+
+
+def test_a_bare_name_is_of_a_set_whatever_lies_here(tmp_path, monkeypatch):
+    (tmp_path / "cifar10").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = {name: DataSettings(name).is_folder for name in ("cifar10", "cifar10/", "./cifar10", "other/", "a/b")}
+    assert list(found.values()) == [False, True, True, True, False]
 
 
 def test_conditions_are_those_of_a_labelled_set(name):

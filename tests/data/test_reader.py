@@ -1,6 +1,8 @@
 """Batches read ahead by worker processes are those of the step, whatever was read before."""
 
 import io
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -61,6 +63,20 @@ def test_workers_give_the_batch_of_any_step(pictures):
         for name, value in expected.items():
             assert type(found[name]) is np.ndarray and found[name].dtype == value.dtype
             np.testing.assert_array_equal(found[name], value)
+
+
+def signals(number):
+    return [int(signal.getsignal(one)) for one in (signal.SIGINT, signal.SIGTERM)] + [os.getpid()]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries that a worker imports
+def test_workers_leave_signals_to_their_parent():
+    ahead = InOrder(signals, 1, 4)
+    *found, worker = ahead(0)
+    ahead.close()
+    assert found == [signal.SIG_IGN] * 2 and worker != os.getpid()
+    with pytest.raises(ProcessLookupError):  # and yet it is gone
+        os.kill(worker, 0)
 
 
 def test_without_workers_and_in_memory_no_process_is_started(pictures, monkeypatch):

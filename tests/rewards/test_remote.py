@@ -393,6 +393,18 @@ def test_a_request_that_comes_too_slowly_is_given_up():
         assert np.isfinite(client(url).score(IMAGES, PROMPTS)).all()
 
 
+def test_a_refused_client_that_goes_on_sending_is_left_at_the_deadline():
+    head = f"POST / HTTP/1.0\r\nContent-Type: {wire.TYPE}\r\nContent-Length: 999999999\r\n\r\n".encode()
+    with serving(brightness, bounds=wire.Bounds(bytes=1000, seconds=1)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            connection.sendall(head)
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                for _ in range(10_000):  # 10 s
+                    connection.sendall(b" " * 64)
+                    time.sleep(1e-3)
+
+
 @pytest.mark.parametrize(
     ("header", "code"), [({}, 413), ({"Content-Type": "text/plain"}, 415), ({"Transfer-Encoding": "chunked"}, 411)]
 )

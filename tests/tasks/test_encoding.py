@@ -1,5 +1,6 @@
 """Training on shards is training on the pictures they were made of; shards of anything else are refused."""
 
+import dataclasses
 import json
 
 import jax
@@ -15,7 +16,7 @@ from configs import mar as mar_config
 from configs import marval as marval_config
 from maskrl_jax import runner, shards
 from maskrl_jax.data import encoded
-from maskrl_jax.data.dataset import conditioning_of, open_dataset
+from maskrl_jax.data.dataset import Conditioning, Dataset, conditioning_of, open_dataset
 from maskrl_jax.errors import UserError
 from maskrl_jax.parallel import Axis, Parallel
 from maskrl_jax.tasks import encoding, kl_vae, mar, marval, maskgit
@@ -181,6 +182,26 @@ def test_shards_of_others_are_refused(build, tokens, tmp_path, change, named):
     (_, config) = configs_of("maskgit", str(tmp_path))
     with pytest.raises(UserError, match=f"was made of another {named}; encode into a new folder"):
         build(config)
+
+
+def test_shards_whose_texts_became_other_ids_are_refused(tmp_path):
+    fields = (("index", "<i8", ()), ("cond", "<i4", (8,)), ("tokens", "<u2", (4,)))
+    manifest = encoded.Manifest("", "shapes", "train", 32, 1, 1, fields, "clip, 8 ids")
+    encoded.begin(str(tmp_path), manifest)
+    (plain, config) = configs_of("maskgit", str(tmp_path))
+    encoding.check_texts(plain)
+    with pytest.raises(UserError, match=r"was made of another way from texts to ids \(data.tokens"):
+        encoding.check_texts(config)
+
+
+def test_classes_of_shards_are_known_without_reading_a_record(tmp_path):
+    fields = (("index", "<i8", ()), ("cond", "<i4", ()), ("tokens", "<u2", (4,)))
+    encoded.begin(str(tmp_path), encoded.Manifest("", "digits", "train", 32, 1, 1, fields))
+    told = Conditioning("class", 4, 0, np.array(3, np.int32))
+    kept = Dataset("toy", {"cond": np.array([2, 0, 1, 1], np.int32)}, told, None, None)
+    plain, config = configs_of("maskgit", str(tmp_path))
+    found = encoding.pool(dataclasses.replace(kept, columns={}), config)
+    np.testing.assert_array_equal(found, encoding.pool(kept, plain), strict=True)
 
 
 def test_a_folder_that_is_not_there_or_not_complete_is_told(build, tokens, tmp_path):
