@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax.data import encoded
-from maskrl_jax.data.dataset import Conditioning, Dataset
+from maskrl_jax.data.dataset import Dataset
 from maskrl_jax.data.reader import reader
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import measured
@@ -66,37 +66,26 @@ def folder_of(config: Any) -> str:
     return config.data.get("encoded", "")  # stages of before there were shards have no such key
 
 
-def encoded_set(folder: str, tokenizer: Parent, held_out: Dataset) -> Dataset:
-    """The training split in a folder; prompts are read as those of the set's other split are.
+def encoded_set(data: Any, tokenizer: Parent, held_out: Dataset) -> Dataset:
+    """The training split in the folder of a stage's `data`; prompts are read as those of the set's other split are.
 
-    Raises UserError where the folder is of another tokenizer, set, size of picture or condition, or not complete.
+    Raises UserError where the folder is of another tokenizer, set, size of picture or condition, or way from texts to
+    ids, or not complete.
     """
-    manifest = encoded.read_manifest(folder, "train")
-    _check(manifest, tokenizer, held_out.name, held_out.conditioning, folder)
-    return dataclasses.replace(held_out, columns=encoded.Shards(folder, manifest).columns(), verify=None)
+    manifest = encoded.read_manifest(data.encoded, "train")
+    _check(manifest, data, tokenizer, held_out)
+    return dataclasses.replace(held_out, columns=encoded.Shards(data.encoded, manifest).columns(), verify=None)
 
 
-def _check(manifest: encoded.Manifest, tokenizer: Parent, name: str, conditioning: Conditioning, folder: str) -> None:
-    shapes = {field: shape for field, _, shape in manifest.fields}
+def _check(manifest: encoded.Manifest, data: Any, tokenizer: Parent, held_out: Dataset) -> None:
+    shapes, folder = {field: shape for field, _, shape in manifest.fields}, data.encoded
     wanted = {
         "tokenizer": (manifest.tokenizer, identity(tokenizer)),
-        "set": (manifest.data, name),
+        "set": (manifest.data, held_out.name),
         "image size": (manifest.image_size, tokenizer.config.model.image_size),
-        "length of conditions": (shapes.get("cond"), conditioning.null.shape),
+        "length of conditions": (shapes.get("cond"), held_out.conditioning.null.shape),
+        "way from texts to ids (data.tokens and what goes with it)": (manifest.texts, encoded.texts_of(data)),
     }
-    _same(wanted, folder)
-
-
-def check_texts(config: Any) -> None:
-    """Raise UserError where a stage's shards keep conditions that its `data` does not make of texts; pictures pass."""
-    if folder := folder_of(config):
-        kept = encoded.read_manifest(folder, "train").texts
-        _same(
-            {"way from texts to ids (data.tokens and what goes with it)": (kept, encoded.texts_of(config.data))}, folder
-        )
-
-
-def _same(wanted: dict[str, tuple[Any, Any]], folder: str) -> None:
     other = [what for what, (found, asked) in wanted.items() if found != asked]
     if other:
         raise UserError(
@@ -130,9 +119,8 @@ def read_by(config: Any, tokenizer: Any) -> Any:
 def pool(train: Dataset, config: Any) -> np.ndarray:
     """Distinct conditions to train a policy on [P, ...], as `Dataset.pool`.
 
-    Classes of shards are counted, since a record's class is read with its moments. UserError as `check_texts`.
+    Classes of shards are counted, since a record's class is read with its moments.
     """
-    check_texts(config)
     if folder_of(config) and train.conditioning.kind == "class":
         return np.arange(train.conditioning.null, dtype=np.int32)  # the null id is the one after the last class
     return train.pool(held_out=False)
@@ -141,9 +129,8 @@ def pool(train: Dataset, config: Any) -> np.ndarray:
 def examples(train: Dataset, config: Any, rows: slice) -> Callable[[int], dict[str, np.ndarray]]:
     """Batches of a step: images, tokens or moments, whichever the set has, with `cond` and `index`.
 
-    Raises UserError for a set of prompts alone, and for shards whose texts became ids in another way.
+    Raises UserError for a set of prompts alone.
     """
-    check_texts(config)
     if not any(kind in train.columns for kind in encoded.KINDS):
         train.with_pictures()
     # Stages of before there were workers have no such key.

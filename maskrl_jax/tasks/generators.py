@@ -50,10 +50,9 @@ def _image_size(context: Context) -> int:
 
 def training_set(context: Context) -> Dataset:
     """What a stage is trained on: pictures, or in their place the shards in the folder `data.encoded`."""
-    folder = encoding.folder_of(context.config)
-    if not folder:
+    if not encoding.folder_of(context.config):
         return dataset_of(context, "train")
-    return encoding.encoded_set(folder, context.parents["tokenizer"], dataset_of(context, "validation"))
+    return encoding.encoded_set(context.config.data, context.parents["tokenizer"], dataset_of(context, "validation"))
 
 
 def engine_of(context: Context, sizes: forms.Sizes, null: np.ndarray) -> Engine:

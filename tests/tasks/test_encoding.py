@@ -184,14 +184,13 @@ def test_shards_of_others_are_refused(build, tokens, tmp_path, change, named):
         build(config)
 
 
-def test_shards_whose_texts_became_other_ids_are_refused(tmp_path):
-    fields = (("index", "<i8", ()), ("cond", "<i4", (8,)), ("tokens", "<u2", (4,)))
-    manifest = encoded.Manifest("", "shapes", "train", 32, 1, 1, fields, "clip, 8 ids")
+def test_texts_that_became_ids_in_another_way_are_refused(trained, tokens, tmp_path):
+    manifest = dataclasses.replace(encoded.read_manifest(tokens, "train"), texts="clip, 8 ids")
     encoded.begin(str(tmp_path), manifest)
-    (plain, config) = configs_of("maskgit", str(tmp_path))
-    encoding.check_texts(plain)
+    _, config = configs_of("maskgit", str(tmp_path))
+    held_out = open_dataset("shapes", "validation", f"{trained.store}/data", 32)
     with pytest.raises(UserError, match=r"was made of another way from texts to ids \(data.tokens"):
-        encoding.check_texts(config)
+        encoding.encoded_set(config.data, trained.parents["tokenizer"], held_out)
 
 
 def test_classes_of_shards_are_known_without_reading_a_record(tmp_path):
