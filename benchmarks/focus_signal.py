@@ -25,9 +25,9 @@ from jax.sharding import Mesh
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from maskrl_jax import runner, stored  # noqa: E402
+from maskrl_jax import paths, runner  # noqa: E402
+from maskrl_jax.axis import AXIS, Axis  # noqa: E402
 from maskrl_jax.evaluate import report  # noqa: E402
-from maskrl_jax.parallel import AXIS, Axis  # noqa: E402
 from maskrl_jax.rl import critical_steps  # noqa: E402
 from maskrl_jax.rl.advantages import group_advantage  # noqa: E402
 from maskrl_jax.sampling import routing  # noqa: E402
@@ -64,7 +64,7 @@ def main(_: list[str]) -> None:
         "commit": report.commit_hash(ROOT),
         "machine": report.machine(),
     }
-    stored.write(str(OUT), json.dumps(done, indent=1) + "\n")
+    paths.write(str(OUT), json.dumps(done, indent=1) + "\n")
     OUT.with_suffix(".md").write_text(_table(done))
     print(_table(done))
 

@@ -33,7 +33,7 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from maskrl_jax import program, roofline, stored  # noqa: E402
+from maskrl_jax import paths, program, roofline  # noqa: E402
 from maskrl_jax.data import encoded  # noqa: E402
 from maskrl_jax.data.batches import batch_at  # noqa: E402
 from maskrl_jax.data.dataset import Dataset, open_dataset  # noqa: E402
@@ -234,8 +234,8 @@ def main(_: list[str]) -> None:
     rows = demand()
     out = (ROOT / OUT.value).with_suffix(".json")
     results = {"facts": facts, "supply": found, "demand": rows, "utilisation": USED}
-    stored.write(str(out), json.dumps(results, indent=1) + "\n")
-    stored.write(str(out.with_suffix(".md")), table(facts, found, rows))
+    paths.write(str(out), json.dumps(results, indent=1) + "\n")
+    paths.write(str(out.with_suffix(".md")), table(facts, found, rows))
     print(f"wrote {out.with_suffix('.md')}", flush=True)
 
 

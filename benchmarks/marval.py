@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import side_by_side  # noqa: E402
-from maskrl_jax import stored  # noqa: E402
+from maskrl_jax import paths  # noqa: E402
 from maskrl_jax.evaluate import bootstrap, measure  # noqa: E402
 
 STAGES = ("mar", "marval", "marval_rl")
@@ -148,7 +148,7 @@ def main(_: list[str]) -> None:
 
     def keep(name: str, workdir: pathlib.Path) -> None:
         done["runs"][name] = _numbers(arms[name.rsplit(", seed", 1)[0]], workdir)
-        stored.write(str(out), json.dumps(done) + "\n")
+        paths.write(str(out), json.dumps(done) + "\n")
 
     seeds = SEEDS.value or ((0,) if SCREENED.value else (0, 1, 2))
     lacks = {

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from maskrl_jax import program, runner, stored  # noqa: E402
+from maskrl_jax import paths, program, runner  # noqa: E402
 from maskrl_jax.data.dataset import conditioning_of  # noqa: E402
 from maskrl_jax.evaluate import latency, report  # noqa: E402
 from maskrl_jax.evaluate.bench import read_sampler  # noqa: E402
@@ -124,8 +124,8 @@ def main(_: list[str]) -> None:
         for kind in ("tokens", "pictures"):
             for row, spread in zip(rows, loops.seconds(arms, size, kind == "pictures").values(), strict=True):
                 row[kind][str(size)] = dataclasses.asdict(spread)
-        stored.write(str(out), json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-        stored.write(str(out.with_suffix(".md")), table(facts, rows))
+        paths.write(str(out), json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+        paths.write(str(out.with_suffix(".md")), table(facts, rows))
     print(f"wrote {out.with_suffix('.md')}", flush=True)
 
 

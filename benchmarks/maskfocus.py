@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import side_by_side  # noqa: E402
 from configs import maskfocus as maskfocus_config  # noqa: E402
-from maskrl_jax import stored  # noqa: E402
+from maskrl_jax import paths  # noqa: E402
 from maskrl_jax.evaluate import bootstrap, canvas, measure  # noqa: E402
 from maskrl_jax.evaluate.bootstrap import Interval  # noqa: E402
 
@@ -109,7 +109,7 @@ def main(_: list[str]) -> None:
 
     def keep(name: str, workdir: pathlib.Path) -> None:
         done["runs"][name] = _numbers(workdir)
-        stored.write(str(out), json.dumps(done) + "\n")
+        paths.write(str(out), json.dumps(done) + "\n")
 
     trainings = {name: functools.partial(_train, runs, arm, seed) for name, arm, seed in missing}
     failed = runs.all(trainings, keep)

@@ -20,7 +20,7 @@ from absl import app, flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from maskrl_jax import dry_run, runner, stored  # noqa: E402
+from maskrl_jax import dry_run, paths, runner  # noqa: E402
 from maskrl_jax.evaluate import report as reports_of  # noqa: E402
 
 SLICES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16", "v6e:2x4", "v5p:2x2x1")
@@ -66,8 +66,8 @@ def main(_: list[str]) -> None:
             print(made.stderr.strip().splitlines()[-1], flush=True)
             continue
         done[name] = json.loads(made.stdout.strip().splitlines()[-1])
-        stored.write(str(place), json.dumps(done, indent=1) + "\n")
-    stored.write(str(place.with_suffix(".md")), table(done))
+        paths.write(str(place), json.dumps(done, indent=1) + "\n")
+    paths.write(str(place.with_suffix(".md")), table(done))
     _draw(done, place.with_suffix(".png"))
 
 

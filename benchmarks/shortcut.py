@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import shortcut_table, side_by_side  # noqa: E402
-from maskrl_jax import stored  # noqa: E402
+from maskrl_jax import paths  # noqa: E402
 from maskrl_jax.evaluate import measure  # noqa: E402
 
 # Every number of steps that a budget may be compared with, so that all seeds have the same points of the base.
@@ -77,7 +77,7 @@ def main(_: list[str]) -> None:
 
     def keep(name: str, workdir: pathlib.Path) -> None:
         done["runs"][name] = _numbers(workdir)
-        stored.write(str(out), json.dumps(done) + "\n")
+        paths.write(str(out), json.dumps(done) + "\n")
 
     wanted = {f"{arm}, seed {seed}": (arm, seed) for seed in SEEDS.value for arm in ONLY.value or ARMS}
     missing = {name: functools.partial(_train, runs, *of) for name, of in wanted.items() if name not in done["runs"]}

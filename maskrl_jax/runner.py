@@ -127,7 +127,7 @@ def _stage(config, workdir, store, seconds):
                 )
             for line in stored.changes(config, workdir).values():
                 print(f"config changed since the last run: {line}", flush=True)
-            stored.write(
+            paths.write(
                 os.path.join(workdir, stored.CONFIG), json.dumps(stored.plain(config), indent=1, sort_keys=True)
             )
             stored.write_places(workdir, {name: parent.workdir for name, parent in trained.items()}, store)
@@ -178,7 +178,7 @@ def keep(
     with tempfile.TemporaryDirectory(prefix=f"{os.path.basename(place)}.", dir=os.path.dirname(place)) as folder:
         aside = os.path.join(folder, os.path.basename(place))
         os.mkdir(aside)
-        stored.write(os.path.join(aside, stored.CONFIG), json.dumps(stored.plain(config), indent=1, sort_keys=True))
+        paths.write(os.path.join(aside, stored.CONFIG), json.dumps(stored.plain(config), indent=1, sort_keys=True))
         stored.write_places(aside, parents, store, seen_from=place)
         for name, file in (beside or {}).items():
             os.makedirs(os.path.dirname(os.path.join(aside, name)), exist_ok=True)

@@ -182,7 +182,7 @@ def is_finished(workdir: str) -> bool:
 
 def finish(workdir: str, step: int, trained: str) -> None:
     """Note that a stage is complete at this step; `trained` identifies its parameters."""
-    write(os.path.join(workdir, DONE), json.dumps({"step": step, "trained": trained}))
+    paths.write(os.path.join(workdir, DONE), json.dumps({"step": step, "trained": trained}))
 
 
 def trained_id(workdir: str) -> str | None:
@@ -204,7 +204,7 @@ def write_places(workdir: str, parents: dict[str, str], store: str, seen_from: s
     place = seen_from or workdir
     places = {name: paths.relative(parent, place) for name, parent in parents.items()}
     text = json.dumps({"parents": places, "store": paths.relative(store, place)}, indent=1)
-    write(os.path.join(workdir, PARENTS), text)
+    paths.write(os.path.join(workdir, PARENTS), text)
 
 
 def read_places(workdir: str) -> tuple[dict[str, str], str] | None:
@@ -215,11 +215,6 @@ def read_places(workdir: str) -> tuple[dict[str, str], str] | None:
     places = json.loads(path.read_text())
     found = {name: paths.joined(workdir, place) for name, place in places["parents"].items()}
     return found, paths.joined(workdir, places["store"])
-
-
-def write(path: str | os.PathLike, text: str) -> None:
-    """Write a small file of a workdir as a whole or not at all."""
-    paths.write(path, text)
 
 
 @contextlib.contextmanager

@@ -9,8 +9,9 @@ import ml_collections
 import pytest
 
 from maskrl_jax import dry_run, roofline, runner
+from maskrl_jax.axis import mean_gradients
 from maskrl_jax.errors import UserError
-from maskrl_jax.parallel import Parallel, mean_gradients
+from maskrl_jax.parallel import Parallel
 from maskrl_jax.phase import Phase
 from maskrl_jax.target import Target, local_target, topology_target
 

@@ -9,8 +9,9 @@ import toy_task
 
 from maskrl_jax import parallel as parallel_module
 from maskrl_jax import state as train_state
+from maskrl_jax.axis import mean_gradients
 from maskrl_jax.errors import UserError
-from maskrl_jax.parallel import Parallel, mean_gradients
+from maskrl_jax.parallel import Parallel
 
 SETUPS = [(strategy, devices) for strategy in parallel_module.STRATEGIES for devices in (1, 8)]
 TX = train_state.make_optimizer(train_state.OptimizerConfig(learning_rate=0.01, eps=1e-3))

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from maskrl_jax import state as train_state
-from maskrl_jax.parallel import mean_gradients
+from maskrl_jax.axis import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.tasks.task import Task
 

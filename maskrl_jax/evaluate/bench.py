@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from maskrl_jax import stored, writers
+from maskrl_jax import paths, writers
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import curve, illustrate, measure, measured, report, timing
 from maskrl_jax.evaluate.grid import image_grid
@@ -180,7 +180,7 @@ class Bench:
         progress.close()
         if jax.process_index() == 0:
             found = {"key": key, "reference": s.reference, "sampler": dataclasses.asdict(chosen), "tried": rows}
-            stored.write(path, json.dumps(found, indent=1) + "\n")
+            paths.write(path, json.dumps(found, indent=1) + "\n")
         return chosen
 
     def measure(self, system: System, settings: Sequence[float]) -> list[Point]:

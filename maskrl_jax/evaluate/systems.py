@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskrl_jax.axis import Axis
 from maskrl_jax.evaluate.measure import Generated, Scorer, System
 from maskrl_jax.evaluate.measured import identity
 from maskrl_jax.keys import EVALUATE, sample_keys
-from maskrl_jax.parallel import Axis, Parallel
+from maskrl_jax.parallel import Parallel
 from maskrl_jax.rewards.judges import ClipJudge, TrainedJudge
 from maskrl_jax.sampling import adaptive, shortcut
 from maskrl_jax.sampling.maskgit import GIVEN, SamplerConfig, decode, make_plan

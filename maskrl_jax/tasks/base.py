@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maskrl_jax.axis import Axis
 from maskrl_jax.data.dataset import Conditioning
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.evaluate.systems import Engine
-from maskrl_jax.parallel import Axis
 from maskrl_jax.rewards import energy_distance, mix
 from maskrl_jax.rewards.alarm import AlarmConfig
 from maskrl_jax.rewards.judges import judge_of

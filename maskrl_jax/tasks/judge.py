@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from maskrl_jax import state as train_state
+from maskrl_jax.axis import mean_gradients
 from maskrl_jax.data import captions
 from maskrl_jax.data.batches import batch_at, positions_at
 from maskrl_jax.data.dataset import Dataset, conditioning_of, open_dataset
@@ -20,7 +21,6 @@ from maskrl_jax.errors import UserError
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys
 from maskrl_jax.models.judge import Judge, JudgeConfig
 from maskrl_jax.models.vqgan import to_patches
-from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.rewards.judges import ClipJudge, TrainedJudge, judge_of
 from maskrl_jax.tasks.task import Context, Parent, Task

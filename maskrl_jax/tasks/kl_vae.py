@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax import state as train_state
+from maskrl_jax.axis import mean_gradients
 from maskrl_jax.keys import TRAIN, sample_keys
 from maskrl_jax.models.conv_autoencoder import ConvSizes
 from maskrl_jax.models.kl_vae import KLVAE, KLVAEConfig, Moments
-from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.tasks import reconstruction
 from maskrl_jax.tasks.task import Context, Parent, Task

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax import state as train_state
+from maskrl_jax.axis import mean_gradients
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.distill import diffusion
 from maskrl_jax.evaluate.bench import Evaluation, read_sampler
@@ -18,7 +19,6 @@ from maskrl_jax.evaluate.measure import System
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys, step_key
 from maskrl_jax.models.kl_vae import Moments
 from maskrl_jax.models.mar import Mar
-from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling.mar import orders, to_order
 from maskrl_jax.tasks import checks, continuous, encoding, generators

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax import state as train_state
+from maskrl_jax.axis import mean_gradients
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.distill import diffusion, gsim
 from maskrl_jax.distill.gsim import Gsim, OneStep
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.keys import TRAIN, sample_keys
-from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.tasks import checks, continuous, encoding, generators
 from maskrl_jax.tasks import kl_vae as kl_vae_task

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from maskrl_jax import state as train_state
+from maskrl_jax.axis import mean_gradients
 from maskrl_jax.distill import diffusion
-from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.tasks import continuous
 
 Array = jax.Array

@@ -16,13 +16,13 @@ import optax
 from flax import serialization
 
 from maskrl_jax import state as train_state
+from maskrl_jax.axis import Axis, mean_gradients
 from maskrl_jax.data.batches import positions_at
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.errors import UserError, unknown
 from maskrl_jax.evaluate import gain
 from maskrl_jax.evaluate.bench import Evaluation
 from maskrl_jax.keys import ROLLOUT, STEPS, sample_keys, step_key
-from maskrl_jax.parallel import Axis, mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.rewards import mix
 from maskrl_jax.rewards.judges import judge_of

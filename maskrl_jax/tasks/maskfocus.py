@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from maskrl_jax import state as train_state
+from maskrl_jax.axis import Axis
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.errors import UserError
 from maskrl_jax.evaluate import figures, gain, pictures, step_figures
@@ -22,7 +23,6 @@ from maskrl_jax.evaluate.illustrate import Illustration
 from maskrl_jax.evaluate.studio import Studio
 from maskrl_jax.evaluate.systems import fixed_system
 from maskrl_jax.keys import ROLLOUT, sample_keys
-from maskrl_jax.parallel import Axis
 from maskrl_jax.phase import Phase
 from maskrl_jax.rl import credit, critical_steps
 from maskrl_jax.rl.critical_steps import StepChoice

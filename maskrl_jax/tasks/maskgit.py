@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from maskrl_jax import state as train_state
+from maskrl_jax.axis import Axis, mean_gradients
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.evaluate.bench import Evaluation, read_sampler
 from maskrl_jax.evaluate.measure import System
 from maskrl_jax.evaluate.studio import Studio
 from maskrl_jax.evaluate.systems import fixed_program, fixed_system
 from maskrl_jax.keys import EVALUATE, TRAIN, sample_keys
-from maskrl_jax.parallel import Axis, mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling.draws import commit_top
 from maskrl_jax.sampling.maskgit import SamplerConfig

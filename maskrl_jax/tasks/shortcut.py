@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax import state as train_state
+from maskrl_jax.axis import Axis, mean_gradients
 from maskrl_jax.data.batches import positions_at
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.distill.feature_shortcut import Buffer, ShortcutLoss, Student, branch_and_step, loss, pair_slots
@@ -21,7 +22,6 @@ from maskrl_jax.evaluate.bench import Evaluation, read_sampler
 from maskrl_jax.evaluate.studio import Studio
 from maskrl_jax.evaluate.systems import Costs, shortcut_program, shortcut_system
 from maskrl_jax.keys import ROLLOUT, STUDENT, TRAIN, sample_keys
-from maskrl_jax.parallel import Axis, mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.sampling import maskgit, refresh
 from maskrl_jax.sampling.maskgit import Plan, SamplerConfig, make_plan

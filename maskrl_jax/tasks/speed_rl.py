@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax import state as train_state
+from maskrl_jax.axis import Axis
 from maskrl_jax.data.dataset import Conditioning, conditioning_of
 from maskrl_jax.evaluate.bench import read_sampler
 from maskrl_jax.evaluate.studio import Studio
 from maskrl_jax.evaluate.systems import clocked_program, clocked_system, judge_scorer
 from maskrl_jax.keys import ROLLOUT, sample_keys
-from maskrl_jax.parallel import Axis
 from maskrl_jax.phase import Phase
 from maskrl_jax.rl import credit
 from maskrl_jax.rl.policy import Head, Policy

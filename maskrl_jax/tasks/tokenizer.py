@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskrl_jax import state as train_state
+from maskrl_jax.axis import mean_gradients
 from maskrl_jax.errors import UserError
 from maskrl_jax.keys import TRAIN, step_key
 from maskrl_jax.models.vqgan import Tokenizer
-from maskrl_jax.parallel import mean_gradients
 from maskrl_jax.phase import Phase
 from maskrl_jax.tasks import codecs, reconstruction
 from maskrl_jax.tasks.task import Context, Task

@@ -11,7 +11,7 @@ import toy_model
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maskrl_jax.parallel import AXIS, Axis
+from maskrl_jax.axis import AXIS, Axis
 from maskrl_jax.rl.step_likelihood import position_likelihood
 from maskrl_jax.rl.token_terms import Calls, TokenLoss, token_terms
 

@@ -15,10 +15,11 @@ from configs import kl_vae as kl_vae_config
 from configs import mar as mar_config
 from configs import marval as marval_config
 from maskrl_jax import runner, shards
+from maskrl_jax.axis import Axis
 from maskrl_jax.data import encoded
 from maskrl_jax.data.dataset import Conditioning, Dataset, conditioning_of, open_dataset
 from maskrl_jax.errors import UserError
-from maskrl_jax.parallel import Axis, Parallel
+from maskrl_jax.parallel import Parallel
 from maskrl_jax.tasks import encoding, kl_vae, mar, marval, maskgit
 from maskrl_jax.tasks.task import Context, Parent
 from tests.continuous import images, random_networks

@@ -11,9 +11,10 @@ import pytest
 
 from configs import marval as marval_config
 from maskrl_jax import state as train_state
+from maskrl_jax.axis import Axis
 from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.errors import UserError
-from maskrl_jax.parallel import Axis, Parallel
+from maskrl_jax.parallel import Parallel
 from maskrl_jax.tasks.marval import STUDENT_DRAW, Wiring
 from tests.continuous import images, moved, random_networks
 

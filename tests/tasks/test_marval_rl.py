@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from configs import marval_rl as marval_rl_config
+from maskrl_jax.axis import Axis
 from maskrl_jax.data.dataset import conditioning_of
 from maskrl_jax.errors import UserError
-from maskrl_jax.parallel import Axis, Parallel
+from maskrl_jax.parallel import Parallel
 from maskrl_jax.tasks.marval_rl import Wiring
 from tests.continuous import images, random_networks
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
+from maskrl_jax.axis import Axis
 from maskrl_jax.models.vqgan import TokenizerConfig
-from maskrl_jax.parallel import Axis, Parallel
+from maskrl_jax.parallel import Parallel
 from maskrl_jax.tasks import codecs, tokenizer
 from maskrl_jax.tasks.tokenizer import DECAY, update_codebook
 from maskrl_jax.writers import read_metrics
