@@ -87,8 +87,6 @@ def compiled(pair: str) -> dict:
         for part in parents:
             owner = owner[part]
         owner[key] = type(owner[key])(value)
-    for name in made.parents:  # as once converted: published parents are not trained here
-        made.init[name] = made.init.get(name, "")
     chips = _chips(topology)
     if WEAK.value:
         smallest = min(_chips(one) for one in SLICES if one.split(":")[0] == topology.split(":")[0])

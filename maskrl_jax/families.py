@@ -20,8 +20,7 @@ from maskrl_jax.tasks import codecs, continuous, forms, generators, kl_vae, shor
 State = Mapping[str, np.ndarray]
 MAR_WIDTHS = {768: "base", 1024: "large", 1280: "huge"}
 MAR_SCALE = 0.2325  # latents of KL-16 times this have unit variance (specs/mar.md section 2)
-
-
+GOOGLE_POSITIONS = "params/Embed_0/position_embeddings/embedding"
 TUNED = ("speed_rl", "mask_grpo", "maskfocus")  # runs that hold a tuned network of their parent `maskgit`
 
 
@@ -125,43 +124,6 @@ def _frozen_sizes(config: ConfigDict) -> Any:
     return found.network.config, found.text
 
 
-def _vq_settings(config: Any) -> dict:
-    own = {name: getattr(config, name) for name in ("channels", "code_width", "codebook_size")}
-    return own | {"conv": dataclasses.asdict(config.conv)}
-
-
-def _told_of_amused(path: str) -> dict:
-    return _vq_settings(vq_model.config_of(diffusers_folder.read_settings(path)))
-
-
-def _told_of_frozen(path: str) -> dict:
-    codes, text = meissonic_tokenizer.read_sizes(path)
-    text = {name: x for name, x in dataclasses.asdict(text).items() if name not in ("remat", "dtype")}
-    return _vq_settings(codes) | {"text": text}
-
-
-def _told_of_meissonic(path: str) -> dict:
-    found = meissonic.config_of(diffusers_folder.read_settings(pathlib.Path(path, "transformer")))
-    return {name: getattr(found, name) for name in (*meissonic.SIZES, "resampled") if name != "codebook_size"}
-
-
-def _tokens_of_meissonic(path: str) -> dict:
-    """Its tokenizer, and what that pads with: padding is attended (specs/meissonic.md section 4)."""
-    folder = pathlib.Path(path, "tokenizer")
-    found = {"tokenizer": str(folder)}
-    if not (folder / "tokenizer_config.json").is_file():
-        return found
-    said = files.json_object(folder / "tokenizer_config.json").get("pad_token")
-    pad = said.get("content") if isinstance(said, dict) else said
-    entries = files.json_object(folder / "vocab.json") if (folder / "vocab.json").is_file() else {}
-    return found | ({"pad": entries[pad]} if pad in entries else {})
-
-
-def _told_of_dimoo(path: str) -> dict:
-    found = dimoo.config_of(files.json_object(pathlib.Path(path, "config.json")))
-    return {name: getattr(found, name) for name in dimoo.SIZES}
-
-
 def _base(config: ConfigDict) -> forms.Sizes:
     return forms.model_config(config, config.parents.tokenizer, conditioning_of(config.data))
 
@@ -193,6 +155,20 @@ def _shortcut(form: str) -> Callable[[ConfigDict], Any]:
     return sizes
 
 
+def _base_family(form: str, module: str, config: Callable[[Any], str], **more: Any) -> Family:
+    """A base generator's family; runs that tune it hold such a network, too."""
+    return Family(
+        module=module,
+        task="maskgit",
+        config=config,
+        sizes=_generator(form),
+        runs=TUNED,
+        check=_steps,
+        parents=("tokenizer",),
+        **more,
+    )
+
+
 FAMILIES = {
     "taming": Family(
         module="taming_vqgan",
@@ -206,25 +182,15 @@ FAMILIES = {
         config=lambda state: "configs/tokenizer.py:google256",
         sizes=_codec("google"),
     ),
-    "maskgit-port": Family(
-        module="maskgit_port",
-        task="maskgit",
-        config=lambda state: f"configs/maskgit.py:port{_pixels(_length(state, 'pos_emb', 1) - 1)}",
-        sizes=_generator("port"),
-        runs=TUNED,
-        check=_steps,
-        parents=("tokenizer",),
+    "maskgit-port": _base_family(
+        "port",
+        "maskgit_port",
+        lambda state: f"configs/maskgit.py:port{_pixels(_length(state, 'pos_emb', 1) - 1)}",
     ),
-    "google-maskgit": Family(
-        module="google_maskgit",
-        task="maskgit",
-        config=lambda state: (
-            f"configs/maskgit.py:google{_pixels(_length(state, 'params/Embed_0/position_embeddings/embedding', 0) - 1)}"
-        ),
-        sizes=_generator("google"),
-        runs=TUNED,
-        check=_steps,
-        parents=("tokenizer",),
+    "google-maskgit": _base_family(
+        "google",
+        "google_maskgit",
+        lambda state: f"configs/maskgit.py:google{_pixels(_length(state, GOOGLE_POSITIONS, 0) - 1)}",
     ),
     "kl16": Family(
         module="kl_vae",
@@ -255,7 +221,7 @@ FAMILIES = {
         config=lambda state: "configs/tokenizer.py:amused1024",
         sizes=_codec("amused"),
         open=lambda path, entry: diffusers_folder.read_state(path),
-        told=_told_of_amused,
+        told=vq_model.settings_of,
     ),
     "meissonic-tokenizer": Family(
         module="meissonic_tokenizer",
@@ -263,30 +229,22 @@ FAMILIES = {
         config=lambda state: "configs/tokenizer.py:meissonic",
         sizes=_frozen_sizes,
         open=lambda path, entry: meissonic_tokenizer.read_state(path),
-        told=_told_of_frozen,
+        told=meissonic_tokenizer.settings_of,
     ),
-    "meissonic": Family(
-        module="meissonic",
-        task="maskgit",
-        config=lambda state: "configs/maskgit.py:meissonic",
-        sizes=_generator("meissonic"),
-        runs=TUNED,
-        check=_steps,
-        parents=("tokenizer",),
+    "meissonic": _base_family(
+        "meissonic",
+        "meissonic",
+        lambda state: "configs/maskgit.py:meissonic",
         open=lambda path, entry: diffusers_folder.read_state(pathlib.Path(path, "transformer")),
-        told=_told_of_meissonic,
-        tokens=_tokens_of_meissonic,
+        told=meissonic.settings_of,
+        tokens=meissonic.tokens_of,
     ),
-    "dimoo": Family(
-        module="dimoo",
-        task="maskgit",
-        config=lambda state: "configs/maskgit.py:dimoo",
-        sizes=_generator("dimoo"),
-        runs=TUNED,
-        check=_steps,
-        parents=("tokenizer",),
+    "dimoo": _base_family(
+        "dimoo",
+        "dimoo",
+        lambda state: "configs/maskgit.py:dimoo",
         open=lambda path, entry: path,  # streamed, a tensor at a time
-        told=_told_of_dimoo,
+        told=dimoo.settings_of,
         tokens=lambda path: {"tokenizer": path},
         reads="load",
     ),

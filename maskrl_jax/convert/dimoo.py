@@ -72,6 +72,12 @@ def config_of(published: Mapping[str, Any], **options) -> DimooConfig:
     return DimooConfig(**{ours: given[theirs] for ours, theirs in SIZES.items()}, **options)
 
 
+def settings_of(folder: Path | str) -> dict[str, Any]:
+    """Sizes from the config.json of a published folder, as settings of a generator's stage."""
+    found = config_of(files.json_object(Path(folder, "config.json")))
+    return {name: getattr(found, name) for name in SIZES}
+
+
 def params_of(state: Mapping[str, np.ndarray], config: DimooConfig, dtype: str | None = None) -> dict:
     """Map a state dict to the variables of `Dimoo(config)`, in the dtype of the state or the one asked for."""
     refuse_misfits({name: x.shape for name, x in state.items()}, _shapes(config))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from maskrl_jax.convert import diffusers_folder
+from maskrl_jax.convert import diffusers_folder, files
 from maskrl_jax.convert.keys import Keys
 from maskrl_jax.convert.keys import read as read_state
 from maskrl_jax.convert.keys import write as write_state
@@ -63,6 +63,23 @@ def config_of(settings: Mapping[str, Any], grid: tuple[int, int] = (64, 64), **o
     if settings["pooled_projection_dim"] != config.width:
         raise ValueError(f"pooled_projection_dim {settings['pooled_projection_dim']} is not the width {config.width}")
     return config
+
+
+def settings_of(folder: str | pathlib.Path) -> dict[str, Any]:
+    """Sizes of a published folder's transformer as settings of a generator's stage; the codebook is the tokenizer's."""
+    found = config_of(diffusers_folder.read_settings(pathlib.Path(folder, "transformer")))
+    return {name: getattr(found, name) for name in (*SIZES, "resampled") if name != "codebook_size"}
+
+
+def tokens_of(folder: str | pathlib.Path) -> dict[str, Any]:
+    """The tokenizer of a published folder, and what it pads with: padding is attended (specs/meissonic.md section 4)."""
+    place = pathlib.Path(folder, "tokenizer")
+    found, vocabulary = {"tokenizer": str(place)}, place / "vocab.json"
+    if not ((place / "tokenizer_config.json").is_file() and vocabulary.is_file()):
+        return found
+    said = files.json_object(place / "tokenizer_config.json").get("pad_token")
+    pad, entries = said.get("content") if isinstance(said, dict) else said, files.json_object(vocabulary)
+    return found | ({"pad": entries[pad]} if pad in entries else {})
 
 
 def sampler_of(

@@ -3,6 +3,7 @@
 A state has the names of both folders: `vqvae.<name>` and `text_encoder.<name>`. Strict as in `vq_model` and `clip`.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,13 @@ def read_sizes(folder: str | pathlib.Path) -> Sizes:
     """Sizes of both, from their config.json. ValueError for what is missing or not supported."""
     codes, text = (diffusers_folder.read_settings(pathlib.Path(folder, name)) for name in (VQ, TEXT))
     return vq_model.config_of(codes), clip.text_config_of(text)
+
+
+def settings_of(folder: str | pathlib.Path) -> dict[str, Any]:
+    """The same as settings of a tokenizer's stage."""
+    codes, text = read_sizes(folder)
+    text = {name: x for name, x in dataclasses.asdict(text).items() if name not in ("remat", "dtype")}
+    return vq_model.model_settings(codes) | {"text": text}
 
 
 def params_of(state: Mapping[str, np.ndarray], sizes: Sizes) -> dict:

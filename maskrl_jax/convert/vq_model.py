@@ -3,6 +3,7 @@
 Strict: a ValueError of one line names the key that is missing, left over or misshapen.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -49,6 +50,17 @@ def config_of(settings: Mapping[str, Any]) -> VQModelConfig:
     )
     channels = settings["latent_channels"]
     return VQModelConfig(sizes, channels, settings.get("vq_embed_dim") or channels, settings["num_vq_embeddings"])
+
+
+def settings_of(folder: str | pathlib.Path) -> dict[str, Any]:
+    """Sizes from the config.json of a tokenizer's folder, as settings of a tokenizer's stage."""
+    return model_settings(config_of(diffusers_folder.read_settings(folder)))
+
+
+def model_settings(config: VQModelConfig) -> dict[str, Any]:
+    """Sizes as plain settings."""
+    own = {name: getattr(config, name) for name in ("channels", "code_width", "codebook_size")}
+    return own | {"conv": dataclasses.asdict(config.conv)}
 
 
 def read(folder: str | pathlib.Path) -> tuple[VQModelConfig, dict]:

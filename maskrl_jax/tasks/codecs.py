@@ -72,7 +72,8 @@ class Codec:
     def told(self, params: Any, cond: Any, null: Any) -> tuple[Any, Any]:
         """What a generator reads of conditions [B,...] and of the null one: themselves, or the states of a text.
 
-        Encoding a prompt again for every rollout costs next to nothing (Meissonic: .03 % of the FLOPs of 48 guided steps).
+        Encoding a prompt again for every rollout costs next to nothing (Meissonic: 302 M weights on 77 tokens, for 1.5
+        TFLOP of each call and branch).
         """
         text = getattr(self.config, "text", None)
         if text is None:

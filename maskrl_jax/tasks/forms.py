@@ -89,7 +89,9 @@ def model_config(config: Any, tokenizer: Any, conditioning: Conditioning) -> Siz
     wanted = "class" if form in CLASSES else "caption"
     if form != "ours" and conditioning.kind != wanted:
         has = {"class": "classes", "caption": "captions"}
-        raise UserError(f"model.form={form} is conditioned on {has[wanted]}, and {config.data.name} has the other")
+        raise UserError(
+            f"model.form={form} is conditioned on {has[wanted]}, and {config.data.name} has {has[conditioning.kind]}"
+        )
     grid = {"num_tokens": found.num_tokens, "codebook_size": found.codebook_size}
     if form == "ours":
         return MaskGITConfig(**grid, cond_vocab=conditioning.vocab_size, cond_length=max(conditioning.length, 1), **own)
@@ -99,6 +101,8 @@ def model_config(config: Any, tokenizer: Any, conditioning: Conditioning) -> Siz
         return CLASSES[form](**grid, num_classes=conditioning.vocab_size - 1, **own)
     if form == "meissonic":
         return _meissonic_sizes(own, found, conditioning)
+    if conditioning.null[-1] != dimoo_sequence.UNCONDITIONAL[-1]:
+        raise UserError("model.form=dimoo reads prompts in a template of its own; set data.tokens=dimoo")
     layout = Layout(found.side, found.side, codebook_size=found.codebook_size, **own.pop("layout", {}))
     return DimooSizes(DimooConfig(codebook_size=found.codebook_size, **own), layout)
 

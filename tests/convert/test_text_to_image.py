@@ -168,6 +168,13 @@ def test_a_meissonic_needs_its_text_encoder_and_tokens_of_clip(made, tmp_path):
         FAMILIES["meissonic"].sizes(plain)
 
 
+def test_a_dimoo_needs_its_template(made):
+    with pytest.raises(UserError, match="set data.tokens=dimoo"):
+        FAMILIES["dimoo"].sizes(tiny_text.base("dimoo", made[2]))
+    with pytest.raises(UserError, match="is conditioned on captions, and digits has classes"):
+        FAMILIES["dimoo"].sizes(tiny_text.base("dimoo", {"name": "digits", "text_length": 16}))
+
+
 def test_a_dimoo_is_streamed_in_and_its_shortcut_trained(made, one_device, tmp_path, monkeypatch):
     root, folder, _, places, store = made
     data = {"name": "prompts.txt", "text_length": 16, "tokens": "dimoo", "tokenizer": "nowhere", "pad": 49407}
