@@ -66,6 +66,16 @@ class Axis:
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, P(AXIS)))
 
 
+def gathered(weights: Any) -> Any:
+    """The same, whole on every device, where they are split; the identity under pmap.
+
+    For models, which know no axis: the mesh is that of the program that is traced (`Parallel`).
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return weights
+    return jax.lax.with_sharding_constraint(weights, P())
+
+
 def mean_gradients(grads_sum: Any, weight: jax.Array, axis: Axis) -> Any:
     """Turn the gradient of a weighted sum into the gradient of the mean over all devices.
 

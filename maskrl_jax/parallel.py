@@ -5,6 +5,7 @@ A pure function `fn(state, frozen, batch, axis)` runs under two strategies witho
 global arrays, the large ones split over the devices (FSDP). `axis` hides the difference.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,13 +97,23 @@ class Parallel:
         if self._pmap:
             return self._pmapped(fn, (None, None), donate_argnums=(0,))
         placed = jax.tree.map(lambda x: getattr(x, "sharding", None), state)
-        program = _bind(fn, self._axis)
+        program = _bind(self._on_mesh(fn), self._axis)
         return jax.jit(program, donate_argnums=(0,), out_shardings=(placed, self._replicated))
 
     def _compile_map(self, fn):
         if self._pmap:
             return self._pmapped(fn, 0)
         return jax.jit(_bind(self._gathering(fn), self._axis), out_shardings=self._rows)
+
+    def _on_mesh(self, fn):
+        """The same, with the mesh known to models that gather their weights block by block."""
+
+        @functools.wraps(fn)
+        def known(*args):
+            with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+                return fn(*args)
+
+        return known
 
     def _gathering(self, fn):
         """The same with whole weights on every device: split, they make the compiler split channels and not rows.

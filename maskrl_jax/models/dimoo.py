@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskrl_jax.models.layers import stack
+
 Array = jax.Array
 SIZES = ("vocab_size", "codebook_size", "width", "depth", "heads", "kv_heads", "mlp_width", "unroll")
 
@@ -84,15 +86,8 @@ class Dimoo(nn.Module):
         self.tokens = self.param("tokens", table, (c.vocab_size, c.width))
         self.head = self.param("head", table, (c.vocab_size, c.width))
         self.norm_out = nn.RMSNorm(c.rms_eps, jnp.float32)
-        block = nn.remat(Block, prevent_cse=False, static_argnums=(6,)) if c.remat else Block
-        self.blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, *[nn.broadcast] * 4),
-            length=c.depth,
-            unroll=c.unroll,
-        )(c)
+        axes = (0, *[nn.broadcast] * 4)
+        self.blocks = stack(Block, c.depth, remat=c.remat, static=(6,), in_axes=axes, unroll=c.unroll)(c)
 
     def __call__(self, ids_BL: Array, positions_BL: Array | None = None, real_BL: Array | None = None) -> Array:
         """Logits [B,L,V] float32 of the whole vocabulary from ids int32 [B,L]."""

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskrl_jax.models.layers import SIZES, check_sizes
+from maskrl_jax.models.layers import SIZES, check_sizes, stack
 
 Array = jax.Array
 EPSILON = 1e-5  # of every norm
@@ -97,15 +97,7 @@ class HaltonMaskGIT(nn.Module):
         self.position = self.param("position", START, (c.num_tokens, c.width))
         if c.registers:
             self.registers = self.param("registers", START, (c.registers, c.width))
-        block = nn.remat(HaltonBlock, prevent_cse=False) if c.remat else HaltonBlock
-        loop = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.depth,
-        )
-        self.blocks = loop(c)
+        self.blocks = stack(HaltonBlock, c.depth, remat=c.remat, in_axes=nn.broadcast)(c)
         self.modulation = nn.Dense(2 * c.width, kernel_init=nn.initializers.zeros)
         self.norm_scale = self.param("norm_scale", nn.initializers.ones, (c.width,))
         self.norm_bias = self.param("norm_bias", nn.initializers.zeros, (c.width,))

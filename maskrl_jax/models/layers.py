@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskrl_jax.axis import gathered
+
 Array = jax.Array
 SINUSOID_WIDTH = 256
 # Of a transformer of classes and codes.
@@ -28,6 +30,25 @@ def check_sizes(config: Any, names: Sequence[str], square: bool = True) -> None:
 def layer_norm(name: str, epsilon: float = 1e-6) -> nn.LayerNorm:
     """Layer norm that computes in float32 whatever the compute dtype (DESIGN, contracts: Model)."""
     return nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, name=name)
+
+
+def stack(block: type[nn.Module], length: int, *, remat: bool, static: Sequence[int] = (), **scan: Any) -> Callable:
+    """A loop over `length` blocks, a class or partial to build where the blocks' own would be.
+
+    Parameters have a leading axis of blocks. Where they are split over devices (FSDP), a block's are gathered when its
+    turn comes and again, with `remat`, in the backward pass: left to itself the compiler splits activations instead.
+
+    Args:
+      block: a module whose call is a step of `nn.scan`.
+      remat: keep the inputs of blocks alone for the backward pass.
+      static: places of arguments that are not arrays, the module being 0.
+      scan: further arguments of `nn.scan`; `split_rngs` beside that of parameters.
+    """
+    block = nn.map_variables(block, "params", trans_in_fn=gathered, init=True)
+    if remat:
+        block = nn.remat(block, prevent_cse=False, static_argnums=tuple(static))
+    rngs = {"params": True} | scan.pop("split_rngs", {})
+    return nn.scan(block, variable_axes={"params": 0}, split_rngs=rngs, length=length, **scan)
 
 
 def sinusoid(x: Array, width: int = SINUSOID_WIDTH) -> Array:

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskrl_jax.models.layers import Conv3, RelativeBias, filtered, layer_norm, placed_condition
+from maskrl_jax.models.layers import Conv3, RelativeBias, filtered, layer_norm, placed_condition, stack
 
 Array = jax.Array
 SIZES = ("num_tokens", "channels", "cond_vocab", "buffer", "width", "depth", "heads", "head_width", "head_depth")
@@ -200,15 +200,8 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: Array, keys_BS: Array | None, train: bool) -> Array:
         c = self.config
-        block = nn.remat(Block, prevent_cse=False, static_argnums=(3,)) if c.remat else Block
-        loop = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=c.depth,
-            unroll=c.unroll,
-        )
+        options = {"in_axes": nn.broadcast, "split_rngs": {"dropout": True}, "unroll": c.unroll}
+        loop = stack(Block, c.depth, remat=c.remat, static=(3,), **options)
         return loop(c, self.local, name="blocks")(x_BSD, keys_BS, train)[0]
 
 

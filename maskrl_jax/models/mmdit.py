@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskrl_jax.models import layers
+
 Array = jax.Array
 EPSILON = 1e-6
 THETA = 1e4
@@ -138,10 +140,7 @@ def parted(x_BD: Array, parts: int) -> list[Array]:
 
 def stack(block: type[nn.Module], sizes: BlockSizes, length: int) -> nn.Module:
     """Blocks in a loop."""
-    block = nn.remat(block, prevent_cse=False) if sizes.remat else block
-    return nn.scan(
-        block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=length
-    )(sizes)
+    return layers.stack(block, length, remat=sizes.remat, in_axes=nn.broadcast)(sizes)
 
 
 def norm(name: str | None = None) -> nn.RMSNorm:
