@@ -1,14 +1,17 @@
 """What devices say to each other in compiled programs: one message per optimizer step, none in a rollout."""
 
 import functools
+import math
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 import tiny
 
 from maskrl_jax import parallel as parallel_module
 from maskrl_jax import runner
+from maskrl_jax.models import mmdit
 from maskrl_jax.parallel import Parallel
 
 DEVICES = 2
@@ -64,6 +67,27 @@ def test_split_parameters_are_gathered_and_their_gradients_summed(monkeypatch):
     split = [x for x in jax.tree.leaves(trained_by(tiny.get_config("maskgit"))) if x.size >= 512]
     gathered = sum(kind == "all-gather" for _, kind in found)
     assert len(split) <= gathered <= 2 * len(split)
+
+
+def test_a_stack_of_blocks_gathers_weights_and_leaves_rows_where_they_are(monkeypatch):
+    """Left to the compiler, these blocks have their rows gathered and their channels sent around."""
+    monkeypatch.setattr(parallel_module, "FSDP_MIN_SIZE", 512)
+    parallel, rows = Parallel("sharded", jax.devices()[:DEVICES]), jax.ShapeDtypeStruct((8, 7, 64), jnp.float32)
+    sizes, turns = mmdit.BlockSizes(4, 16, True, "float32"), mmdit.rotations((4, 6, 6), (2, 2), 3)
+    blocks = mmdit.stack(mmdit.SingleBlock, sizes, 3)
+
+    def update(params, frozen, batch, axis):
+        grads = jax.grad(lambda p: jnp.square(blocks.apply(p, batch, batch[:, 0], turns)[0]).sum())(params)
+        return jax.tree.map(lambda p, g: p - g, params, grads), {}
+
+    params = jax.eval_shape(lambda x: blocks.init(jax.random.key(0), x, x[:, 0], turns), rows)
+    args = (parallel.abstract(params), {}, parallel.abstract_batch(rows))
+    found = MESSAGE.findall(parallel.update(update).lower(*args).compile().as_text())
+    split = [x.shape[1:] for x in jax.tree.leaves(params) if x.size >= 512]
+    gathered = [shapes for shapes, kind in found if kind == "all-gather"]
+    assert {kind for _, kind in found} == {"all-gather", "all-reduce"}
+    assert len(split) <= len(gathered) <= 2 * len(split)  # forward and, again, backward
+    assert max(map(numbers, gathered)) == max(math.prod(shape) for shape in split)  # of one block at a time
 
 
 def test_a_sharded_rollout_asks_at_every_call_whether_all_are_done():
