@@ -4,7 +4,8 @@
 
 Tiny stages (tests/tiny.py) make three updates with both strategies in 2 and 4 processes of two virtual devices each, and
 in one process with 4 and 8. Writes benchmarks/processes.json and .md: the largest difference of a parameter, and whether
-all tokens that were rolled out are equal. What the time did not suffice for is left out; the same command goes on.
+all tokens that were rolled out are equal. What the time did not suffice for is left out; the same command goes on, and
+--stages, --counts and --strategies measure a part anew.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import tiny  # noqa: E402
 
 from maskrl_jax import checkpoint, cluster, parallel, runner  # noqa: E402
 from maskrl_jax.data import shapes  # noqa: E402
+from maskrl_jax.evaluate import report as reports_of  # noqa: E402
 from maskrl_jax.parallel import STRATEGIES, Parallel  # noqa: E402
 from maskrl_jax.tasks.rollouts import Rollouts  # noqa: E402
 from maskrl_jax.tasks.task import Context, Parent  # noqa: E402
@@ -134,14 +136,20 @@ def finish(started: Sequence[subprocess.Popen], until: float) -> bool:
 
 def compare(out: pathlib.Path) -> list[dict]:
     """One row for each task, strategy and number of processes that was measured."""
-    rows = []
+    rows, commit = [], reports_of.commit_hash(ROOT)
     for count in COUNTS:
         for strategy in STRATEGIES:
             for stage in STAGES:
                 paths = [out / f"{strategy}-{count * DEVICES}-{n}" / f"{stage}.npz" for n in (1, count)]
                 if all(path.exists() for path in paths):
-                    rows.append({"task": stage, "strategy": strategy, "processes": count} | difference(*paths))
+                    row = {"task": stage, "strategy": strategy, "processes": count, "commit": commit}
+                    rows.append(row | difference(*paths))
     return rows
+
+
+def newest(rows: Sequence[dict]) -> list[dict]:
+    """The last row of every task, strategy and number of processes."""
+    return list({(row["processes"], row["strategy"], row["task"]): row for row in rows}.values())
 
 
 def difference(one: pathlib.Path, other: pathlib.Path) -> dict:
@@ -164,7 +172,8 @@ def table(rows: Sequence[dict]) -> str:
         cells[row["task"], row["strategy"], row["processes"]] = f"{row['parameters']:.1e}{said}"
     lines = [
         "Largest difference of a parameter after three updates (marval: four) between several processes of two devices "
-        "each and one process with as many devices; where a task rolls out tokens, whether all are equal.",
+        "each and one process with as many devices; where a task rolls out tokens, whether all are equal "
+        f"(`python benchmarks/processes.py`, commits {', '.join(sorted({row['commit'] for row in rows}))}).",
         "",
         "| task | " + " | ".join(f"{strategy}, {count} processes" for strategy, count in columns) + " |",
         "|---" * (1 + len(columns)) + "|",
@@ -173,13 +182,19 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(out: pathlib.Path, minutes: float, stages: Sequence[str], counts: Sequence[int] = COUNTS) -> list[dict]:
+def run(
+    out: pathlib.Path,
+    minutes: float,
+    stages: Sequence[str],
+    counts: Sequence[int] = COUNTS,
+    strategies: Sequence[str] = STRATEGIES,
+) -> list[dict]:
     """Measure until the time is over; return the rows."""
     until, which = time.monotonic() + 60 * minutes, f"--stages={','.join(stages)}"
     if not finish(start(out, ["--prepare", which], 1, 1), until):
         raise RuntimeError("the parents were not trained; more --minutes?")
     for count in counts:
-        for strategy in STRATEGIES:
+        for strategy in strategies:
             for processes in (1, count):
                 for _ in range(3):  # as a launcher does: a process may be lost on a machine that is busy
                     started = start(out, [f"--strategy={strategy}", which], processes, DEVICES * count // processes)
@@ -194,6 +209,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--minutes", type=float, default=25)
     parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--counts", default=",".join(map(str, COUNTS)))
+    parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--strategy", help=argparse.SUPPRESS)
     parser.add_argument("--place", help=argparse.SUPPRESS)
@@ -208,8 +225,10 @@ def main() -> None:
         with cluster.together() if args.place else contextlib.nullcontext():
             work(out, args.strategy, stages)
     else:
-        rows = run(out, args.minutes, stages)
+        counts = [int(count) for count in args.counts.split(",")]
+        rows = run(out, args.minutes, stages, counts, args.strategies.split(","))
         place = ROOT / "benchmarks" / "processes"
+        rows = newest([*json.loads(place.with_suffix(".json").read_text()), *rows])
         place.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
         place.with_suffix(".md").write_text(table(rows))
         print(table(rows))
