@@ -231,7 +231,7 @@ def open_loop(
 
     def logp(features, step):
         logits = student.head(features)
-        return jax.nn.log_softmax(logits if branches == 1 else mixed(logits, guidance_S[step]))
+        return jax.nn.log_softmax(logits if branches == 1 else mixed(*jnp.split(logits, 2), guidance_S[step]))
 
     def after(start):
         def move(features, k):

@@ -20,12 +20,19 @@ def step_keys(keys_B: Array, step: Array, purpose: int) -> Array:
 def guided(logits_fn: LogitsFn, null_cond: Any) -> Callable[[Array, Array, Any, Array], Array]:
     """Classifier-free guidance in one doubled batch: l = u + s (c - u), s = 1 is the plain model.
 
-    `null_cond` has the shape of one sample's cond. The result takes (ids, timestep, cond, scale [B]).
+    `null_cond` has the shape of one sample's cond. The result takes (ids, timestep, cond, scale [B]). The branches of a
+    sample are neighbours in the batch: where rows are split over devices, none moves.
     """
 
+    def pairs(null, cond):
+        null = jnp.broadcast_to(null, cond.shape).astype(cond.dtype)
+        return jnp.stack([cond, null], axis=1).reshape(-1, *cond.shape[1:])
+
     def fn(ids_BN: Array, timestep_B: Array, cond: Any, scale_B: Array) -> Array:
-        logits = logits_fn(jnp.tile(ids_BN, (2, 1)), jnp.tile(timestep_B, 2), with_null(cond, null_cond))
-        return mixed(logits, scale_B)
+        conds = jax.tree.map(pairs, null_cond, cond)
+        logits = logits_fn(ids_BN.repeat(2, axis=0), timestep_B.repeat(2, axis=0), conds)
+        logits = logits.reshape(-1, 2, *logits.shape[1:])
+        return mixed(logits[:, 0], logits[:, 1], scale_B)
 
     return fn
 
@@ -36,9 +43,8 @@ def with_null(cond: Any, null_cond: Any) -> Any:
     return jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, nulls)
 
 
-def mixed(logits: Array, scale: Array) -> Array:
-    """Logits [2B,N,K] of conditional rows and then unconditional ones, mixed by a scale [] or [B]: [B,N,K]."""
-    conditional, unconditional = jnp.split(logits, 2)
+def mixed(conditional: Array, unconditional: Array, scale: Array) -> Array:
+    """Logits [B,N,K] of both branches, mixed by a scale [] or [B]."""
     return unconditional + scale.reshape(-1, 1, 1) * (conditional - unconditional)
 
 

@@ -227,7 +227,7 @@ def tiled(x: Array, rows: int) -> Array:
 
 def guided(plan: Plan, step: Array, logits: Array) -> Array:
     """Guidance mixes logits, never features; `step` is [] or one for each row."""
-    return draws.mixed(logits, jnp.asarray(plan.guidance)[step]) if plan.guide else logits
+    return draws.mixed(*jnp.split(logits, 2), jnp.asarray(plan.guidance)[step]) if plan.guide else logits
 
 
 def _drift(after: Array, before: Array, masked_bN: Array) -> Array:
