@@ -300,9 +300,11 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"seed must be at least 0 and eval_samples at least 1 in the config of task {config.task!r}")
     if not 0 <= config.profile_at < config.num_steps:
         raise UserError(f"profile_at={config.profile_at} is not a step of {config.num_steps}; use 0 for no trace")
-    for name in config.init:
+    for name, workdir in config.init.items():
         if name not in config.parents:
             raise unknown("parent in init", name, config.parents.keys())
+        if workdir:
+            _ready(name, config.parents[name], workdir)
     unused = {key for key in config.optimizer if key not in OPTIMIZER_KEYS}
     if unused:
         raise unknown("optimizer setting", min(unused), OPTIMIZER_KEYS)

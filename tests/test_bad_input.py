@@ -59,7 +59,7 @@ def changed(config, changes):
         ({"batch_size": 24, "group": 16}, "batch_size 24 rollouts do not fill groups of 16"),
         ({"evaluation.batch_size": 12}, "batch of 12 does not divide by 8 devices"),
         ({"parents.maskgit.sampler.num_steps": 65, "parents.maskgit.sampler.max_steps": 65}, "must lie in 1..64"),
-        ({"evaluation.steps": (4, 32)}, "num_steps 32 must lie in 1..max_steps (24)"),
+        ({"evaluation.steps": (4, 32)}, "evaluation.steps: num_steps 32 must lie in 1..max_steps (24)"),
         ({"evaluation.steps": (16, 4)}, "must rise"),
         ({"policy.max_calls": 96, "policy.divisors": (96, 4)}, "96 exceeds the 64 image tokens"),
         ({"policy.max_calls": 7, "policy.divisors": (7, 1)}, "7 does not divide the clock of 960"),
@@ -94,6 +94,7 @@ def changed(config, changes):
         ({"rewards.judge_whol": 1.0}, "unknown reward 'judge_whol'"),
         ({"optimizer.name": "adam"}, "unknown optimizer.name 'adam'; did you mean 'adamw'?"),
         ({"parallel": "shard"}, "unknown parallel strategy 'shard'; did you mean 'sharded'?"),
+        ({"init.tokenizer": "nowhere"}, "init.tokenizer=nowhere has no config.json; point it to a 'tokenizer' stage"),
         ({"init.tokeniser": "x"}, "unknown parent in init 'tokeniser'; did you mean 'tokenizer'?"),
     ],
 )

@@ -1,6 +1,7 @@
 """One interface to every image set: pictures, their conditions, and how prompts become conditions."""
 
 import functools
+import pathlib
 import sys
 import zlib
 from collections.abc import Callable, Mapping
@@ -66,6 +67,8 @@ class Dataset:
         A quarter of all captions, chosen by their text, is held out. Classes are too few to hold any out: both
         pools then are all classes.
         """
+        if not len(self):
+            raise UserError(f"{self.name} is not there to choose prompts from; give them")
         cond = np.unique(np.asarray(self.columns["cond"]), axis=0)
         if self.conditioning.kind == "class":
             return cond
@@ -152,9 +155,13 @@ def open_pictures(data: Mapping[str, Any] | str, split: str, data_dir: str, imag
 def open_conditions(data: Mapping[str, Any] | str, data_dir: str, image_size: int) -> Dataset:
     """What a generator can be asked for: the set's validation split, or its class names alone, which need no pictures.
 
-    For `encode`, `describe` and `prompts`.
+    For `encode`, `describe` and `prompts`. A file of prompts need not be there: who brings a prompt asks for that.
     """
     settings = settings_of(data)
+    if settings.is_prompts and not pathlib.Path(settings.name).exists():
+        texts = _texts(settings)
+        none = {"cond": np.zeros((0, *texts.conditioning.null.shape), np.int32)}
+        return Dataset(settings.name, none, texts.conditioning, texts.encode, texts.decode)
     if settings.name == "shapes" or settings.is_prompts:
         return open_dataset(data, "validation", data_dir, image_size)
     names = _class_names(settings)

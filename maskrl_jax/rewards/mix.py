@@ -34,13 +34,15 @@ def check(weights: Mapping[str, float], available: Sequence[str]) -> None:
         )
     unknown = sorted(set(weights) - set(available))
     if unknown:
-        raise UserError(f"unknown reward {unknown[0]!r}; this judge gives: {', '.join(available)}")
+        raise UserError(f"unknown reward {unknown[0]!r}; this judge gives: {', '.join(available)}; change rewards")
 
 
 def check_held_out(held_out: Sequence[str], trained: Mapping[str, float], available: Sequence[str]) -> None:
     """Raise UserError for a held-out reward that there is not, or that is trained on."""
     for name in held_out:
         if name not in available:
-            raise UserError(f"unknown held-out reward {name!r}; there are: {', '.join(available)}")
+            raise UserError(
+                f"unknown held-out reward {name!r}; there are: {', '.join(available)}; change rewards_heldout"
+            )
         if trained.get(name):
             raise UserError(f"reward {name!r} is trained on and held out; take it from rewards or rewards_heldout")

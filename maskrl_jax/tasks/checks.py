@@ -109,10 +109,12 @@ def same_data(config: Any) -> None:
     if settings.settings_of(data).is_prompts and settings.settings_of(base_data).is_prompts:
         # Which prompts a policy is asked for is its own affair; how they become tokens is not.
         own, base = ({key: x for key, x in one.items() if key not in ("name", "tokenizer")} for one in (own, base))
-    if own != base:
-        raise UserError(
-            f"data of {config.task} and of its base differ; change both, as in --config.parents.maskgit.data"
-        )
+    for key in sorted(own.keys() | base.keys()):
+        if own.get(key) != base.get(key):
+            raise UserError(
+                f"data.{key} of {config.task} is {own.get(key)!r}, its base was trained with {base.get(key)!r}; "
+                f"set --config.data.{key} to that, or train the base anew with --config.parents.maskgit.data.{key}"
+            )
 
 
 def judge_reads(config: Any, kind: str) -> None:

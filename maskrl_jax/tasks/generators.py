@@ -26,12 +26,16 @@ DRAWN_BY = ("maskgit", "mar", "tokenizer")  # stages that pictures depend on
 
 
 def check_steps(sampler: SamplerConfig, steps: Iterable[int], num_tokens: int) -> None:
-    """Raise ValueError for a number of steps that the sampler's tables or the grid do not hold.
+    """Raise UserError for a number of steps that the sampler's tables or the grid do not hold.
 
     Early, because a report asks for them when training is over.
     """
-    for count in {sampler.num_steps, *steps}:
-        make_plan(dataclasses.replace(sampler, num_steps=count), num_tokens)
+    for name, counts in {"sampler.num_steps": [sampler.num_steps], "evaluation.steps": steps}.items():
+        for count in counts:
+            try:
+                make_plan(dataclasses.replace(sampler, num_steps=count), num_tokens)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
 
 
 def dataset_of(context: Context, split: str) -> Dataset:
@@ -138,6 +142,8 @@ def base_task(
     update = parallel.update(wiring.update)
     frozen, read = {"tokenizer": tokenizer}, {"tokenizer": encoding.read_by(config, tokenizer)}
     bench = functools.cache(lambda: bench_of(context))
+    # Late: who measures a stage by prompts alone has no pictures to train it on.
+    batches = functools.cache(lambda: encoding.examples(train, config, parallel.rows(config.batch_size)))
     held_out_loss = jax.jit(wiring.held_out_loss)
 
     def evaluate(state, step):
@@ -172,7 +178,7 @@ def base_task(
 
     return Task(
         init=lambda key: parallel.init(wiring.init, key),
-        batch=encoding.examples(train, config, parallel.rows(config.batch_size)),
+        batch=lambda step: batches()(step),
         step=lambda state, b: update(state, read, b),
         evaluate=evaluate,
         report=report,

@@ -153,7 +153,9 @@ def test_prompts_of_a_policy_are_its_own_and_their_tokens_are_the_base_s(made):
     config.data = config.data.to_dict() | {"name": "others.txt", "tokenizer": "elsewhere"}
     checks.same_data(config)
     config.data.pad = 0
-    with pytest.raises(UserError, match="data of speed_rl and of its base differ"):
+    with pytest.raises(
+        UserError, match="data.pad of speed_rl is 0, its base was trained with 49407; set --config.data.pad to that"
+    ):
         checks.same_data(config)
 
 

@@ -114,12 +114,19 @@ def test_a_file_too_short_for_a_held_out_quarter_says_so(tmp_path, folder):
         open_dataset(data(file, folder), "train", "unused", 32).prompts(2, seed=0)
 
 
+def test_a_prompt_can_be_asked_for_without_the_file(folder):
+    asked = open_conditions(data("gone.txt", folder), "unused", 32)
+    assert asked.describe(asked.encode(["cat"])) == ["cat"]
+    with pytest.raises(UserError, match="gone.txt is not there to choose prompts from"):
+        asked.prompts(2, seed=0)
+
+
 def test_configs_take_a_file_and_its_tokens():
     config = maskgit.get_config("smoke")
     config.data.update(data("my.jsonl", text_length=77))
     assert conditioning_of(config.data).vocab_size == 49408
     config.task, config.parents.maskgit = "speed_rl", maskgit.get_config("smoke")
-    with pytest.raises(UserError, match="data of speed_rl and of its base differ"):
+    with pytest.raises(UserError, match="data.name of speed_rl is 'my.jsonl', its base was trained with 'shapes'"):
         checks.same_data(config)
     config.parents.maskgit.data.update(config.data)
     checks.same_data(config)
