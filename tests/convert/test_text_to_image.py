@@ -1,5 +1,8 @@
 """Published text-to-image models, small: converted, sampled, tuned by rewards of a CLIP, given back."""
 
+import json
+import shutil
+
 import clip_weights
 import jax
 import numpy as np
@@ -134,6 +137,25 @@ def test_what_a_folder_says_of_itself_are_settings_of_the_stage(made):
     told = FAMILIES["meissonic-tokenizer"].told(folder)
     assert told["text"]["width"] == 8 and told["codebook_size"] == tiny_text.K and told["conv"]["width"] == 4
     assert "text" not in FAMILIES["amused"].told(f"{folder}/vqvae")
+
+
+def test_a_folder_that_does_not_fit_is_told(made, tmp_path):
+    root, folder, _, places, store = made
+    out, below = str(tmp_path / "out"), {"tokenizer": places["tokenizer"]}
+    with pytest.raises(UserError, match=f"is the folder of a whole model; give that of its tokenizer, {folder}/vqvae"):
+        published.read("amused", str(folder), out, below={}, store=store)
+    (root / "wide.py").write_text(
+        "from configs import tokenizer\n\nget_config = lambda arg: tokenizer.get_config('meissonic')"
+    )
+    with pytest.raises(UserError, match="has shape .*; with --config its config.json is not read"):
+        published.read("meissonic-tokenizer", str(folder), out, below={}, store=store, config=str(root / "wide.py"))
+    other = shutil.copytree(folder, tmp_path / "other")
+    told = json.loads((other / "transformer" / "config.json").read_text())
+    (other / "transformer" / "config.json").write_text(json.dumps(told | {"codebook_size": tiny_text.K + 1}))
+    with pytest.raises(
+        UserError, match=f"transformer/config.json says codebook_size 7, and the tokenizer has {tiny_text.K}"
+    ):
+        published.read("meissonic", str(other), out, below=below, store=store)
 
 
 def test_a_folder_says_what_its_tokenizer_pads_with(tmp_path):
