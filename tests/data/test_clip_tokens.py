@@ -67,7 +67,7 @@ def test_a_tokenizer_that_is_not_there_is_one_line(tmp_path):
     [
         ("{}", "#version: 0.2\na b\n", "vocab.json and merges.txt make no tokenizer .*copy both again"),
         ("{}", "#version: 0.2\n", "has no <|startoftext|> or <|endoftext|>; give the one of a CLIP"),
-        (None, "#version: 0.2\na b\n", "Token 'ab' out of vocabulary"),
+        (None, "#version: 0.2\na b\n", "Token .ab. out of vocabulary"),
         ("{", "#version: 0.2\n", "vocab.json and merges.txt make no tokenizer "),
     ],
 )
