@@ -18,6 +18,7 @@ from maskrl_jax.sampling.maskgit import SamplerConfig
 from maskrl_jax.tasks import codecs, continuous, forms, generators, kl_vae, shortcut_network
 
 State = Mapping[str, np.ndarray]
+PIXELS = (256, 512)  # of published generators of classes
 MAR_WIDTHS = {768: "base", 1024: "large", 1280: "huge"}
 MAR_SCALE = 0.2325  # latents of KL-16 times this have unit variance (specs/mar.md section 2)
 GOOGLE_POSITIONS = "params/Embed_0/position_embeddings/embedding"
@@ -39,6 +40,8 @@ class Family:
     open: Callable[[str, str], Any] = files.read  # (path, entry) -> the weights
     told: Callable[[str], dict] = lambda path: {}  # settings of the stage's model that a folder says of itself
     tokens: Callable[[str], dict] = lambda path: {}  # settings of the stage's data that a folder says of itself
+    agree: Callable[[str, ConfigDict], None] = lambda path, config: None  # UserError where it contradicts what is below
+    folder: str = ""  # what the folder holds, of weights that are no single file
     reads: str = "params_of"  # of the module
     writes: str = "state_of"
 
@@ -58,8 +61,15 @@ class Family:
         return importlib.import_module(f"maskrl_jax.convert.{self.module}")
 
 
-def _pixels(tokens: int, patch: int = 16) -> int:
-    return patch * round(tokens**0.5)
+def _at_pixels(form: str, tokens: int, patch: int = 16) -> str:
+    """The config of a generator of so many tokens; UserError for a size that is not published."""
+    pixels = patch * round(tokens**0.5)
+    if pixels not in PIXELS:
+        raise UserError(
+            f"the weights are of {tokens} tokens, {pixels} pixels; published are {' and '.join(map(str, PIXELS))}: say in "
+            "a --config of your own what these are"
+        )
+    return f"configs/maskgit.py:{form}{pixels}"
 
 
 def _length(state: State, name: str, axis: int) -> int:
@@ -124,6 +134,23 @@ def _frozen_sizes(config: ConfigDict) -> Any:
     return found.network.config, found.text
 
 
+def _component(path: str) -> State:
+    """The tensors of a tokenizer's folder; UserError for the folder of the whole model, which has it inside."""
+    if (inside := pathlib.Path(path, meissonic_tokenizer.VQ)).is_dir():
+        raise UserError(f"{path} is the folder of a whole model; give that of its tokenizer, {inside}")
+    return diffusers_folder.read_state(path)
+
+
+def _same_codes(path: str, config: ConfigDict) -> None:
+    place = pathlib.Path(path, "transformer")
+    told, found = diffusers_folder.read_settings(place), codecs.sizes(config.parents.tokenizer.model).codebook_size
+    if told["codebook_size"] != found:
+        raise UserError(
+            f"{place}/config.json says codebook_size {told['codebook_size']}, and the tokenizer has {found} codes; give "
+            "the tokenizer of this model, or correct the file"
+        )
+
+
 def _base(config: ConfigDict) -> forms.Sizes:
     return forms.model_config(config, config.parents.tokenizer, conditioning_of(config.data))
 
@@ -185,12 +212,12 @@ FAMILIES = {
     "maskgit-port": _base_family(
         "port",
         "maskgit_port",
-        lambda state: f"configs/maskgit.py:port{_pixels(_length(state, 'pos_emb', 1) - 1)}",
+        lambda state: _at_pixels("port", _length(state, "pos_emb", 1) - 1),
     ),
     "google-maskgit": _base_family(
         "google",
         "google_maskgit",
-        lambda state: f"configs/maskgit.py:google{_pixels(_length(state, GOOGLE_POSITIONS, 0) - 1)}",
+        lambda state: _at_pixels("google", _length(state, GOOGLE_POSITIONS, 0) - 1),
     ),
     "kl16": Family(
         module="kl_vae",
@@ -220,7 +247,8 @@ FAMILIES = {
         task="tokenizer",
         config=lambda state: "configs/tokenizer.py:amused1024",
         sizes=_codec("amused"),
-        open=lambda path, entry: diffusers_folder.read_state(path),
+        open=lambda path, entry: _component(path),
+        folder="config.json and diffusion_pytorch_model.safetensors",
         told=vq_model.settings_of,
     ),
     "meissonic-tokenizer": Family(
@@ -229,6 +257,7 @@ FAMILIES = {
         config=lambda state: "configs/tokenizer.py:meissonic",
         sizes=_frozen_sizes,
         open=lambda path, entry: meissonic_tokenizer.read_state(path),
+        folder="vqvae and text_encoder",
         told=meissonic_tokenizer.settings_of,
     ),
     "meissonic": _base_family(
@@ -238,12 +267,15 @@ FAMILIES = {
         open=lambda path, entry: diffusers_folder.read_state(pathlib.Path(path, "transformer")),
         told=meissonic.settings_of,
         tokens=meissonic.tokens_of,
+        agree=_same_codes,
+        folder="transformer",
     ),
     "dimoo": _base_family(
         "dimoo",
         "dimoo",
         lambda state: "configs/maskgit.py:dimoo",
         open=lambda path, entry: path,  # streamed, a tensor at a time
+        folder="config.json and the shards",
         told=dimoo.settings_of,
         tokens=lambda path: {"tokenizer": path},
         reads="load",

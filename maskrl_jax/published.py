@@ -3,6 +3,7 @@
 import os
 import runpy
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -52,24 +53,18 @@ def read(
             raise UserError(f"weights of {name!r} need a {parent}: convert it first, give --{flag}=<its folder>")
     if needless := sorted(below.keys() - {*family.parents, "judge"}):
         raise UserError(f"weights of {name!r} stand on no {needless[0]}; leave that out")
+    if family.folder and not os.path.isdir(path):
+        raise UserError(f"{path} is no folder; weights of {name!r} are one, give the folder that holds {family.folder}")
     state = family.open(path, entry)
     try:
-        made = _config(config or family.config(state), family.task)
-        if not config:
-            made.model.update(family.told(path))
-            made.data.update(family.tokens(path))
-        for parent, workdir in below.items():
-            if parent not in made.parents:
-                raise UserError(f"a {made.task!r} stage stands on no {parent}; leave that out")
-            made.parents[parent] = _stage(made.parents[parent].task, workdir)
-            made.init[parent] = workdir
+        made = _made(family, path, config, state, below)
         params = family.params(state, made)
         family.check(made)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         reason = error.args[0] if error.args else type(error).__name__
         raise UserError(
             f"{path} does not fit family {name!r} at the sizes of {config or 'the published config'} and of what is below "
-            f"it: {reason}"
+            f"it: {reason}{'; with --config its config.json is not read' if config and family.folder else ''}"
         ) from error
     if compare:
         verify.tokenizer(name, path, state, params, family.sizes(made))
@@ -128,15 +123,36 @@ def _stage(task: str, workdir: str) -> ConfigDict:
     return config
 
 
+def _made(family: Family, path: str, config: str, state: Any, below: Mapping[str, str]) -> ConfigDict:
+    """The config of the stage that weights become; without a config of the user's, with what their folder says."""
+    made, texts = _config(config or family.config(state), family.task), family.tokens(path)
+    if not config:
+        made.model.update(family.told(path))
+        made.data.update(texts)
+    elif made.data.get("pad") != texts.get("pad", made.data.get("pad")):
+        raise ValueError(f"data.pad is {made.data.pad}, the folder's tokenizer pads with {texts['pad']}")
+    for parent, workdir in below.items():
+        if parent not in made.parents:
+            raise UserError(f"a {made.task!r} stage stands on no {parent}; leave that out")
+        made.parents[parent] = _stage(made.parents[parent].task, workdir)
+        made.init[parent] = workdir
+    if not config:
+        family.agree(path, made)
+    return made
+
+
 def _config(file: str, task: str) -> ConfigDict:
     """The config of a file, as `main --config` takes it, of a stage of this task."""
     path, _, argument = file.partition(":")
     try:
         config = runpy.run_path(path)["get_config"](argument)
+        found = config.task
     except (OSError, ImportError, KeyError, SyntaxError) as error:
         raise UserError(
             f"{path} is no config ({type(error).__name__}: {error}); run this in the folder that holds configs/"
         ) from error
-    if config.task != task:
-        raise UserError(f"these weights become a {task!r} stage, not {config.task!r}; give another --config")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} gives no config: {' '.join(str(error).split())}") from error
+    if found != task:
+        raise UserError(f"these weights become a {task!r} stage, not {found!r}; give another --config")
     return config

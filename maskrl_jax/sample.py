@@ -1,9 +1,7 @@
 """Sample images from a trained stage: `python -m maskrl_jax.sample --workdir=<dir> --prompt="a red circle"`."""
 
 import dataclasses
-import errno
 import io
-import os
 import pathlib
 
 import numpy as np
@@ -105,7 +103,7 @@ def main() -> None:
 
 
 def _check_out():
-    """Refuse before anything is sampled an --out that could not be written."""
+    """Refuse before anything is sampled an --out or --order that could not be written."""
     from PIL import Image
 
     path = pathlib.Path(OUT.value)
@@ -113,8 +111,9 @@ def _check_out():
         Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
     except (KeyError, OSError, ValueError):
         raise UserError(f"--out {path}: no picture can be written under this ending; use .png or .jpg") from None
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    for flag in (OUT, ORDER):
+        if flag.value and not (folder := pathlib.Path(flag.value).parent).is_dir():
+            raise UserError(f"No such file or directory: {folder}, the folder of --{flag.name} {flag.value}; make it")
 
 
 def _given(studio):

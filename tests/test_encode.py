@@ -73,6 +73,7 @@ def test_jobs_share_the_shards_and_the_last_one_checks_them(command, tmp_path):
         (["--jobs=2", "--job=2", "--out={made}"], "--job=2 is not one of --jobs=2; they count from 0"),
         (["--out=gs://bucket/made"], "--out=gs://bucket/made lies in a bucket; shards are written to a local folder"),
         (["--data=nothing", "--out={made}"], "unknown data set 'nothing'"),
+        (["--dtype=float16", "--out={made}"], "--dtype=float16 is of moments, and "),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_1(command, made, arguments, message):

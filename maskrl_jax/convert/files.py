@@ -9,6 +9,7 @@ import hashlib
 import json
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -142,11 +143,17 @@ def _listed(index: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _npz(file: pathlib.Path) -> dict[str, np.ndarray]:
+    if not zipfile.is_zipfile(file):
+        raise UserError(f"{file} is no npz, or is cut short; copy it again")
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as npz, or holds objects ({error})") from error
+    except ValueError as error:
+        raise UserError(
+            f"{file} holds objects, or is damaged, and nothing of it was run; save its arrays alone"
+        ) from error
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{file} cannot be read as npz ({error}); copy it again") from error
 
 
 def _msgpack(file: pathlib.Path) -> dict[str, np.ndarray]:

@@ -80,7 +80,7 @@ def read_whole(file: pathlib.Path):
     try:
         found = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"cannot read {file} ({' '.join(str(error).split())[:120]}); copy it again") from None
+        raise UserError(f"cannot read {file} ({_short(error)}); copy it again") from None
     found.no_padding()
     found.no_truncation()
     return found
@@ -89,14 +89,22 @@ def read_whole(file: pathlib.Path):
 def _byte_pairs(vocabulary: pathlib.Path, merges: pathlib.Path):
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-    pairs = models.BPE.from_file(
-        str(vocabulary), str(merges), continuing_subword_prefix="", end_of_word_suffix=WORD_END, unk_token=END
-    )
-    found = Tokenizer(pairs)
+    options = {"continuing_subword_prefix": "", "end_of_word_suffix": WORD_END, "unk_token": END}
+    try:
+        found = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges), **options))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(
+            f"{vocabulary} and {merges.name} make no tokenizer ({_short(error)}); copy both again, of one model"
+        ) from None
     found.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
     cut = pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True)
     found.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    found.add_special_tokens([START, END])  # a prompt that spells them has them, as in Hugging Face's tokenizer
+    known = [token for token in (START, END) if found.token_to_id(token) is not None]
+    found.add_special_tokens(known)  # a prompt that spells them has them, as in Hugging Face's tokenizer
     return found
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]

@@ -4,6 +4,7 @@ A record is one sample, raw little-endian numbers in the order of the manifest's
 sample at position s * shard_size + r of the split, which it repeats as its `index`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -43,6 +44,9 @@ class Manifest:
     fields: tuple[tuple[str, str, tuple[int, ...]], ...]
     texts: str = ""
 
+    def __post_init__(self):
+        object.__setattr__(self, "data", same_name(self.data))
+
     @property
     def dtype(self) -> np.dtype:
         """Of one record."""
@@ -68,6 +72,11 @@ class Manifest:
     def missing(self, folder: str) -> list[int]:
         """Shards that are not there yet."""
         return [shard for shard in range(self.shards) if not os.path.exists(self.path(folder, shard))]
+
+
+def same_name(data: str) -> str:
+    """The name of a set, a folder's without what its path does not need: `x/` is the set `x`."""
+    return os.path.normpath(data)
 
 
 def fields_of(columns: dict[str, np.ndarray]) -> tuple:
@@ -131,19 +140,19 @@ def write_shard(folder: str, manifest: Manifest, shard: int, batches: Iterable[d
     """Write a shard from its samples in batches of columns [b, ...]; it gets its name when it is complete."""
     path = manifest.path(folder, shard)
     aside = _aside(path)
-    writer = array_record_module.ArrayRecordWriter(aside, GROUPS)
     try:
-        for columns in batches:
-            rows = np.empty(len(columns["index"]), manifest.dtype)
-            for name in manifest.dtype.names:
-                rows[name] = columns[name]
-            for row in rows:
-                writer.write(row.tobytes())
+        with contextlib.closing(array_record_module.ArrayRecordWriter(aside, GROUPS)) as writer:
+            for columns in batches:
+                rows = np.empty(len(columns["index"]), manifest.dtype)
+                for name in manifest.dtype.names:
+                    rows[name] = columns[name]
+                for row in rows:
+                    writer.write(row.tobytes())
+        with open(aside, "rb+") as file:
+            os.fsync(file)
+        os.replace(aside, path)
     finally:
-        writer.close()
-    with open(aside, "rb+") as file:
-        os.fsync(file)
-    os.replace(aside, path)
+        pathlib.Path(aside).unlink(missing_ok=True)  # of a shard that did not come to its end
 
 
 def _aside(path: str) -> str:

@@ -54,7 +54,12 @@ def main() -> None:
     for flag in (OUT, SAVE):
         if flag.value and not pathlib.Path(flag.value).parent.is_dir():
             raise UserError(f"--{flag.name} {flag.value}: there is no such folder")
-    params, weights = inception_metrics.read_weights(WEIGHTS.value, WEIGHTS_SHA256.value)
+    try:
+        params, weights = inception_metrics.read_weights(WEIGHTS.value, WEIGHTS_SHA256.value)
+    except ValueError as error:
+        raise UserError(
+            f"--weights {WEIGHTS.value}: {error}; give the InceptionV3 of the public FID checkpoint"
+        ) from None
     parallel = Parallel("pmap")
     network = extract.network(parallel, params)
     batch_size = -(-BATCH_SIZE.value // parallel.num_devices) * parallel.num_devices

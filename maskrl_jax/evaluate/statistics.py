@@ -40,9 +40,9 @@ def holds_statistics(path: str) -> bool:
     if os.path.isdir(path):
         return False
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            return hasattr(stored, "files") and "mu" in stored.files
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive:
+            return "mu.npy" in archive.namelist()
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {path} as an .npz: {error}") from None
 
 
@@ -65,7 +65,8 @@ def read(path: str, protocol: FidProtocol) -> Statistics:
             declared = {"resize", "values"} <= files
             return Statistics(pool, spatial, count, "arr_0" in files, declared, "rounding" in files)
     except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path} as statistics: {error}") from None
+        reason = str(error).removesuffix(" when allow_pickle=False")  # which is no advice for a foreign file
+        raise UserError(f"cannot read {path} as statistics: {reason}") from None
 
 
 def _gaussian(path, stored, mean_name, covariance_name, size) -> Gaussian:

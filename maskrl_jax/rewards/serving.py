@@ -181,6 +181,9 @@ def local_reward(name: str, workdir: str | None = None, folder: str | None = Non
     """Open a reward of KNOWN: the exact verifier's, a trained judge's of captions, or a CLIP's. UserError otherwise."""
     if name not in KNOWN:
         raise unknown("reward", name, KNOWN)
+    for flag, value, readers in (("workdir", workdir, JUDGED), ("folder", folder, clip.KINDS)):
+        if value and name not in readers:
+            raise UserError(f"reward {name!r} reads no --{flag}, which is for {', '.join(readers)}; leave it out")
     if name in VERIFIED:
         return _of_captions(lambda images, prompts: verifier.verify(images, prompts)[name])
     if name in JUDGED:

@@ -81,7 +81,7 @@ def _check(manifest: encoded.Manifest, data: Any, tokenizer: Parent, held_out: D
     shapes, folder = {field: shape for field, _, shape in manifest.fields}, data.encoded
     wanted = {
         "tokenizer": (manifest.tokenizer, identity(tokenizer)),
-        "set": (manifest.data, held_out.name),
+        "set": (manifest.data, encoded.same_name(held_out.name)),
         "image size": (manifest.image_size, tokenizer.config.model.image_size),
         "length of conditions": (shapes.get("cond"), held_out.conditioning.null.shape),
         "way from texts to ids (data.tokens and what goes with it)": (manifest.texts, encoded.texts_of(data)),

@@ -177,12 +177,29 @@ def test_mistakes_are_one_line(work, stages, tmp_path):
         (("taming", weights, out, "tokenizer", {"judge": stages["mar"]}), "a 'tokenizer' stage stands on no judge"),
         (("taming", weights, out, "broken", {}), "is no config .KeyError"),
         (("taming", str(work / "nothing"), out, "tokenizer", {}), "there is no"),
+        (
+            ("dimoo", weights, out, "maskgit", vq),
+            "is no folder; weights of 'dimoo' are one, give the folder that holds",
+        ),
+        (("meissonic-tokenizer", weights, out, "tokenizer", {}), "is no folder; .*vqvae and text_encoder"),
+        (("amused", weights, out, "tokenizer", {}), "is no folder; .*diffusion_pytorch_model.safetensors"),
     ]
     for (family, path, to, config, below), message in wrong:
         with pytest.raises(UserError, match=message):
             published.read(family, path, to, config=f"{work}/config.py:{config}", below=below, store=f"{work}/store")
     with pytest.raises(UserError, match="nothing.py is no config"):
         published.read("taming", weights, out, config=f"{work}/nothing.py", below={}, store=f"{work}/store")
+    for config, message in (
+        ("configs/maskgit.py:nonsense", "^configs/maskgit.py:nonsense gives no config: unknown config argument"),
+        (f"{work}/vain.py", "^.*vain.py gives no config: 'NoneType' object has no attribute 'task'"),
+    ):
+        (work / "vain.py").write_text("def get_config(arg):\n    return None\n")
+        with pytest.raises(UserError, match=message):
+            published.read("maskgit-port", weights, out, config=config, below=vq, store=f"{work}/store")
+    with pytest.raises(
+        UserError, match="the weights are of 64 tokens, 128 pixels; published are 256 and 512: say in a --conf"
+    ):
+        published.read("maskgit-port", weights, out, below=vq, store=f"{work}/store")
     with pytest.raises(UserError, match="holds a 'tokenizer' stage, which has no network of 'mar'"):
         published.write("mar", stages["tokenizer"], str(tmp_path / "x.safetensors"))
     assert not list(tmp_path.iterdir())

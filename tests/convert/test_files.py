@@ -111,7 +111,12 @@ def test_npz_without_objects(tmp_path):
     np.savez(tmp_path / "state.npz", **plain)
     same(files.read(str(tmp_path / "state.npz")), plain)
     np.savez(tmp_path / "objects.npz", x=np.array([{}], object))
-    refused("holds objects", str(tmp_path / "objects.npz"))
+    refused("objects.npz holds objects, or is damaged", str(tmp_path / "objects.npz"))
+    (tmp_path / "garbage.npz").write_bytes(b"garbage" * 9)
+    refused("garbage.npz is no npz, or is cut short; copy it again$", str(tmp_path / "garbage.npz"))
+    whole = (tmp_path / "state.npz").read_bytes()
+    (tmp_path / "short.npz").write_bytes(whole[:-30])
+    refused("short.npz is no npz, or is cut short", str(tmp_path / "short.npz"))
 
 
 def test_msgpack_has_slashes_and_needs_no_ending(tmp_path):

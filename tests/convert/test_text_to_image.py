@@ -1,5 +1,9 @@
 """Published text-to-image models, small: converted, sampled, tuned by rewards of a CLIP, given back."""
 
+import dataclasses
+import json
+import shutil
+
 import clip_weights
 import jax
 import numpy as np
@@ -136,6 +140,25 @@ def test_what_a_folder_says_of_itself_are_settings_of_the_stage(made):
     assert "text" not in FAMILIES["amused"].told(f"{folder}/vqvae")
 
 
+def test_a_folder_that_does_not_fit_is_told(made, tmp_path):
+    root, folder, _, places, store = made
+    out, below = str(tmp_path / "out"), {"tokenizer": places["tokenizer"]}
+    with pytest.raises(UserError, match=f"is the folder of a whole model; give that of its tokenizer, {folder}/vqvae"):
+        published.read("amused", str(folder), out, below={}, store=store)
+    (root / "wide.py").write_text(
+        "from configs import tokenizer\n\nget_config = lambda arg: tokenizer.get_config('meissonic')"
+    )
+    with pytest.raises(UserError, match="has shape .*; with --config its config.json is not read"):
+        published.read("meissonic-tokenizer", str(folder), out, below={}, store=store, config=str(root / "wide.py"))
+    other = shutil.copytree(folder, tmp_path / "other")
+    told = json.loads((other / "transformer" / "config.json").read_text())
+    (other / "transformer" / "config.json").write_text(json.dumps(told | {"codebook_size": tiny_text.K + 1}))
+    with pytest.raises(
+        UserError, match=f"transformer/config.json says codebook_size 7, and the tokenizer has {tiny_text.K}"
+    ):
+        published.read("meissonic", str(other), out, below=below, store=store)
+
+
 def test_a_folder_says_what_its_tokenizer_pads_with(tmp_path):
     tell = FAMILIES["meissonic"].tokens
     place = tmp_path / "tokenizer"
@@ -145,6 +168,17 @@ def test_a_folder_says_what_its_tokenizer_pads_with(tmp_path):
     for said, pad in (('"!"', 0), ('{"content": "<|endoftext|>"}', 49407)):
         (place / "tokenizer_config.json").write_text(f'{{"pad_token": {said}}}')
         assert tell(str(tmp_path)) == {"tokenizer": str(place), "pad": pad}
+
+
+def test_a_config_of_one_s_own_pads_as_the_folder_does(made, tmp_path, monkeypatch):
+    """Padding is attended: with another one the pictures are others."""
+    _, folder, _, places, store = made
+    family = dataclasses.replace(FAMILIES["meissonic"], tokens=lambda path: {"pad": 5})
+    monkeypatch.setitem(FAMILIES, "meissonic", family)
+    below = {"tokenizer": places["tokenizer"]}
+    with pytest.raises(UserError, match="data.pad is 49407, the folder's tokenizer pads with 5"):
+        own = "configs/maskgit.py:meissonic"
+        published.read("meissonic", str(folder), str(tmp_path / "out"), config=own, below=below, store=store)
 
 
 def test_prompts_of_a_policy_are_its_own_and_their_tokens_are_the_base_s(made):

@@ -62,6 +62,23 @@ def test_a_tokenizer_that_is_not_there_is_one_line(tmp_path):
         tokens(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "merges", "message"),
+    [
+        ("{}", "#version: 0.2\na b\n", "vocab.json and merges.txt make no tokenizer .*copy both again"),
+        ("{}", "#version: 0.2\n", "has no <|startoftext|> or <|endoftext|>; give the one of a CLIP"),
+        (None, "#version: 0.2\na b\n", "Token .ab. out of vocabulary"),
+        ("{", "#version: 0.2\n", "vocab.json and merges.txt make no tokenizer "),
+    ],
+)
+def test_two_files_that_do_not_fit_each_other_are_one_line(folder, tmp_path, vocabulary, merges, message):
+    (tmp_path / "vocab.json").write_text(vocabulary or (folder / "vocab.json").read_text())
+    (tmp_path / "merges.txt").write_text(merges)
+    with pytest.raises(UserError, match=message.replace("|", "[|]")) as error:
+        tokens(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
     whole = tokens(folder)._tokenizer.to_str()
     (tmp_path / "tokenizer.json").write_text(whole.replace("<|startoftext|>", "<s>"))

@@ -92,6 +92,7 @@ def test_a_shard_is_made_of_the_same_bytes_and_a_half_one_has_no_name(folder, tm
 
     with pytest.raises(RuntimeError):
         encoded.write_shard(folder, MANIFEST, 1, torn())
+    assert not list(tmp_path.glob("*.tmp"))
     assert MANIFEST.missing(folder) == [1]
     with pytest.raises(UserError, match="lacks 1 of 5 shards of train; run its encode command again"):
         encoded.Shards(folder, MANIFEST)
@@ -123,6 +124,7 @@ def test_a_folder_of_others_is_refused_in_one_line(folder, change):
     with pytest.raises(UserError, match=f"holds shards of another {name}; name another --out"):
         encoded.begin(folder, dataclasses.replace(MANIFEST, **change))
     encoded.begin(folder, MANIFEST)  # its own is not
+    encoded.begin(folder, dataclasses.replace(MANIFEST, data="toy/"))  # nor the same folder in other words
 
 
 def test_texts_are_the_same_where_their_ids_are(tmp_path):

@@ -75,5 +75,9 @@ def test_a_mistake_is_one_line(made, weights):
     ):
         code, _, errors = fid(*(f"--{name}={value}" for name, value in (ready | wrong).items()), *weights)
         assert code == 1 and errors.startswith(message) and errors.count("\n") == 1
+    save_file({"a": np.zeros(3, np.float32)}, other := made / "other.safetensors")
+    named = f"--weights={other}", f"--weights_sha256={sha256_of(other)}"
+    code, _, errors = fid(*(f"--{name}={value}" for name, value in ready.items() if name != "protocol"), *named)
+    assert code == 1 and errors.startswith(f"error: --weights {other}: the state lacks fc.weight; give the InceptionV3")
     code, _, errors = fid(f"--samples={made}", "--reference=x")
     assert code == 1 and "--weights" in errors and errors.count("\n") == 1

@@ -471,3 +471,11 @@ def test_the_exact_verifier_as_a_service(capsys):
 def test_a_reward_that_cannot_be_served_is_one_line(name, named):
     with pytest.raises(UserError, match=named):
         local_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("strict", "folder"), ("strict", "workdir"), ("judge", "folder"), ("pick_score", "workdir")]
+)
+def test_a_flag_that_a_reward_does_not_read_is_refused(name, given):
+    with pytest.raises(UserError, match=f"reward '{name}' reads no --{given}, which is for .*; leave it out"):
+        local_reward(name, **{given: "somewhere"})

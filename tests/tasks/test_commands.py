@@ -83,6 +83,15 @@ def test_an_ending_that_no_picture_has_is_refused_before_anything_is_opened(tmp_
         sample_command.main()
 
 
+@pytest.mark.parametrize("flag", ["out", "order"])
+def test_a_folder_that_is_not_there_is_named_before_anything_is_opened(tmp_path, flag):
+    file = tmp_path / "none" / "x.png"
+    message = f"{tmp_path / 'none'}, the folder of --{flag} {file}; make it"
+    with flagsaver.flagsaver(), pytest.raises(UserError, match=message):
+        flags.FLAGS(["sample", "--workdir=/nowhere", f"--out={tmp_path / 'x.png'}", f"--{flag}={file}"])
+        sample_command.main()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
