@@ -26,7 +26,7 @@ DRAWN_BY = ("maskgit", "mar", "tokenizer")  # stages that pictures depend on
 
 
 def check_steps(sampler: SamplerConfig, steps: Iterable[int], num_tokens: int) -> None:
-    """Raise UserError for a number of steps that the sampler's tables or the grid do not hold.
+    """Raise ValueError for a number of steps that the sampler's tables or the grid do not hold.
 
     Early, because a report asks for them when training is over.
     """
@@ -35,7 +35,7 @@ def check_steps(sampler: SamplerConfig, steps: Iterable[int], num_tokens: int) -
             try:
                 make_plan(dataclasses.replace(sampler, num_steps=count), num_tokens)
             except ValueError as error:
-                raise UserError(f"{name}: {error}") from None
+                raise ValueError(f"{name}: {error}") from None
 
 
 def dataset_of(context: Context, split: str) -> Dataset:
