@@ -5,7 +5,7 @@
 Tiny stages (tests/tiny.py) make three updates with both strategies in 2 and 4 processes of two virtual devices each, and
 in one process with 4 and 8. Writes benchmarks/processes.json and .md: the largest difference of a parameter, and whether
 all tokens that were rolled out are equal. What the time did not suffice for is left out; the same command goes on, and
---stages, --counts and --strategies measure a part anew.
+--stages, --counts and --strategies measure a part, in a new --out anew.
 """
 
 import argparse
@@ -82,6 +82,7 @@ def work(out: pathlib.Path, strategy: str, stages: Sequence[str]) -> None:
         if jax.process_index() == 0:
             place.mkdir(parents=True, exist_ok=True)
             arrays = {f"params/{i}": x for i, x in enumerate(jax.tree.leaves(state["params"]))}
+            arrays["commit"] = np.array(reports_of.commit_hash(ROOT))
             arrays |= {f"{name}/{i}": x for i, tokens in enumerate(seen) for name, x in tokens.items()}
             np.savez(place / "aside.npz", **arrays)
             os.replace(place / "aside.npz", place / f"{stage}.npz")
@@ -136,14 +137,13 @@ def finish(started: Sequence[subprocess.Popen], until: float) -> bool:
 
 def compare(out: pathlib.Path) -> list[dict]:
     """One row for each task, strategy and number of processes that was measured."""
-    rows, commit = [], reports_of.commit_hash(ROOT)
+    rows = []
     for count in COUNTS:
         for strategy in STRATEGIES:
             for stage in STAGES:
                 paths = [out / f"{strategy}-{count * DEVICES}-{n}" / f"{stage}.npz" for n in (1, count)]
                 if all(path.exists() for path in paths):
-                    row = {"task": stage, "strategy": strategy, "processes": count, "commit": commit}
-                    rows.append(row | difference(*paths))
+                    rows.append({"task": stage, "strategy": strategy, "processes": count} | difference(*paths))
     return rows
 
 
@@ -157,10 +157,10 @@ def difference(one: pathlib.Path, other: pathlib.Path) -> dict:
     with np.load(one) as a, np.load(other) as b:
         assert set(a.files) == set(b.files)
         params = [name for name in a.files if name.startswith("params/")]
-        tokens = [name for name in a.files if name not in params]
+        tokens = [name for name in a.files if name not in (*params, "commit")]
         gap = max(np.abs(np.float64(a[name]) - np.float64(b[name])).max(initial=0) for name in params)
         equal = all(np.array_equal(a[name], b[name]) for name in tokens) if tokens else None
-        return {"parameters": float(gap), "tokens_equal": equal}
+        return {"commit": str(b["commit"]), "parameters": float(gap), "tokens_equal": equal}
 
 
 def table(rows: Sequence[dict]) -> str:

@@ -15,7 +15,7 @@ flags=(
   'topology|4x4|chips of the slice, as the node pool has it: 4x4 (v5e, v6e), 2x2x2 (v5p, tpu7x)'
   'chips_per_host|4|chips of a node'
   'bucket|!|bucket for checkpoints and metrics'
-  'image|!|container image with this library and jax[tpu]; docs/launch.md says how to make one'
+  'image|!|container image with this library, jax[tpu] and gcsfs; docs/launch.md says how to make one'
   'config|configs/speed_rl.py|config, with its argument if any'
   'name||name of the JobSet; by default from the config'
   'namespace|default|namespace of the JobSet'

@@ -58,7 +58,7 @@ read_flags() {
   done
   for _row in "${flags[@]}"; do
     IFS='|' read -r _flag _default _ <<<"$_row"
-    [ "${!_flag}" != ! ] || fail "give --$_flag=... or set $(variable "$_flag")"
+    [[ ${!_flag} != ! && ($_default != ! || -n ${!_flag}) ]] || fail "give --$_flag=... or set $(variable "$_flag")"
     [[ $_default != false || ${!_flag} == true || ${!_flag} == false ]] || fail "--$_flag is true or false"
   done
 }

@@ -4,6 +4,7 @@
 # shellcheck disable=SC2154
 set -euo pipefail
 
+: "${code:?is the archive of the code; tpu_vm.sh and tpu_mig.sh set it in front of this script}"
 export HOME="${HOME:-/root}"
 mkdir -p "${MASKRL_HOME:=/opt/maskrl}"
 cd "$MASKRL_HOME"
@@ -15,7 +16,7 @@ if [ ! -x .venv/bin/python ]; then
   command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR=/usr/local/bin sh
   uv venv --python 3.12 .venv
 fi
-uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
+uv pip install --quiet --python .venv/bin/python --editable '.[tpu,gcs]'
 
 # The TPU VM service tells its machines about each other. It is not documented that a managed instance group does, so
 # there the sorted names of its machines number the processes, and the first is the coordinator.

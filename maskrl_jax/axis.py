@@ -67,9 +67,9 @@ class Axis:
 
 
 def gathered(weights: Any) -> Any:
-    """The same, whole on every device, where they are split; the identity under pmap.
+    """The same, whole on every device, in an update under sharded; else the identity.
 
-    For models, which know no axis: the mesh is that of the program that is traced (`Parallel`).
+    For models, which know no axis: the mesh is that of the program that is traced (`Parallel.update`).
     """
     if jax.sharding.get_abstract_mesh().empty:
         return weights

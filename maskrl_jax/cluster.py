@@ -46,8 +46,10 @@ class Place:
         if missing:
             return
         host, _, port = self.coordinator_address.rpartition(":")
-        if not host or not port.isdecimal():
-            raise UserError(f"--coordinator_address={self.coordinator_address} is not host:port of process 0")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise UserError(
+                f"--coordinator_address={self.coordinator_address} is not host:port of process 0, a port below 65536"
+            )
         if self.num_processes < 1 or not 0 <= self.process_id < self.num_processes:
             raise UserError(
                 f"--process_id={self.process_id} is not one of --num_processes={self.num_processes}; they count from 0"

@@ -57,7 +57,7 @@ def main() -> None:
     config = stored.read_config(TOKENIZER.value)
     if config is None or not stored.is_finished(TOKENIZER.value):
         raise UserError(f"--tokenizer={TOKENIZER.value} is no finished run; run its training command first")
-    if config.task == "tokenizer" and DTYPE.value != DTYPE.default:
+    if config.task == "tokenizer" and DTYPE.present:
         raise UserError(f"--dtype={DTYPE.value} is of moments, and {TOKENIZER.value} writes codes; leave it out")
     runner.compilation_cache(STORE.value)
     tokenizer = Parent(config, *checkpoint.load_params(TOKENIZER.value), TOKENIZER.value)

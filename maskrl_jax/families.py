@@ -157,7 +157,8 @@ def _base(config: ConfigDict) -> forms.Sizes:
 
 def _steps(config: ConfigDict) -> None:
     settings, num_tokens = Evaluation(**config.evaluation), _base(config).num_tokens
-    generators.check_steps(SamplerConfig(**config.sampler), (settings.glance_steps, *settings.steps), num_tokens)
+    asked = {"steps": settings.steps, "glance_steps": [settings.glance_steps]}
+    generators.check_steps(SamplerConfig(**config.sampler), num_tokens, **asked)
 
 
 def _generator(form: str) -> Callable[[ConfigDict], Any]:

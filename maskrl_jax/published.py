@@ -129,8 +129,8 @@ def _made(family: Family, path: str, config: str, state: Any, below: Mapping[str
     if not config:
         made.model.update(family.told(path))
         made.data.update(texts)
-    elif made.data.get("pad") != texts.get("pad", made.data.get("pad")):
-        raise ValueError(f"data.pad is {made.data.pad}, the folder's tokenizer pads with {texts['pad']}")
+    elif "pad" in texts and made.data.get("pad") != texts["pad"]:
+        raise UserError(f"{path}: its tokenizer pads with {texts['pad']}; set data.pad of {config} to that")
     for parent, workdir in below.items():
         if parent not in made.parents:
             raise UserError(f"a {made.task!r} stage stands on no {parent}; leave that out")

@@ -78,7 +78,7 @@ def _parent(name, config, store, seconds):
 def _as_trained(config):
     """Return the config with those parents in it that `init` put in the place of the ones it names."""
     replaced = {name: stored.read_config(path) for name, path in config.get("init", {}).items() if path}
-    # What is no such stage is refused when it is opened (`_ready`).
+    # What is no such stage is refused by `check`.
     tasks = {name: parent.task for name, parent in config.get("parents", {}).items()}
     replaced = {name: found for name, found in replaced.items() if found and found.get("task") == tasks.get(name)}
     if not replaced:

@@ -106,14 +106,15 @@ def _check_out():
     """Refuse before anything is sampled an --out or --order that could not be written."""
     from PIL import Image
 
-    path = pathlib.Path(OUT.value)
-    try:
-        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
-    except (KeyError, OSError, ValueError):
-        raise UserError(f"--out {path}: no picture can be written under this ending; use .png or .jpg") from None
     for flag in (OUT, ORDER):
-        if flag.value and not (folder := pathlib.Path(flag.value).parent).is_dir():
-            raise UserError(f"No such file or directory: {folder}, the folder of --{flag.name} {flag.value}; make it")
+        path = pathlib.Path(flag.value or "none.png")
+        try:
+            Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+        except (KeyError, OSError, ValueError):
+            wrong = "no picture can be written under this ending; use .png or .jpg"
+            raise UserError(f"--{flag.name} {path}: {wrong}") from None
+        if not path.parent.is_dir():
+            raise UserError(f"No such file or directory: {path.parent}, the folder of --{flag.name} {path}; make it")
 
 
 def _given(studio):

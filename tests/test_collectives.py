@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 
@@ -13,6 +14,7 @@ from maskrl_jax import parallel as parallel_module
 from maskrl_jax import runner
 from maskrl_jax.models import mmdit
 from maskrl_jax.parallel import Parallel
+from maskrl_jax.sampling import draws
 
 DEVICES = 2
 MESSAGE = re.compile(r" = (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
@@ -86,8 +88,20 @@ def test_a_stack_of_blocks_gathers_weights_and_leaves_rows_where_they_are(monkey
     split = [x.shape[1:] for x in jax.tree.leaves(params) if x.size >= 512]
     gathered = [shapes for shapes, kind in found if kind == "all-gather"]
     assert {kind for _, kind in found} == {"all-gather", "all-reduce"}
-    assert len(split) <= len(gathered) <= 2 * len(split)  # forward and, again, backward
+    assert len(gathered) == 2 * len(split)  # forward and, again, backward
     assert max(map(numbers, gathered)) == max(math.prod(shape) for shape in split)  # of one block at a time
+
+
+def test_guidance_moves_no_rows():
+    parallel, rows = Parallel("sharded", jax.devices()[:DEVICES]), jax.ShapeDtypeStruct((8, 16), jnp.int32)
+
+    def scored(params, frozen, batch, axis):
+        cond = batch[:, 0]
+        network = lambda ids, timestep, cond: jax.nn.one_hot(ids + cond[:, None] + timestep[:, None], 32)  # noqa: E731
+        return draws.guided(network, np.int32(1))(batch, cond, cond, jnp.full(cond.shape, 2.0))
+
+    lowered = parallel.map(scored).lower({}, {}, parallel.abstract_batch(rows))
+    assert not MESSAGE.findall(lowered.compile().as_text())
 
 
 def test_a_sharded_rollout_asks_at_every_call_whether_all_are_done():

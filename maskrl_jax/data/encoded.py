@@ -75,8 +75,8 @@ class Manifest:
 
 
 def same_name(data: str) -> str:
-    """The name of a set, a folder's without what its path does not need: `x/` is the set `x`."""
-    return os.path.normpath(data)
+    """The name of a set; a folder's, which has a "/", without what its path does not need."""
+    return os.path.join(os.path.normpath(data), "") if "/" in data else data
 
 
 def fields_of(columns: dict[str, np.ndarray]) -> tuple:

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskrl_jax.models.layers import layer_norm
+from maskrl_jax.models.layers import layer_norm, stack
 
 Array = jax.Array
 ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=False), "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x)}
@@ -193,9 +193,7 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: Array) -> tuple[Array, Array]:
         c = self.config
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
-        loop = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.depth)
-        return loop(c, self.causal, name="blocks")((x_BSD, x_BSD), None)[0]
+        return stack(Block, c.depth, remat=c.remat)(c, self.causal, name="blocks")((x_BSD, x_BSD), None)[0]
 
 
 class Block(nn.Module):

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskrl_jax.models.layers import SIZES, Attention, check_sizes, layer_norm
+from maskrl_jax.models.layers import SIZES, Attention, check_sizes, layer_norm, stack
 
 Array = jax.Array
 EPSILON = 1e-12  # of every norm
@@ -77,8 +77,7 @@ class GoogleMaskGIT(nn.Module):
         self.position = self.param("position", START, (c.cond_length + c.num_tokens, c.width))
         self.bias = self.param("bias", nn.initializers.zeros, (c.vocab,))
         self.norm_in, self.norm_out = (layer_norm(None, EPSILON) for _ in range(2))
-        block = nn.remat(PostBlock, prevent_cse=False) if c.remat else PostBlock
-        self.blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.depth)(c)
+        self.blocks = stack(PostBlock, c.depth, remat=c.remat)(c)
         self.dense = nn.Dense(c.width, dtype=jnp.dtype(c.dtype), kernel_init=START)
 
     def __call__(self, ids_BN: Array, cond: Array) -> Array:

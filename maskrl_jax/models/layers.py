@@ -35,8 +35,9 @@ def layer_norm(name: str, epsilon: float = 1e-6) -> nn.LayerNorm:
 def stack(block: type[nn.Module], length: int, *, remat: bool, static: Sequence[int] = (), **scan: Any) -> Callable:
     """A loop over `length` blocks, a class or partial to build where the blocks' own would be.
 
-    Parameters have a leading axis of blocks. Where they are split over devices (FSDP), a block's are gathered when its
-    turn comes and again, with `remat`, in the backward pass: left to itself the compiler splits activations instead.
+    Parameters have a leading axis of blocks. With `remat`, and where they are split over devices in an update (FSDP), a
+    block's are gathered when its turn comes and again in the backward pass: left to itself the compiler splits
+    activations instead. Without, all that was gathered would be kept.
 
     Args:
       block: a module whose call is a step of `nn.scan`.
@@ -44,8 +45,8 @@ def stack(block: type[nn.Module], length: int, *, remat: bool, static: Sequence[
       static: places of arguments that are not arrays, the module being 0.
       scan: further arguments of `nn.scan`; `split_rngs` beside that of parameters.
     """
-    block = nn.map_variables(block, "params", trans_in_fn=gathered, init=True)
     if remat:
+        block = nn.map_variables(block, "params", trans_in_fn=gathered, init=True)
         block = nn.remat(block, prevent_cse=False, static_argnums=tuple(static))
     rngs = {"params": True} | scan.pop("split_rngs", {})
     return nn.scan(block, variable_axes={"params": 0}, split_rngs=rngs, length=length, **scan)

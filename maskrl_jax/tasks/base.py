@@ -81,7 +81,7 @@ class Base:
         checks.same_data(config)
         self.groups = checks.groups(config.batch_size, config.group)
         settings = Evaluation(**config.evaluation)
-        generators.check_steps(SamplerConfig(**base.sampler), settings.steps, self.sizes.num_tokens)
+        generators.check_steps(SamplerConfig(**base.sampler), self.sizes.num_tokens, steps=settings.steps)
         # Runs of before there were alarms have none of these keys.
         self.judged, held_out = dict(config.rewards), dict(config.get("rewards_heldout", {}))
         names = self.judge.names

@@ -111,9 +111,10 @@ def same_data(config: Any) -> None:
         own, base = ({key: x for key, x in one.items() if key not in ("name", "tokenizer")} for one in (own, base))
     for key in sorted(own.keys() | base.keys()):
         if own.get(key) != base.get(key):
+            anew = f", or train the base anew with --config.parents.maskgit.data.{key}"
             raise UserError(
                 f"data.{key} of {config.task} is {own.get(key)!r}, its base was trained with {base.get(key)!r}; "
-                f"set --config.data.{key} to that, or train the base anew with --config.parents.maskgit.data.{key}"
+                f"set --config.data.{key} to that{'' if config.init.get('maskgit', '') else anew}"
             )
 
 

@@ -25,17 +25,17 @@ REAL_PICTURES = 2048  # about so many stand for the real ones
 DRAWN_BY = ("maskgit", "mar", "tokenizer")  # stages that pictures depend on
 
 
-def check_steps(sampler: SamplerConfig, steps: Iterable[int], num_tokens: int) -> None:
+def check_steps(sampler: SamplerConfig, num_tokens: int, **asked: Iterable[int]) -> None:
     """Raise ValueError for a number of steps that the sampler's tables or the grid do not hold.
 
-    Early, because a report asks for them when training is over.
+    Early, because a report asks for them when training is over. `asked`: settings of `evaluation`, by name.
     """
-    for name, counts in {"sampler.num_steps": [sampler.num_steps], "evaluation.steps": steps}.items():
-        for count in counts:
-            try:
-                make_plan(dataclasses.replace(sampler, num_steps=count), num_tokens)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+    named = {count: f"evaluation.{name}" for name, counts in asked.items() for count in counts}
+    for count, name in {**named, sampler.num_steps: "sampler.num_steps"}.items():
+        try:
+            make_plan(dataclasses.replace(sampler, num_steps=count), num_tokens)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def dataset_of(context: Context, split: str) -> Dataset:
@@ -156,6 +156,10 @@ def base_task(
         scores, picture = bench().glance(system(state.ema, sampler), bench().settings.glance_steps)
         return {"eval/loss": loss / weight, **scores}, {"samples/grid": picture}
 
+    def init(key):
+        batches()  # refused before the first step
+        return parallel.init(wiring.init, key)
+
     def report(params):
         stages = context.parents | {config.task: Parent(config, params, {}, context.workdir)}
         params = parallel.replicate(params)
@@ -177,7 +181,7 @@ def base_task(
         bench().write(findings, config.num_steps, {**facts(best), "how it was chosen": bench().choice})
 
     return Task(
-        init=lambda key: parallel.init(wiring.init, key),
+        init=init,
         batch=lambda step: batches()(step),
         step=lambda state, b: update(state, read, b),
         evaluate=evaluate,

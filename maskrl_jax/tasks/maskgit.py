@@ -71,9 +71,8 @@ class Wiring:
         self.timesteps = config.sampler.get("timesteps", "clock")
         self.null = conditioning.null
         settings = Evaluation(**config.evaluation)
-        generators.check_steps(
-            SamplerConfig(**config.sampler), (settings.glance_steps, *settings.steps), self.sizes.num_tokens
-        )
+        asked = {"steps": settings.steps, "glance_steps": [settings.glance_steps]}
+        generators.check_steps(SamplerConfig(**config.sampler), self.sizes.num_tokens, **asked)
         self.optimizer = train_state.optimizer_of(config.optimizer, config.num_steps)
         self.tx = train_state.make_optimizer(self.optimizer)
 

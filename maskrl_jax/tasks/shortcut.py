@@ -207,7 +207,8 @@ def phases(config: Any, parallel: Any) -> list[Phase]:
         sampler = speed_rl.without_head(config.parents.speed_rl)
     wiring = Wiring(config, conditioning, sampler)
     settings, curve = Evaluation(**config.evaluation), Curve(**config.curve)  # refused here rather than in the end
-    generators.check_steps(SamplerConfig(**config.parents.maskgit.sampler), settings.steps, wiring.sizes.num_tokens)
+    of_base = SamplerConfig(**config.parents.maskgit.sampler)
+    generators.check_steps(of_base, wiring.sizes.num_tokens, steps=settings.steps)
     wiring.plan(curve.num_steps)
     parallel.rows(config.evaluation.batch_size)  # refused here rather than when training is over
     base = maskgit_task.abstract_params(config.parents.maskgit, conditioning)

@@ -84,6 +84,13 @@ def test_a_converted_meissonic_samples_what_is_asked(made, one_device):
     assert (images[0] != images[1]).any()
 
 
+def test_prompts_alone_are_enough_to_measure_a_stage_and_not_to_train_it(made, one_device):
+    context, _ = runner.open_workdir(made[3]["maskgit"])
+    task = runner.build(context)
+    with pytest.raises(UserError, match="has no pictures"):
+        task.init(jax.random.key(0))
+
+
 def test_it_is_tuned_by_rewards_and_goes_back_into_a_folder_of_every_key(made, one_device, tmp_path):
     config = speed_rl_config.get_config("meissonic")
     config.policy.update({"max_calls": 4, "divisors": (4, 2, 1), "centre": 2.0, "target_calls": 2, "ticks": 16})
@@ -176,7 +183,9 @@ def test_a_config_of_one_s_own_pads_as_the_folder_does(made, tmp_path, monkeypat
     family = dataclasses.replace(FAMILIES["meissonic"], tokens=lambda path: {"pad": 5})
     monkeypatch.setitem(FAMILIES, "meissonic", family)
     below = {"tokenizer": places["tokenizer"]}
-    with pytest.raises(UserError, match="data.pad is 49407, the folder's tokenizer pads with 5"):
+    with pytest.raises(
+        UserError, match="its tokenizer pads with 5; set data.pad of configs/maskgit.py:meissonic to that"
+    ):
         own = "configs/maskgit.py:meissonic"
         published.read("meissonic", str(folder), str(tmp_path / "out"), config=own, below=below, store=store)
 

@@ -124,7 +124,9 @@ def test_a_folder_of_others_is_refused_in_one_line(folder, change):
     with pytest.raises(UserError, match=f"holds shards of another {name}; name another --out"):
         encoded.begin(folder, dataclasses.replace(MANIFEST, **change))
     encoded.begin(folder, MANIFEST)  # its own is not
-    encoded.begin(folder, dataclasses.replace(MANIFEST, data="toy/"))  # nor the same folder in other words
+    same = [dataclasses.replace(MANIFEST, data=name).data for name in ("here/toy", "here/toy/", "here//toy")]
+    assert len(set(same)) == 1  # a folder in other words
+    assert dataclasses.replace(MANIFEST, data="digits/").data != "digits"  # a folder, and a set of that name
 
 
 def test_texts_are_the_same_where_their_ids_are(tmp_path):
