@@ -90,7 +90,8 @@ def compiled(pair: str) -> dict:
     chips = _chips(topology)
     if WEAK.value:
         smallest = min(_chips(one) for one in SLICES if one.split(":")[0] == topology.split(":")[0])
-        made.batch_size = made.batch_size * chips // smallest
+        for rows in (made, made.evaluation):  # both must divide by the chips
+            rows.batch_size = rows.batch_size * chips // smallest
     with open("/dev/null", "w") as nowhere:
         reports = dry_run.run(made, runner.phases, topology, out=nowhere)
     return {
