@@ -165,31 +165,42 @@ def _rate(one: dict) -> float:
 
 
 def _draw(done: dict, path: pathlib.Path) -> None:
-    """Images a second against chips, of configs with two slices of the same chips or more."""
+    """Images a second against chips, of configs with two slices of the same chips or more: strong and weak scaling."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    series: dict[str, list] = {}
+    labels = list({**_series(done, False), **_series(done, True)})
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    for axes, weak in zip(panels, (False, True), strict=True):
+        for label, points in _series(done, weak).items():
+            chips, rates = zip(*points, strict=True)
+            color = f"C{labels.index(label)}"
+            axes.loglog(chips, rates, marker="o", label=label, color=color)
+            ideal = [rates[0] * n / chips[0] for n in chips]
+            axes.loglog(chips, ideal, linewidth=0.8, linestyle=":", color=color)
+        axes.set_title("a batch over more chips" if not weak else "as many rows a chip")
+        axes.set_xticks([4, 16, 64, 256], ["4", "16", "64", "256"])
+        axes.minorticks_off()
+        axes.set_xlabel("chips")
+        axes.legend(fontsize=7)
+    panels[0].set_ylabel("images a second at the roofline (dotted: in proportion)")
+    figure.savefig(path, dpi=150)
+
+
+def _series(done: dict, weak: bool) -> dict[str, list[tuple[int, float]]]:
+    """Label -> (chips, rate) of rising slices. Weak scaling starts from the smallest slice, which is the same program."""
+    series: dict[str, dict] = {}
     for name, one in done.items():
         pair, *changes = name.split(" ")
         config, topology = pair.split("@")
-        if _rate(one):
-            label = " ".join([config, topology.split(":")[0], *changes])
-            series.setdefault(label, []).append((one["chips"], _rate(one)))
-    series = {label: sorted(points) for label, points in series.items() if len(points) > 1}
-    if not series:
-        return
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, points in series.items():
-        chips, rates = zip(*points, strict=True)
-        axes.loglog(chips, rates, marker="o", label=label)
-        axes.loglog(chips, [rates[0] * n / chips[0] for n in chips], linewidth=0.6, linestyle=":", color="grey")
-    axes.set_xlabel("chips")
-    axes.set_ylabel("images a second at the roofline")
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+        smallest = one["chips"] == min(_chips(s) for s in SLICES if s.split(":")[0] == topology.split(":")[0])
+        if not _rate(one) or (("weak" in changes) != weak and not (weak and smallest)):
+            continue
+        changes = [change for change in changes if change != "weak"]
+        series.setdefault(" ".join([config, topology.split(":")[0], *changes]), {})[one["chips"]] = _rate(one)
+    return {label: sorted(points.items()) for label, points in series.items() if len(points) > 1}
 
 
 if __name__ == "__main__":

@@ -49,6 +49,9 @@ def run(config: ConfigDict, workdir: str, store: str) -> None:
     Prints the time of every stage. Raises UserError for a config that cannot run or does not fit the workdir.
     """
     measured.code()  # now: files may change while the parents train
+    for name, place in config.init.items():
+        if place and name in config.parents:  # else `check` says so
+            _ready(name, config.parents[name], place)
     check(config)
     seconds = {}
     try:
@@ -78,7 +81,7 @@ def _parent(name, config, store, seconds):
 def _as_trained(config):
     """Return the config with those parents in it that `init` put in the place of the ones it names."""
     replaced = {name: stored.read_config(path) for name, path in config.get("init", {}).items() if path}
-    # What is no such stage is refused by `check`.
+    # What is no such stage is refused when it is opened (`_ready`).
     tasks = {name: parent.task for name, parent in config.get("parents", {}).items()}
     replaced = {name: found for name, found in replaced.items() if found and found.get("task") == tasks.get(name)}
     if not replaced:
@@ -300,11 +303,9 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"seed must be at least 0 and eval_samples at least 1 in the config of task {config.task!r}")
     if not 0 <= config.profile_at < config.num_steps:
         raise UserError(f"profile_at={config.profile_at} is not a step of {config.num_steps}; use 0 for no trace")
-    for name, workdir in config.init.items():
+    for name in config.init:
         if name not in config.parents:
             raise unknown("parent in init", name, config.parents.keys())
-        if workdir:
-            _ready(name, config.parents[name], workdir)
     unused = {key for key in config.optimizer if key not in OPTIMIZER_KEYS}
     if unused:
         raise unknown("optimizer setting", min(unused), OPTIMIZER_KEYS)
