@@ -25,8 +25,7 @@ def guided(logits_fn: LogitsFn, null_cond: Any) -> Callable[[Array, Array, Any, 
     """
 
     def pairs(null, cond):
-        null = jnp.broadcast_to(null, cond.shape).astype(cond.dtype)
-        return jnp.stack([cond, null], axis=1).reshape(-1, *cond.shape[1:])
+        return jnp.stack([cond, _rows_of(null, cond)], axis=1).reshape(-1, *cond.shape[1:])
 
     def fn(ids_BN: Array, timestep_B: Array, cond: Any, scale_B: Array) -> Array:
         conds = jax.tree.map(pairs, null_cond, cond)
@@ -39,8 +38,11 @@ def guided(logits_fn: LogitsFn, null_cond: Any) -> Callable[[Array, Array, Any, 
 
 def with_null(cond: Any, null_cond: Any) -> Any:
     """Conditions [B,...] followed by as many null ones, [2B,...]."""
-    nulls = jax.tree.map(lambda null, c: jnp.broadcast_to(null, c.shape).astype(c.dtype), null_cond, cond)
-    return jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, nulls)
+    return jax.tree.map(lambda null, c: jnp.concatenate([c, _rows_of(null, c)]), null_cond, cond)
+
+
+def _rows_of(null: Any, cond: Array) -> Array:
+    return jnp.broadcast_to(null, cond.shape).astype(cond.dtype)
 
 
 def mixed(conditional: Array, unconditional: Array, scale: Array) -> Array:

@@ -124,6 +124,17 @@ def bench_of(context: Context) -> Bench:
     )
 
 
+def _held_out(loss_of: Callable[..., tuple[jax.Array, jax.Array]], bench: Bench) -> float:
+    """Mean loss of held-out pictures, in batches of the bench."""
+    loss, weight = 0.0, 0.0
+    for first in range(0, HELD_OUT, bench.settings.batch_size):
+        rows = np.arange(first, min(first + bench.settings.batch_size, HELD_OUT))
+        shown = bench.dataset.take(rows % len(bench.dataset))
+        found = loss_of(shown["image"], shown["cond"], np.int32(first))
+        loss, weight = (total + float(part) for total, part in zip((loss, weight), found, strict=True))
+    return loss / weight
+
+
 def base_task(
     context: Context,
     wiring: Any,
@@ -147,14 +158,9 @@ def base_task(
     held_out_loss = jax.jit(wiring.held_out_loss)
 
     def evaluate(state, step):
-        loss, weight = 0.0, 0.0
-        for first in range(0, HELD_OUT, bench().settings.batch_size):
-            rows = np.arange(first, min(first + bench().settings.batch_size, HELD_OUT))
-            shown = bench().dataset.take(rows % len(bench().dataset))
-            found = held_out_loss(state.ema, frozen, shown["image"], shown["cond"], np.int32(first))
-            loss, weight = (total + float(part) for total, part in zip((loss, weight), found, strict=True))
+        loss = _held_out(functools.partial(held_out_loss, state.ema, frozen), bench())
         scores, picture = bench().glance(system(state.ema, sampler), bench().settings.glance_steps)
-        return {"eval/loss": loss / weight, **scores}, {"samples/grid": picture}
+        return {"eval/loss": loss, **scores}, {"samples/grid": picture}
 
     def init(key):
         batches()  # refused before the first step
