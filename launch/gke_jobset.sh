@@ -12,10 +12,10 @@ fills in launch/gke_jobset.yaml and gives it to kubectl apply; --dry_run prints 
 of the context. --reward adds a reward server (docs/remote_rewards.md), and the run asks it."
 flags=(
   'type|v6e|v5e, v6e, v5p or tpu7x'
-  'topology|4x4|chips of the slice, as the node pool has it: 4x4 (v5e, v6e), 2x2x2 (v5p, tpu7x)'
-  'chips_per_host|4|chips of a node'
+  'topology||chips of the slice, as the node pool has it; by default 4x4 (v5e, v6e) or 2x2x4 (v5p, tpu7x)'
+  'chips_per_host||chips of a node; by default 4, or all of a smaller slice; 8 for a v5e or v6e slice of one node'
   'bucket|!|bucket for checkpoints and metrics'
-  'image|!|container image with this library, jax[tpu] and gcsfs; docs/launch.md says how to make one'
+  'image|!|container image of the last commit, made with launch/Dockerfile (docs/launch.md)'
   'config|configs/speed_rl.py|config, with its argument if any'
   'name||name of the JobSet; by default from the config'
   'namespace|default|namespace of the JobSet'
@@ -33,8 +33,7 @@ flags=(
 )
 
 read_flags "$@"
-settle_run
-count_hosts
+settle_run machines
 case $type in
   v5e) accelerator=tpu-v5-lite-podslice ;;
   v6e) accelerator=tpu-v6e-slice ;;
@@ -42,11 +41,21 @@ case $type in
   tpu7x) accelerator=tpu7x ;;
   *) fail "unknown type '$type'; use v5e, v6e, v5p or tpu7x" ;;
 esac
-[[ $grace =~ ^[0-9]+$ && $grace -ge 60 ]] || fail "grace '$grace' must be a number of seconds, at least 60"
-[[ $max_restarts =~ ^[0-9]+$ ]] || fail "max_restarts '$max_restarts' is no number"
-for word in "$image" "$reward_image" "$namespace" "$service_account" "$reward_cpu" "$reward_memory"; do
-  [[ $word =~ ^[A-Za-z0-9@:/._-]*$ ]] || fail "'$word' is no name of an image, a namespace, an account or an amount"
-done
+count_hosts
+is_number "$grace" && [ "$grace" -ge 60 ] || fail "grace '$grace' must be a number of seconds, at least 60"
+is_number "$max_restarts" || fail "max_restarts '$max_restarts' is no number"
+
+# An empty value passes where the flag may be left out.
+check() { [[ ${!1} =~ $2 ]] || fail "$1 '${!1}' is not $3"; }
+label='[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?'
+check namespace "^$label$" "a name of a-z, 0-9 and -"
+check service_account "^$label(\.$label)*$" "a name of a-z, 0-9, - and ."
+check image '^[A-Za-z0-9][A-Za-z0-9@:/._-]*$' "a name of an image"
+check reward_image '^([A-Za-z0-9][A-Za-z0-9@:/._-]*)?$' "a name of an image"
+check reward '^([a-z][a-z0-9_]*)?$' "a name of a reward; python -m maskrl_jax.rewards.server --help lists them"
+check reward_cpu '^[0-9]+(\.[0-9]+|m)?$' "a number of cores, such as 4 or 500m"
+check reward_memory '^[0-9]+(\.[0-9]+)?([KMGTPE]i?|k)?$' "an amount of memory, such as 16Gi"
+[[ $reward_flags != *[[:cntrl:]]* ]] || fail "reward_flags have a line break or another control character in them"
 
 reward_image=${reward_image:-$image}
 read -ra more_reward_flags <<<"$reward_flags"
@@ -55,10 +64,12 @@ reward_command=(python -m maskrl_jax.rewards.server "--reward=$reward" --host=0.
 command=(python -m maskrl_jax.main --distributed "${run[@]}")
 [ -z "$reward" ] || command+=("--config.service.url=http://$name-reward-0-0.$name:8421")
 
-# The words of an array as items of a YAML list, double-quoted, each after the same indentation.
+# The words of an array as items of a YAML list, double-quoted, each after the same indentation. Kubernetes would put
+# the value of a variable for $(NAME), and $( for $$(.
 items() {
   local list="$2[@]" word
   for word in "${!list}"; do
+    word=${word//\$(/\$\$(}
     word=${word//\\/\\\\}
     printf '%s"%s"\n' "$1" "${word//\"/\\\"}"
   done
@@ -83,8 +94,10 @@ render() {
   done < <(sed 1,2d launch/gke_jobset.yaml)
 }
 
+say_notes
 if $dry_run; then
   render
 else
+  needs kubectl "see docs/launch.md, or look at --dry_run"
   render | kubectl apply -f -
 fi

@@ -63,30 +63,62 @@ read_flags() {
   done
 }
 
+# A number as decimal digits that the shell's arithmetic can hold and does not take for octal.
+is_number() { [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]]; }
+
+notes=() # what is said beside the plan, once the flags are found good
+
+say_notes() { [ ${#notes[@]} -eq 0 ] || printf 'note: %s\n' "${notes[@]}" >&2; }
+
+needs() { command -v "$1" >/dev/null || fail "there is no $1 here; $2"; }
+
 # The config's file must exist; what is not given of name, workdir and store follows from it and from the bucket.
+# `settle_run machines`: for machines that see neither this disk nor what is not committed.
 settle_run() {
-  [ -f "${config%%:*}" ] || fail "there is no config ${config%%:*}"
-  local stem=${config##*/}
+  local file=${config%%:*} stem=${config##*/} runs=runs word
+  [ -f "$file" ] || fail "there is no config $file"
   [ -n "$name" ] || name=$(printf '%s' "${stem/.py/}" | tr '_:' '-')
   [[ $name =~ ^[a-z][-a-z0-9]{0,38}[a-z0-9]$ ]] || fail "name '$name' must be 2 to 40 of a-z, 0-9 and -; give --name"
-  local runs=runs
   if [ -n "${bucket:-}" ]; then
-    bucket=${bucket#gs://}
+    bucket=${bucket#gs://} bucket=${bucket%/}
     [[ $bucket =~ ^[a-z0-9][a-z0-9._-]+$ ]] || fail "'$bucket' is no name of a bucket"
     runs="gs://$bucket/runs"
   fi
   startup=runs/launch/$name.sh
   workdir=${workdir:-$runs/$name} store=${store:-$runs/stages}
+  if [ "${1:-}" = machines ]; then
+    for word in workdir store; do
+      [[ ${!word} == *://* ]] || fail "$word '${!word}' is on this disk; the machines need a bucket's, gs://..."
+    done
+    check_committed "$file"
+  fi
   run=("--config=$config" "--workdir=$workdir" "--store=$store" ${more[@]+"${more[@]}"})
+  [[ "${run[*]}" != *[[:cntrl:]]* ]] || fail "a flag has a line break or another control character in it"
 }
 
-# Set chips, chips_per_host and hosts from a topology such as 4x4.
+# The machines get the last commit (git archive HEAD). A checkout without git is found out by that command itself.
+check_committed() {
+  [[ $1 != /* && /$1/ != */../* ]] || fail "config $1 must be a path inside the repository, as the machines have it"
+  git rev-parse --quiet --verify HEAD >/dev/null 2>&1 || return 0
+  git cat-file -e "HEAD:$1" 2>/dev/null || fail "config $1 is not in the last commit, which the machines get; commit it"
+  git diff --quiet HEAD 2>/dev/null || notes+=("the machines get the last commit, without the changes made since")
+}
+
+# Set chips, chips_per_host and hosts from type and topology, both of which must go together.
 count_hosts() {
-  [[ $topology =~ ^[1-9][0-9]*x[1-9][0-9]*(x[1-9][0-9]*)?$ ]] || fail "topology '$topology' is not like 4x4 or 2x2x2"
-  [[ $chips_per_host =~ ^[1-9][0-9]*$ ]] || fail "chips_per_host '$chips_per_host' is no number"
+  local default=4x4 known='1x1|2x2|2x4|4x4|4x8|8x8|8x16|16x16' four='(4|8|12|16|20|24)'
+  case $type in
+    v5p) default=2x2x4 known="2x2x1|2x2x2|2x2x4|2x4x4|${four}x${four}x${four}" ;;
+    tpu7x) default=2x2x4 known="1x1x1|2x2x1|2x2x2|2x2x4|2x4x4|${four}x${four}x${four}" ;;
+  esac
+  topology=${topology:-$default}
+  [[ $topology =~ ^($known)$ ]] || fail "$type has no topology '$topology'; it has ${known//"$four"/4n}"
   chips=$((${topology//x/*}))
-  [ "$chips" -ge "$chips_per_host" ] || chips_per_host=$chips
-  [ $((chips % chips_per_host)) -eq 0 ] || fail "$chips chips ($topology) do not divide by $chips_per_host per host"
+  chips_per_host=${chips_per_host:-$((chips < 4 ? chips : 4))}
+  case $chips_per_host:$topology in
+    1:1x1* | 8:2x4 | 4:[!1]* | 4:1[26]*) ;;
+    *) fail "a $type slice of $topology has no hosts of '$chips_per_host' chips; leave out --chips_per_host" ;;
+  esac
   hosts=$((chips / chips_per_host))
 }
 
@@ -136,13 +168,15 @@ startup_and_code() {
   echo "git archive --format=tar.gz HEAD | gcloud storage cp - $code"
 }
 
-# Print what `plan` plans, or do it.
+# Print what `plan` plans, or do it, for which a tool is needed.
 finish() {
   local commands
+  say_notes
   commands=$(plan)
   if $dry_run; then
     printf '%s\n' "$commands"
   else
+    needs "$1" "see docs/launch.md, or look at --dry_run"
     bash -euo pipefail -c "$commands"
   fi
 }

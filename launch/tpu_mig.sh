@@ -11,34 +11,35 @@ Trains a config on a TPU slice (v5p, v6e, TPU7x) that is a managed instance grou
 HIGH_THROUGHPUT workload policy with the slice's topology, group. 'create' makes them, with a startup script that starts
 the run on every machine, and resumes it; 'recreate' deletes them first, as after a preemption; 'delete' ends it.
 The address of worker 0 is passed to every process, for it is not documented that these machines tell JAX."
+verb=create bucket_default=!
+case ${1:-} in create | recreate | delete) verb=$1 && shift ;; esac
+[ "$verb" != delete ] || bucket_default=''
 flags=(
   'project|!|Google Cloud project'
   'zone|!|zone, such as us-east5-b'
   'type|v6e|v5p, v6e or tpu7x'
-  'topology|4x4|chips of the slice: 4x4 (v6e), 2x2x2 (v5p, tpu7x)'
-  'bucket|!|bucket for code, checkpoints and metrics'
+  'topology||chips of the slice; by default 4x4 (v6e) or 2x2x4 (v5p, tpu7x)'
+  "bucket|$bucket_default|bucket for code, checkpoints and metrics"
   'config|configs/speed_rl.py|config, with its argument if any'
   'name||name of group, template and policy; by default from the config'
   'workdir||workdir; by default gs://<bucket>/runs/<name>'
   'store||trained parents; by default gs://<bucket>/runs/stages'
   'machine||machine type; by default that of the type with 4 chips'
-  'chips_per_host|4|chips of a machine'
+  'chips_per_host||chips of a machine; by default 4, or all of a smaller slice; 8 for a v6e slice of one machine'
   'service_account||account that the machines act as'
   'spot|false|machines that may be preempted, for less money'
 )
 
-verb=create
-case ${1:-} in create | recreate | delete) verb=$1 && shift ;; esac
 read_flags "$@"
-settle_run
+if [ "$verb" = delete ]; then settle_run; else settle_run machines; fi
 check_zone
+[[ $type =~ ^(v5p|v6e|tpu7x)$ ]] || fail "unknown type '$type'; use v5p, v6e or tpu7x (v5e: launch/tpu_vm.sh)"
 count_hosts
 family=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e
 case $type in
   v5p) machine=${machine:-ct5p-hightpu-${chips_per_host}t} ;;
   v6e) machine=${machine:-ct6e-standard-${chips_per_host}t} ;;
   tpu7x) machine=${machine:-tpu7x-standard-${chips_per_host}t} family=ubuntu-accel-2404-amd64-tpu-tpu7x ;;
-  *) fail "unknown type '$type'; use v5p, v6e or tpu7x (v5e: launch/tpu_vm.sh)" ;;
 esac
 place=("--project=$project" "--zone=$zone")
 
@@ -73,4 +74,4 @@ plan() {
   case $verb in create | recreate) create_all ;; esac
 }
 
-finish
+finish gcloud

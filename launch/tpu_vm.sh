@@ -11,11 +11,14 @@ Trains a config on a TPU slice (v5e, v6e, v5p) that the queued-resource API of C
 with a startup script that starts the run on every worker, and resumes it; 'recreate' deletes the request first, as
 after a preemption; 'run' sends this checkout and these flags to all workers of a slice that is there; 'delete' ends it.
 Google no longer develops this API, and it has no TPU7x: launch/tpu_mig.sh and launch/gke_jobset.sh are what follows it."
+verb=create bucket_default=!
+case ${1:-} in create | recreate | run | delete) verb=$1 && shift ;; esac
+[ "$verb" != delete ] || bucket_default=''
 flags=(
   'project|!|Google Cloud project'
   'zone|!|zone, such as us-east5-b'
   'type|v6e-8|accelerator type, such as v5litepod-16 or v6e-16'
-  'bucket|!|bucket for code, checkpoints and metrics'
+  "bucket|$bucket_default|bucket for code, checkpoints and metrics"
   'config|configs/speed_rl.py|config, with its argument if any'
   'name||name of node and request; by default from the config'
   'workdir||workdir; by default gs://<bucket>/runs/<name>'
@@ -25,20 +28,23 @@ flags=(
   'spot|false|machines that may be preempted, for less money'
 )
 
-verb=create
-case ${1:-} in create | recreate | run | delete) verb=$1 && shift ;; esac
 read_flags "$@"
-settle_run
+if [ "$verb" = delete ]; then settle_run; else settle_run machines; fi
 check_zone
-case $type in
-  v5litepod-[1-9]* | v5e-[1-9]*) type=v5litepod-${type#*-} default=v2-alpha-tpuv5-lite ;;
-  v6e-[1-9]*) default=v2-alpha-tpuv6e ;;
-  v5p-[1-9]*) default=v2-alpha-tpuv5 ;;
-  tpu7x* | v7x* | ironwood*) fail "queued resources have no TPU7x; use launch/tpu_mig.sh or launch/gke_jobset.sh" ;;
-  *) fail "unknown type '$type'; use v5litepod-<chips>, v6e-<chips> or v5p-<cores>" ;;
-esac
+size=${type#*-} sizes='(1|4|8|16|32|64|128|256)'
+if [[ $type =~ ^(v5litepod|v5e)-$sizes$ ]]; then
+  type=v5litepod-$size default=v2-alpha-tpuv5-lite
+elif [[ $type =~ ^v6e-$sizes$ ]]; then
+  default=v2-alpha-tpuv6e
+elif [[ $type == v5p-* ]] && is_number "$size" && [[ $size =~ ^(8|16|32|64)$ || ($size -gt 0 && $((size % 128)) -eq 0) ]]; then
+  default=v2-alpha-tpuv5
+elif [[ $type =~ ^(tpu7x|v7x|ironwood) ]]; then
+  fail "queued resources have no TPU7x; use launch/tpu_mig.sh or launch/gke_jobset.sh"
+else
+  fail "unknown type '$type'; use v5litepod-<chips> or v6e-<chips> (1, 4, 8, 16, ... 256), or v5p-<cores> (8, 16, ...)"
+fi
 runtime=${runtime:-$default}
-echo "note: Google no longer develops this API; launch/tpu_mig.sh and launch/gke_jobset.sh are what follows it" >&2
+notes+=("Google no longer develops this API; launch/tpu_mig.sh and launch/gke_jobset.sh are what follows it")
 place=("--project=$project" "--zone=$zone")
 
 plan() {
@@ -61,4 +67,4 @@ plan() {
   esac
 }
 
-finish
+finish gcloud

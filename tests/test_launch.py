@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -24,7 +25,7 @@ CASES = {
     "tpu_vm_v6e_spot.txt": f"tpu_vm.sh recreate {PLACE} --type=v6e-16 --spot --config=configs/maskfocus.py:smoke "
     '--name=demo --service_account=run@demo.iam.gserviceaccount.com -- --config.seed=1 "--config.note=it\'s 1"',
     "tpu_vm_run.txt": f"tpu_vm.sh run {PLACE} --type=v6e-8",
-    "tpu_vm_delete.txt": f"tpu_vm.sh delete {PLACE}",
+    "tpu_vm_delete.txt": "tpu_vm.sh delete --project=demo --zone=us-east5-b",
     "tpu_mig_v6e_spot.txt": f"tpu_mig.sh {PLACE} --type=v6e --topology=4x4 --spot",
     "tpu_mig_v5p.txt": f"tpu_mig.sh {PLACE} --type=v5p --topology=2x2x2",
     "tpu_mig_tpu7x.txt": f"tpu_mig.sh recreate {PLACE} --type=tpu7x --topology=2x2x4 --workdir=gs://other/run",
@@ -32,7 +33,7 @@ CASES = {
     "gke_v6e.yaml": f"gke_jobset.sh {IMAGE}",
     "gke_v5e_one_host_spot.yaml": f"gke_jobset.sh {IMAGE} --type=v5e --topology=2x4 --chips_per_host=8 --spot",
     "gke_tpu7x_reward.yaml": f"gke_jobset.sh {IMAGE} --type=tpu7x --topology=2x2x4 --config=configs/maskfocus.py "
-    "--reward=judge --reward_flags=--workdir=gs://demo-runs/judge --grace=120 -- '--config.note=a \"b\" \\ c'",
+    "--reward=judge --reward_flags=--workdir=gs://demo-runs/judge --grace=120 -- '--config.note=a \"b\" \\ $(c)'",
     "slurm_gpu.txt": "slurm.sbatch --nodes=2 --gpus=8",
     "slurm_node.txt": "slurm.sbatch --nodes=4 --gpus=4 --per=node --partition=a100 --account=lab --time=12:00:00 "
     "-- --config.seed=1",
@@ -84,6 +85,12 @@ def test_a_dry_run_prints_what_is_wanted_and_nothing_else(name):
         ("tpu_vm.sh", "give --project=... or set MASKRL_PROJECT"),
         (f"tpu_vm.sh {PLACE} --type=tpu7x-8", "have no TPU7x; use launch/tpu_mig.sh or launch/gke_jobset.sh"),
         (f"tpu_vm.sh {PLACE} --type=v9-8", "unknown type 'v9-8'"),
+        (f"tpu_vm.sh {PLACE} --type=v6e-7", "unknown type 'v6e-7'"),
+        (f"tpu_vm.sh {PLACE} --type=v5p-96", "unknown type 'v5p-96'"),
+        (f"tpu_vm.sh {PLACE} --workdir=runs/here", "workdir 'runs/here' is on this disk"),
+        (f"tpu_vm.sh {PLACE} --config={ROOT}/configs/mar.py", "must be a path inside the repository"),
+        (f"tpu_vm.sh {PLACE} -- '--config.note=a\nb'", "a flag has a line break"),
+        ("tpu_vm.sh --project=demo --zone=us-east5-b", "give --bucket=... or set MASKRL_BUCKET"),
         (f"tpu_vm.sh {PLACE} --typ=v6e-8", "unknown flag --typ; see --help"),
         (f"tpu_vm.sh {PLACE} --type", "--type needs a value"),
         (f"tpu_vm.sh {PLACE} --spot=maybe", "--spot is true or false"),
@@ -93,21 +100,77 @@ def test_a_dry_run_prints_what_is_wanted_and_nothing_else(name):
         (f"tpu_vm.sh {PLACE} --config=configs/none.py", "there is no config configs/none.py"),
         (f"tpu_vm.sh {PLACE} --name=My_Run", "name 'My_Run' must be"),
         (f"tpu_mig.sh {PLACE} --type=v5e", "unknown type 'v5e'; use v5p, v6e or tpu7x"),
-        (f"tpu_mig.sh {PLACE} --topology=16", "topology '16' is not like 4x4"),
-        (f"tpu_mig.sh {PLACE} --topology=3x3", "9 chips (3x3) do not divide by 4 per host"),
+        (f"tpu_mig.sh {PLACE} --topology=16", "v6e has no topology '16'; it has 1x1|2x2|2x4|4x4"),
+        (f"tpu_mig.sh {PLACE} --type=v5p --topology=4x4", "v5p has no topology '4x4'; it has 2x2x1|2x2x2"),
+        (f"tpu_mig.sh {PLACE} --chips_per_host=8", "a v6e slice of 4x4 has no hosts of '8' chips"),
+        (f"tpu_mig.sh {PLACE} --topology=1x1 --chips_per_host=4", "a v6e slice of 1x1 has no hosts of '4' chips"),
+        (f"tpu_mig.sh {PLACE} --store=runs/stages", "store 'runs/stages' is on this disk"),
         (f"gke_jobset.sh {IMAGE} --grace=30", "grace '30' must be a number of seconds, at least 60"),
+        (f"gke_jobset.sh {IMAGE} --grace=0090", "grace '0090' must be a number of seconds, at least 60"),
+        (f"gke_jobset.sh {IMAGE} --max_restarts=-1", "max_restarts '-1' is no number"),
+        (f"gke_jobset.sh {IMAGE} --service_account=a@b", "service_account 'a@b' is not a name of a-z, 0-9, - and ."),
+        (f"gke_jobset.sh {IMAGE} '--reward=my reward'", "reward 'my reward' is not a name of a reward"),
+        (f"gke_jobset.sh {IMAGE} --reward_memory=lots", "reward_memory 'lots' is not an amount of memory"),
+        (f"gke_jobset.sh {IMAGE} --type=tpu7x --topology=2x2", "tpu7x has no topology '2x2'"),
         (f"gke_jobset.sh {IMAGE} --type=v4", "unknown type 'v4'"),
-        (f"gke_jobset.sh {IMAGE} '--namespace=a: b'", "'a: b' is no name"),
+        (f"gke_jobset.sh {IMAGE} '--namespace=a: b'", "namespace 'a: b' is not a name"),
         ("gke_jobset.sh --bucket=demo-runs", "give --image=... or set MASKRL_IMAGE"),
         ("slurm.sbatch --per=core", "per 'core' is not one of gpu, node"),
         ("slurm.sbatch --nodes=0", "nodes '0' is no number above 0"),
+        ("slurm.sbatch '--time=a b'", "time 'a b' is not like 30 (minutes)"),
+        ("slurm.sbatch '--partition=a b'", "'a b' is no name of a partition"),
+        ("local.sh", "give a config first"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
     refused = launched(arguments)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
-    assert message in refused.stderr
+    lines = [line for line in refused.stderr.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tool"),
+    [("slurm.sbatch", "sbatch"), (f"tpu_vm.sh {PLACE}", "gcloud"), (f"gke_jobset.sh {IMAGE}", "kubectl")],
+)
+def test_a_tool_that_is_not_there_is_missed_before_anything_is_done(tmp_path, arguments, tool):
+    for name in ("bash", "dirname", "sed", "tr"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    refused = launched(arguments, PATH=str(tmp_path))
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.endswith(f"error: there is no {tool} here; see docs/launch.md, or look at --dry_run\n")
+
+
+def test_a_job_that_was_submitted_from_elsewhere_says_where_from():
+    refused = launched("slurm.sbatch", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR="/")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: there is no //launch/plan.sh; submit from the repository's root\n"
+
+
+def test_a_config_that_is_not_committed_is_refused(tmp_path):
+    def git(*arguments):
+        own = ("-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path))
+        subprocess.run(["git", *own, *arguments], check=True, capture_output=True)
+
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "speed_rl.py").touch()
+    git("init")
+    git("add", ".")
+    git("commit", "--message=all")
+    (tmp_path / "configs" / "mine.py").touch()
+    script = f"{tmp_path}/launch/tpu_vm.sh {PLACE} --dry_run"
+    refused = launched(f"{script} --config=configs/mine.py:arg")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "error: config configs/mine.py is not in the last commit" in refused.stderr
+    assert "without the changes" not in launched(script).stderr
+    (tmp_path / "configs" / "speed_rl.py").write_text("# changed\n")
+    assert "note: the machines get the last commit, without the changes made since\n" in launched(script).stderr
+
+
+def test_a_local_run_tells_its_usage():
+    shown = launched("local.sh --help")
+    assert (shown.returncode, shown.stderr) == (0, "") and shown.stdout.startswith("usage: bash launch/local.sh")
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_mig.sh", "gke_jobset.sh", "slurm.sbatch"])
@@ -181,7 +244,7 @@ def test_a_jobset_fits_the_published_schema_and_stops_and_restarts_as_a_run_need
         (server,) = jobs["reward"]["template"]["spec"]["template"]["spec"]["containers"]
         assert server["command"][:3] == ["python", "-m", "maskrl_jax.rewards.server"]
         assert "--config.service.url=http://maskfocus-reward-0-0.maskfocus:8421" in container["command"]
-        assert container["command"][-2] == '--config.note=a "b" \\ c'
+        assert container["command"][-2] == '--config.note=a "b" \\ $$(c)'  # which Kubernetes reads as $(c)
 
 
 def test_a_schema_error_would_be_found():
