@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from maskrl_jax.evaluate.latency import Latency
 from maskrl_jax.evaluate.measure import Point
 from maskrl_jax.evaluate.timing import Timing
 
+STAMP = pathlib.Path(__file__).parents[1] / "commit.txt"  # git puts the commit in as it makes an archive
 FEW_SAMPLES = 100  # fewer make no claim: bounds of a tenth, a distance between 64 features that is all noise
 
 
@@ -47,7 +49,10 @@ class Findings:
 
 
 def commit_hash(folder: str | pathlib.Path) -> str:
-    """Return the git commit of a folder, "-dirty" added where files differ, or "unknown" without git."""
+    """Return the git commit of a folder, "-dirty" added where files differ.
+
+    Without git it is that of the archive that this library came in (git archive), or "unknown" where there was none.
+    """
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
@@ -56,7 +61,8 @@ def commit_hash(folder: str | pathlib.Path) -> str:
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        archived = STAMP.read_text().strip() if STAMP.exists() else ""
+        return archived[:12] if re.fullmatch("[0-9a-f]{40}", archived) else "unknown"
 
 
 def command() -> str:

@@ -142,5 +142,14 @@ def test_numbers_that_json_cannot_hold_become_null():
     assert report._plain({"a": (float("nan"), 1.5, float("inf"))}) == {"a": [None, 1.5, None]}
 
 
-def test_commit_outside_a_repository_is_unknown(tmp_path):
+def test_commit_outside_a_repository_is_that_of_the_archive_or_unknown(tmp_path, monkeypatch):
     assert report.commit_hash(tmp_path / "nowhere") == "unknown"
+    monkeypatch.setattr(report, "STAMP", tmp_path / "commit.txt")
+    report.STAMP.write_text(f"{'0123456789' * 4}\n")
+    assert report.commit_hash(tmp_path / "nowhere") == "012345678901"
+
+
+def test_git_puts_the_commit_into_an_archive():
+    attributes = report.STAMP.parents[1] / ".gitattributes"
+    assert f"{report.STAMP.parent.name}/{report.STAMP.name} export-subst" in attributes.read_text().splitlines()
+    assert report.STAMP.read_text() == "$Format:%H$\n"
