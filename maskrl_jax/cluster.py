@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -78,6 +79,8 @@ def join(here: Place, timeout: int) -> None:
 
     Raises UserError where there is no cluster. Exits with LOST where others are missing: they may still come.
     """
+    if here.coordinator_address:
+        _look_at_address(here)
     # In front of JAX's own end of waiting, which is an abort that names nothing.
     watch = threading.Timer(timeout, _give_up, (here, timeout))
     watch.daemon = True
@@ -96,6 +99,21 @@ def join(here: Place, timeout: int) -> None:
     _exit_on_abort(_lost("the coordinator or another process stopped answering"), LOST)
     own, all_ = jax.local_device_count(), jax.device_count()
     print(f"process {jax.process_index()} of {jax.process_count()}, {own} devices of {all_}", flush=True)
+
+
+def _look_at_address(here: Place) -> None:
+    """Say what is wrong with the coordinator's address as soon as it can be known."""
+    host, _, port = here.coordinator_address.rpartition(":")
+    try:
+        socket.getaddrinfo(host.strip("[]"), port)
+    except socket.gaierror:  # the name of a Pod comes with the Pod
+        print(f"warning: the name {host} has no address yet; waiting for it", file=sys.stderr, flush=True)
+    if here.process_id == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise UserError(f"process 0 cannot listen at port {port} ({reason}); give all another one") from error
 
 
 @contextlib.contextmanager

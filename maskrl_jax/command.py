@@ -37,6 +37,10 @@ def run(
             work(*argv[1:])
         except (UserError, *mistakes) as error:
             sys.exit(f"error: {_reason(error)}")
+        except ImportError as error:
+            if not isinstance(error.__cause__, ModuleNotFoundError):
+                raise
+            sys.exit(f"error: {_reason(error)}")  # a library's advice, such as to install the driver of a bucket
         except KeyboardInterrupt:
             print("stopped; what is written stays", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)

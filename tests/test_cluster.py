@@ -1,5 +1,7 @@
 """Where a process finds its place, and what tells that another one is gone."""
 
+import socket
+
 import jax
 import pytest
 
@@ -43,6 +45,16 @@ def test_a_run_of_one_process_ignores_the_environment_and_refuses_flags():
 def test_a_place_that_cannot_be_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         cluster.place(NOTHING, ENVIRONMENT | changes, True)
+
+
+def test_a_port_that_is_taken_and_a_name_without_address_are_told_at_once(capsys):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot listen at port {port} .*in use.*another one"):
+            cluster.join(Place(f"localhost:{port}", 2, 0), 5)
+    assert capsys.readouterr().err == ""
+    cluster._look_at_address(Place(f"nowhere.invalid:{port}", 2, 1))
+    assert capsys.readouterr().err == "warning: the name nowhere.invalid has no address yet; waiting for it\n"
 
 
 def test_the_loss_of_a_process_is_told_from_other_failures():

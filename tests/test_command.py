@@ -25,3 +25,11 @@ def test_ctrl_c_is_one_line_and_exit_130_and_what_is_written_stays(tmp_path):
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped; what is written stays\n")
     assert (tmp_path / "report.md").read_text() == "half of a report"
+
+
+def test_a_bucket_without_its_driver_is_one_line(tmp_path):
+    program = (
+        "from etils import epath; from maskrl_jax import command; command.run(lambda: epath.Path('s3://b/x').exists())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "error: Install s3fs to access S3\n")
