@@ -19,9 +19,10 @@ def accumulate(fn: Callable[[Array, Array], tuple[Any, Any]], valid_BT: Array, m
       fn: (pair int32 [M], real bool [M]) -> (sums, maxima); pair = rollout * T + call. Entries that are
         not real must contribute 0.
       valid_BT: bool [B,T].
-      micro_batch: M.
+      micro_batch: M; fewer where there are not so many pairs.
     """
     flat = valid_BT.reshape(-1)
+    micro_batch = min(micro_batch, flat.size)
     order = jnp.argsort(~flat, stable=True).astype(jnp.int32)
     order = jnp.pad(order, (0, -len(order) % micro_batch))
     count = flat.sum()

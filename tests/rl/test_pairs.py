@@ -25,6 +25,11 @@ def test_every_valid_pair_is_visited_once_in_as_few_passes_as_there_are_pairs(mi
     assert int(largest) == 11
 
 
+def test_a_pass_is_no_wider_than_there_are_pairs():
+    _, widest = accumulate(lambda pair, real: (real.sum(), jnp.int32(len(pair))), VALID, 50)
+    assert int(widest) == VALID.size
+
+
 def test_no_valid_pair_makes_no_pass():
     (visits, passes), largest = accumulate(visit, jnp.zeros((3, 4), bool), 4)
     assert (int(visits.sum()), int(passes), int(largest)) == (0, 0, 0)
