@@ -33,7 +33,7 @@ flags=(
 )
 
 read_flags "$@"
-settle_run machines
+settle_run elsewhere
 case $type in
   v5e) accelerator=tpu-v5-lite-podslice ;;
   v6e) accelerator=tpu-v6e-slice ;;
@@ -53,8 +53,8 @@ check service_account "^$label(\.$label)*$" "a name of a-z, 0-9, - and ."
 check image '^[A-Za-z0-9][A-Za-z0-9@:/._-]*$' "a name of an image"
 check reward_image '^([A-Za-z0-9][A-Za-z0-9@:/._-]*)?$' "a name of an image"
 check reward '^([a-z][a-z0-9_]*)?$' "a name of a reward; python -m maskrl_jax.rewards.server --help lists them"
-check reward_cpu '^[0-9]+(\.[0-9]+|m)?$' "a number of cores, such as 4 or 500m"
-check reward_memory '^[0-9]+(\.[0-9]+)?([KMGTPE]i?|k)?$' "an amount of memory, such as 16Gi"
+check reward_cpu '^[1-9][0-9]*(\.[0-9]+|m)?$' "a number of cores, such as 4 or 500m"
+check reward_memory '^[1-9][0-9]*(\.[0-9]+)?(Ki|k|[MGTPE]i?)?$' "an amount of memory, such as 16Gi"
 [[ $reward_flags != *[[:cntrl:]]* ]] || fail "reward_flags have a line break or another control character in them"
 
 reward_image=${reward_image:-$image}
@@ -64,12 +64,12 @@ reward_command=(python -m maskrl_jax.rewards.server "--reward=$reward" --host=0.
 command=(python -m maskrl_jax.main --distributed "${run[@]}")
 [ -z "$reward" ] || command+=("--config.service.url=http://$name-reward-0-0.$name:8421")
 
-# The words of an array as items of a YAML list, double-quoted, each after the same indentation. Kubernetes would put
-# the value of a variable for $(NAME), and $( for $$(.
+# The words of an array as items of a YAML list, double-quoted, each after the same indentation. Kubernetes puts the
+# value of a variable for $(NAME), and $ for $$.
 items() {
   local list="$2[@]" word
   for word in "${!list}"; do
-    word=${word//\$(/\$\$(}
+    word=${word//\$/\$\$}
     word=${word//\\/\\\\}
     printf '%s"%s"\n' "$1" "${word//\"/\\\"}"
   done

@@ -73,7 +73,7 @@ say_notes() { [ ${#notes[@]} -eq 0 ] || printf 'note: %s\n' "${notes[@]}" >&2; }
 needs() { command -v "$1" >/dev/null || fail "there is no $1 here; $2"; }
 
 # The config's file must exist; what is not given of name, workdir and store follows from it and from the bucket.
-# `settle_run machines`: for machines that see neither this disk nor what is not committed.
+# `settle_run here`: for this disk; elsewhere: for machines that do not see it; archive: which also get the last commit.
 settle_run() {
   local file=${config%%:*} stem=${config##*/} runs=runs word
   [ -f "$file" ] || fail "there is no config $file"
@@ -84,42 +84,56 @@ settle_run() {
     [[ $bucket =~ ^[a-z0-9][a-z0-9._-]+$ ]] || fail "'$bucket' is no name of a bucket"
     runs="gs://$bucket/runs"
   fi
-  startup=runs/launch/$name.sh
   workdir=${workdir:-$runs/$name} store=${store:-$runs/stages}
-  if [ "${1:-}" = machines ]; then
+  startup=runs/launch/$name.sh
+  if [ "$1" != here ]; then
     for word in workdir store; do
       [[ ${!word} == *://* ]] || fail "$word '${!word}' is on this disk; the machines need a bucket's, gs://..."
     done
-    check_committed "$file"
+    [[ $file != /* && /$file/ != */../* ]] || fail "config $file must be a path inside the repository"
+    [ "$1" != archive ] || check_committed "$file"
   fi
   run=("--config=$config" "--workdir=$workdir" "--store=$store" ${more[@]+"${more[@]}"})
   [[ "${run[*]}" != *[[:cntrl:]]* ]] || fail "a flag has a line break or another control character in it"
 }
 
-# The machines get the last commit (git archive HEAD). A checkout without git is found out by that command itself.
 check_committed() {
-  [[ $1 != /* && /$1/ != */../* ]] || fail "config $1 must be a path inside the repository, as the machines have it"
-  git rev-parse --quiet --verify HEAD >/dev/null 2>&1 || return 0
-  git cat-file -e "HEAD:$1" 2>/dev/null || fail "config $1 is not in the last commit, which the machines get; commit it"
-  git diff --quiet HEAD 2>/dev/null || notes+=("the machines get the last commit, without the changes made since")
+  if ! git rev-parse --quiet --verify HEAD >/dev/null 2>&1; then
+    $dry_run || fail "there is no git commit here, which the machines would get; clone the repository"
+    return 0
+  fi
+  git cat-file -e "HEAD:./$1" 2>/dev/null || fail "config $1 is not in the last commit, which the machines get; commit it"
+  [ -z "$(git status --porcelain -- .)" ] || notes+=("the machines get the last commit, without the changes made since")
 }
 
-# Set chips, chips_per_host and hosts from type and topology, both of which must go together.
+# Set topology, chips, chips_per_host and hosts, which must go with the type.
 count_hosts() {
-  local default=4x4 known='1x1|2x2|2x4|4x4|4x8|8x8|8x16|16x16' four='(4|8|12|16|20|24)'
+  local default=4x4 known='1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16' larger=''
   case $type in
-    v5p) default=2x2x4 known="2x2x1|2x2x2|2x2x4|2x4x4|${four}x${four}x${four}" ;;
-    tpu7x) default=2x2x4 known="1x1x1|2x2x1|2x2x2|2x2x4|2x4x4|${four}x${four}x${four}" ;;
+    v5p) default=2x2x4 known='2x2x1 2x2x2 2x2x4 2x4x4' ;;
+    tpu7x) default=2x2x4 known='1x1x1 2x2x1 2x2x2 2x2x4 2x4x4' ;;
   esac
+  [ $default = 4x4 ] || larger=', and sides of 4, 8, 12, ... that do not fall, such as 4x8x12'
   topology=${topology:-$default}
-  [[ $topology =~ ^($known)$ ]] || fail "$type has no topology '$topology'; it has ${known//"$four"/4n}"
+  [[ " $known " == *" $topology "* || (-n $larger && $(are_fours "${topology//x/ }") == yes) ]] ||
+    fail "$type has no topology '$topology'; it has ${known// /, }$larger"
   chips=$((${topology//x/*}))
   chips_per_host=${chips_per_host:-$((chips < 4 ? chips : 4))}
   case $chips_per_host:$topology in
-    1:1x1* | 8:2x4 | 4:[!1]* | 4:1[26]*) ;;
+    1:1x1 | 1:1x1x1 | 8:2x4 | 4:[!1]* | 4:1[0-9]*) ;;
     *) fail "a $type slice of $topology has no hosts of '$chips_per_host' chips; leave out --chips_per_host" ;;
   esac
   hosts=$((chips / chips_per_host))
+}
+
+# "yes" for three multiples of 4, none less than the one before.
+are_fours() {
+  local least=4 count=0 side
+  for side in $1; do
+    is_number "$side" && [ "$side" -lt 1000 ] && [ $((side % 4)) -eq 0 ] && [ "$side" -ge "$least" ] || return 0
+    least=$side count=$((count + 1))
+  done
+  [ $count -ne 3 ] || echo yes
 }
 
 check_zone() {
@@ -158,14 +172,15 @@ command_line() {
 
 # The file that is the startup script of TPU machines, of a managed instance group if there is one, and their code.
 startup_and_code() {
-  local code="gs://$bucket/code/$name.tar.gz"
+  local archive=runs/launch/$name.tar.gz code="gs://$bucket/code/$name.tar.gz"
   echo 'mkdir -p runs/launch'
   echo "cat >$startup <<'STARTUP'"
   printf '%s\n' '#!/usr/bin/env bash' "code=$(quoted "$code")" "run=($(words "${run[@]}"))" \
     "group=$1" "zone=$zone" "hosts=${hosts:-}"
   sed 1d launch/tpu_host.sh
   echo STARTUP
-  echo "git archive --format=tar.gz HEAD | gcloud storage cp - $code"
+  echo "git archive --format=tar.gz --output=$archive HEAD"
+  echo "gcloud storage cp $archive $code"
 }
 
 # Print what `plan` plans, or do it, for which a tool is needed.

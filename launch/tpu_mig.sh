@@ -31,7 +31,7 @@ flags=(
 )
 
 read_flags "$@"
-if [ "$verb" = delete ]; then settle_run; else settle_run machines; fi
+if [ "$verb" = delete ]; then settle_run here; else settle_run archive; fi
 check_zone
 [[ $type =~ ^(v5p|v6e|tpu7x)$ ]] || fail "unknown type '$type'; use v5p, v6e or tpu7x (v5e: launch/tpu_vm.sh)"
 count_hosts

@@ -29,14 +29,14 @@ flags=(
 )
 
 read_flags "$@"
-if [ "$verb" = delete ]; then settle_run; else settle_run machines; fi
+if [ "$verb" = delete ]; then settle_run here; else settle_run archive; fi
 check_zone
 size=${type#*-} sizes='(1|4|8|16|32|64|128|256)'
 if [[ $type =~ ^(v5litepod|v5e)-$sizes$ ]]; then
   type=v5litepod-$size default=v2-alpha-tpuv5-lite
 elif [[ $type =~ ^v6e-$sizes$ ]]; then
   default=v2-alpha-tpuv6e
-elif [[ $type == v5p-* ]] && is_number "$size" && [[ $size =~ ^(8|16|32|64)$ || ($size -gt 0 && $((size % 128)) -eq 0) ]]; then
+elif [[ $type =~ ^v5p-(8|16|32|64)$ ]] || { [[ $type =~ ^v5p-[1-9][0-9]{2,4}$ ]] && [ $((size % 128)) -eq 0 ]; }; then
   default=v2-alpha-tpuv5
 elif [[ $type =~ ^(tpu7x|v7x|ironwood) ]]; then
   fail "queued resources have no TPU7x; use launch/tpu_mig.sh or launch/gke_jobset.sh"

@@ -79,23 +79,26 @@ def join(here: Place, timeout: int) -> None:
 
     Raises UserError where there is no cluster. Exits with LOST where others are missing: they may still come.
     """
-    if here.coordinator_address:
-        _look_at_address(here)
     # In front of JAX's own end of waiting, which is an abort that names nothing.
     watch = threading.Timer(timeout, _give_up, (here, timeout))
     watch.daemon = True
     watch.start()
     try:
+        if here.coordinator_address:
+            _look_at_address(here)
         jax.distributed.initialize(
             **dataclasses.asdict(here),
             initialization_timeout=timeout + HEARTBEAT,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=FAREWELL,
         )
+    except UserError:
+        raise
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--distributed found no cluster to join ({reason}); give {_flags(FIELDS)}") from error
-    watch.cancel()
+    finally:
+        watch.cancel()
     _exit_on_abort(_lost("the coordinator or another process stopped answering"), LOST)
     own, all_ = jax.local_device_count(), jax.device_count()
     print(f"process {jax.process_index()} of {jax.process_count()}, {own} devices of {all_}", flush=True)
@@ -106,14 +109,22 @@ def _look_at_address(here: Place) -> None:
     host, _, port = here.coordinator_address.rpartition(":")
     try:
         socket.getaddrinfo(host.strip("[]"), port)
+    except UnicodeError as error:
+        raise UserError(f"--coordinator_address={here.coordinator_address}: {host} is no name of a machine") from error
     except socket.gaierror:  # the name of a Pod comes with the Pod
         print(f"warning: the name {host} has no address yet; waiting for it", file=sys.stderr, flush=True)
-    if here.process_id == 0:
-        try:
-            socket.create_server(("", int(port))).close()
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise UserError(f"process 0 cannot listen at port {port} ({reason}); give all another one") from error
+    if here.process_id == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+        # As JAX will: at all addresses, also those of IPv4.
+        both = socket.has_dualstack_ipv6()
+        with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if both:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            try:
+                probe.bind(("", int(port)))
+            except OSError as error:
+                reason = os.strerror(error.errno)
+                raise UserError(f"process 0 cannot listen at port {port} ({reason}); give all another one") from error
 
 
 @contextlib.contextmanager

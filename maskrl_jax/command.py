@@ -40,7 +40,8 @@ def run(
         except ImportError as error:
             if not isinstance(error.__cause__, ModuleNotFoundError):
                 raise
-            sys.exit(f"error: {_reason(error)}")  # a library's advice, such as to install the driver of a bucket
+            # A library's advice, such as to install the driver of a bucket.
+            sys.exit(f"error: {_reason(error)} ({error.__cause__})")
         except KeyboardInterrupt:
             print("stopped; what is written stays", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)

@@ -53,6 +53,8 @@ def test_a_port_that_is_taken_and_a_name_without_address_are_told_at_once(capsys
         with pytest.raises(UserError, match=f"cannot listen at port {port} .*in use.*another one"):
             cluster.join(Place(f"localhost:{port}", 2, 0), 5)
     assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="node..x is no name of a machine"):
+        cluster.join(Place(f"node..x:{port}", 2, 1), 5)
     cluster._look_at_address(Place(f"nowhere.invalid:{port}", 2, 1))
     assert capsys.readouterr().err == "warning: the name nowhere.invalid has no address yet; waiting for it\n"
 

@@ -18,7 +18,7 @@ import yaml
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
-PLACE = "--project=demo --zone=us-east5-b --bucket=gs://demo-runs"
+PLACE = "--project=demo --zone=us-east5-b --bucket=gs://demo-runs/"
 IMAGE = "--bucket=demo-runs --image=us-docker.pkg.dev/demo/ml/maskrl_jax:1"
 CASES = {
     "tpu_vm_v5e.txt": f"tpu_vm.sh {PLACE} --type=v5litepod-16",
@@ -29,11 +29,12 @@ CASES = {
     "tpu_mig_v6e_spot.txt": f"tpu_mig.sh {PLACE} --type=v6e --topology=4x4 --spot",
     "tpu_mig_v5p.txt": f"tpu_mig.sh {PLACE} --type=v5p --topology=2x2x2",
     "tpu_mig_tpu7x.txt": f"tpu_mig.sh recreate {PLACE} --type=tpu7x --topology=2x2x4 --workdir=gs://other/run",
+    "tpu_mig_delete.txt": "tpu_mig.sh delete --project=demo --zone=us-east5-b --type=v5p --topology=4x4x28",
     "tpu_mig_one_host.txt": f"tpu_mig.sh {PLACE} --type=v6e --topology=2x2",
     "gke_v6e.yaml": f"gke_jobset.sh {IMAGE}",
     "gke_v5e_one_host_spot.yaml": f"gke_jobset.sh {IMAGE} --type=v5e --topology=2x4 --chips_per_host=8 --spot",
     "gke_tpu7x_reward.yaml": f"gke_jobset.sh {IMAGE} --type=tpu7x --topology=2x2x4 --config=configs/maskfocus.py "
-    "--reward=judge --reward_flags=--workdir=gs://demo-runs/judge --grace=120 -- '--config.note=a \"b\" \\ $(c)'",
+    "--reward=judge --reward_flags=--workdir=gs://demo-runs/judge --grace=120 -- '--config.note=a \"b\" \\ $(c) $$'",
     "slurm_gpu.txt": "slurm.sbatch --nodes=2 --gpus=8",
     "slurm_node.txt": "slurm.sbatch --nodes=4 --gpus=4 --per=node --partition=a100 --account=lab --time=12:00:00 "
     "-- --config.seed=1",
@@ -89,6 +90,7 @@ def test_a_dry_run_prints_what_is_wanted_and_nothing_else(name):
         (f"tpu_vm.sh {PLACE} --type=v5p-96", "unknown type 'v5p-96'"),
         (f"tpu_vm.sh {PLACE} --workdir=runs/here", "workdir 'runs/here' is on this disk"),
         (f"tpu_vm.sh {PLACE} --config={ROOT}/configs/mar.py", "must be a path inside the repository"),
+        (f"tpu_vm.sh {PLACE} --config=../{ROOT.name}/configs/mar.py", "must be a path inside the repository"),
         (f"tpu_vm.sh {PLACE} -- '--config.note=a\nb'", "a flag has a line break"),
         ("tpu_vm.sh --project=demo --zone=us-east5-b", "give --bucket=... or set MASKRL_BUCKET"),
         (f"tpu_vm.sh {PLACE} --typ=v6e-8", "unknown flag --typ; see --help"),
@@ -100,13 +102,16 @@ def test_a_dry_run_prints_what_is_wanted_and_nothing_else(name):
         (f"tpu_vm.sh {PLACE} --config=configs/none.py", "there is no config configs/none.py"),
         (f"tpu_vm.sh {PLACE} --name=My_Run", "name 'My_Run' must be"),
         (f"tpu_mig.sh {PLACE} --type=v5e", "unknown type 'v5e'; use v5p, v6e or tpu7x"),
-        (f"tpu_mig.sh {PLACE} --topology=16", "v6e has no topology '16'; it has 1x1|2x2|2x4|4x4"),
-        (f"tpu_mig.sh {PLACE} --type=v5p --topology=4x4", "v5p has no topology '4x4'; it has 2x2x1|2x2x2"),
+        (f"tpu_mig.sh {PLACE} --topology=16", "v6e has no topology '16'; it has 1x1, 2x2, 2x4, 4x4"),
+        (f"tpu_mig.sh {PLACE} --type=v5p --topology=4x4", "v5p has no topology '4x4'; it has 2x2x1, 2x2x2"),
+        (f"tpu_mig.sh {PLACE} --type=v5p --topology=8x4x4", "and sides of 4, 8, 12, ... that do not fall"),
+        (f"tpu_mig.sh {PLACE} --type=v5p --topology=4x4x30", "v5p has no topology '4x4x30'"),
         (f"tpu_mig.sh {PLACE} --chips_per_host=8", "a v6e slice of 4x4 has no hosts of '8' chips"),
         (f"tpu_mig.sh {PLACE} --topology=1x1 --chips_per_host=4", "a v6e slice of 1x1 has no hosts of '4' chips"),
         (f"tpu_mig.sh {PLACE} --store=runs/stages", "store 'runs/stages' is on this disk"),
         (f"gke_jobset.sh {IMAGE} --grace=30", "grace '30' must be a number of seconds, at least 60"),
         (f"gke_jobset.sh {IMAGE} --grace=0090", "grace '0090' must be a number of seconds, at least 60"),
+        (f"gke_jobset.sh {IMAGE} --grace=99999999999999999999", "must be a number of seconds"),
         (f"gke_jobset.sh {IMAGE} --max_restarts=-1", "max_restarts '-1' is no number"),
         (f"gke_jobset.sh {IMAGE} --service_account=a@b", "service_account 'a@b' is not a name of a-z, 0-9, - and ."),
         (f"gke_jobset.sh {IMAGE} '--reward=my reward'", "reward 'my reward' is not a name of a reward"),
@@ -122,49 +127,59 @@ def test_a_dry_run_prints_what_is_wanted_and_nothing_else(name):
         ("local.sh", "give a config first"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
-    refused = launched(arguments)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message):
+    refused = launched(arguments, **stand_ins(tmp_path, gcloud="", kubectl="", sbatch=""))
     assert (refused.returncode, refused.stdout) == (2, "")
-    lines = [line for line in refused.stderr.splitlines() if not line.startswith("note: ")]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+    assert message in refused.stderr
+    assert not (tmp_path / "calls").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "tool"),
-    [("slurm.sbatch", "sbatch"), (f"tpu_vm.sh {PLACE}", "gcloud"), (f"gke_jobset.sh {IMAGE}", "kubectl")],
+    [
+        ("slurm.sbatch", "sbatch"),
+        (f"tpu_vm.sh {PLACE}", "gcloud"),
+        (f"tpu_mig.sh {PLACE}", "gcloud"),
+        (f"gke_jobset.sh {IMAGE}", "kubectl"),
+    ],
 )
 def test_a_tool_that_is_not_there_is_missed_before_anything_is_done(tmp_path, arguments, tool):
-    for name in ("bash", "dirname", "sed", "tr"):
+    for name in ("bash", "dirname", "git", "sed", "tr"):
         (tmp_path / name).symlink_to(shutil.which(name))
     refused = launched(arguments, PATH=str(tmp_path))
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.endswith(f"error: there is no {tool} here; see docs/launch.md, or look at --dry_run\n")
+    assert f"error: there is no {tool} here; see docs/launch.md, or look at --dry_run\n" in refused.stderr
 
 
 def test_a_job_that_was_submitted_from_elsewhere_says_where_from():
-    refused = launched("slurm.sbatch", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR="/")
+    refused = launched("slurm.sbatch", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR="/etc")
     assert refused.returncode == 2
-    assert refused.stderr == "error: there is no //launch/plan.sh; submit from the repository's root\n"
+    assert refused.stderr == "error: there is no /etc/launch/plan.sh; submit from the repository's root\n"
 
 
-def test_a_config_that_is_not_committed_is_refused(tmp_path):
+@pytest.mark.parametrize("inside", [".", "part/of/a/larger/repository"])
+def test_a_config_that_is_not_committed_is_refused(tmp_path, inside):
     def git(*arguments):
         own = ("-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path))
         subprocess.run(["git", *own, *arguments], check=True, capture_output=True)
 
-    shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "speed_rl.py").touch()
+    root = tmp_path / inside
+    shutil.copytree(ROOT / "launch", root / "launch")
+    configs = root / "configs"
+    configs.mkdir()
+    (configs / "speed_rl.py").touch()
+    refused = launched(f"{root}/launch/tpu_vm.sh {PLACE}", **stand_ins(tmp_path, gcloud=""))
+    assert (refused.returncode, refused.stdout) == (2, "") and "there is no git commit here" in refused.stderr
     git("init")
     git("add", ".")
     git("commit", "--message=all")
-    (tmp_path / "configs" / "mine.py").touch()
-    script = f"{tmp_path}/launch/tpu_vm.sh {PLACE} --dry_run"
+    script = f"{root}/launch/tpu_vm.sh {PLACE} --dry_run"
+    assert "without the changes" not in launched(script).stderr
+    (configs / "mine.py").touch()
     refused = launched(f"{script} --config=configs/mine.py:arg")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "error: config configs/mine.py is not in the last commit" in refused.stderr
-    assert "without the changes" not in launched(script).stderr
-    (tmp_path / "configs" / "speed_rl.py").write_text("# changed\n")
     assert "note: the machines get the last commit, without the changes made since\n" in launched(script).stderr
 
 
@@ -244,7 +259,7 @@ def test_a_jobset_fits_the_published_schema_and_stops_and_restarts_as_a_run_need
         (server,) = jobs["reward"]["template"]["spec"]["template"]["spec"]["containers"]
         assert server["command"][:3] == ["python", "-m", "maskrl_jax.rewards.server"]
         assert "--config.service.url=http://maskfocus-reward-0-0.maskfocus:8421" in container["command"]
-        assert container["command"][-2] == '--config.note=a "b" \\ $$(c)'  # which Kubernetes reads as $(c)
+        assert container["command"][-2] == '--config.note=a "b" \\ $$(c) $$$$'  # which Kubernetes reads as $(c) $$
 
 
 def test_a_schema_error_would_be_found():
