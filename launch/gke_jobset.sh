@@ -50,11 +50,13 @@ check() { [[ ${!1} =~ $2 ]] || fail "$1 '${!1}' is not $3"; }
 label='[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?'
 check namespace "^$label$" "a name of a-z, 0-9 and -"
 check service_account "^$label(\.$label)*$" "a name of a-z, 0-9, - and ."
-check image '^[A-Za-z0-9][A-Za-z0-9@:/._-]*$' "a name of an image"
-check reward_image '^([A-Za-z0-9][A-Za-z0-9@:/._-]*)?$' "a name of an image"
+image_name='[a-z0-9][a-z0-9:/._-]*(:[A-Za-z0-9._-]+)?(@sha256:[0-9a-f]+)?'
+check image "^$image_name$" "a name of an image"
+check reward_image "^($image_name)?$" "a name of an image"
 check reward '^([a-z][a-z0-9_]*)?$' "a name of a reward; python -m maskrl_jax.rewards.server --help lists them"
 check reward_cpu '^[1-9][0-9]*(\.[0-9]+|m)?$' "a number of cores, such as 4 or 500m"
 check reward_memory '^[1-9][0-9]*(\.[0-9]+)?(Ki|k|[MGTPE]i?)?$' "an amount of memory, such as 16Gi"
+[ -z "$reward_flags$reward_image" ] || [ -n "$reward" ] || fail "reward_flags and reward_image go with --reward"
 [[ $reward_flags != *[[:cntrl:]]* ]] || fail "reward_flags have a line break or another control character in them"
 
 reward_image=${reward_image:-$image}

@@ -42,6 +42,7 @@ read_flags() {
       --) shift && more=("$@") && break ;;
       --help) usage && exit ;;
       --dry_run) dry_run=true ;;
+      --help=* | --dry_run=*) fail "--$_flag takes no value" ;;
       --*)
         [[ $_known == *" $_flag "* ]] || fail "unknown flag --$_flag; see --help"
         if [[ $1 == *=* ]]; then
@@ -72,27 +73,38 @@ say_notes() { [ ${#notes[@]} -eq 0 ] || printf 'note: %s\n' "${notes[@]}" >&2; }
 
 needs() { command -v "$1" >/dev/null || fail "there is no $1 here; $2"; }
 
+# The name of the run, if it is not given that of its config.
+settle_name() {
+  local stem=${config##*/}
+  [ -n "$name$config" ] || fail "say which run: give --name=... or the --config=... that it was started with"
+  [ -n "$name" ] || name=$(printf '%s' "${stem/.py/}" | tr '_:' '-')
+  [[ $name =~ ^[a-z][-a-z0-9]{0,38}[a-z0-9]$ ]] ||
+    fail "name '$name' must be 2 to 40 of a-z, 0-9 and -, begin with a letter, not end with -; give another --name"
+}
+
 # The config's file must exist; what is not given of name, workdir and store follows from it and from the bucket.
 # `settle_run here`: for this disk; elsewhere: for machines that do not see it; archive: which also get the last commit.
 settle_run() {
-  local file=${config%%:*} stem=${config##*/} runs=runs word
-  [ -f "$file" ] || fail "there is no config $file"
-  [ -n "$name" ] || name=$(printf '%s' "${stem/.py/}" | tr '_:' '-')
-  [[ $name =~ ^[a-z][-a-z0-9]{0,38}[a-z0-9]$ ]] || fail "name '$name' must be 2 to 40 of a-z, 0-9 and -; give --name"
+  local file=${config%%:*} runs=runs word
+  [ -f "$file" ] || fail "there is no config '$file'"
+  settle_name
   if [ -n "${bucket:-}" ]; then
     bucket=${bucket#gs://} bucket=${bucket%/}
-    [[ $bucket =~ ^[a-z0-9][a-z0-9._-]+$ ]] || fail "'$bucket' is no name of a bucket"
+    [[ $bucket =~ ^[a-z0-9][a-z0-9._-]+[a-z0-9]$ ]] || fail "'$bucket' is no name of a bucket"
     runs="gs://$bucket/runs"
   fi
   workdir=${workdir:-$runs/$name} store=${store:-$runs/stages}
   startup=runs/launch/$name.sh
   if [ "$1" != here ]; then
     for word in workdir store; do
-      [[ ${!word} == *://* ]] || fail "$word '${!word}' is on this disk; the machines need a bucket's, gs://..."
+      [[ ${!word} == gs://* ]] || fail "$word '${!word}' is none that the machines can write to; they need gs://..."
     done
     [[ $file != /* && /$file/ != */../* ]] || fail "config $file must be a path inside the repository"
     [ "$1" != archive ] || check_committed "$file"
   fi
+  for word in ${more[@]+"${more[@]}"}; do
+    case $word in --config | --config=* | --workdir* | --store* | --distributed*) fail "give ${word%%=*} before the --" ;; esac
+  done
   run=("--config=$config" "--workdir=$workdir" "--store=$store" ${more[@]+"${more[@]}"})
   [[ "${run[*]}" != *[[:cntrl:]]* ]] || fail "a flag has a line break or another control character in it"
 }
@@ -136,7 +148,11 @@ are_fours() {
   [ $count -ne 3 ] || echo yes
 }
 
-check_zone() {
+# Names of Google Cloud; an empty one passes where the flag may be left out.
+check_cloud() {
+  [[ $project =~ ^([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]$ ]] || fail "'$project' is no id of a project"
+  [[ ${service_account:-a@b} =~ ^(default|[a-zA-Z0-9._-]+@[a-zA-Z0-9.-]+)$ ]] ||
+    fail "service_account '$service_account' is not like run@project.iam.gserviceaccount.com"
   [[ $zone =~ ^[a-z]+-[a-z0-9]+-[a-z0-9]+$ ]] || fail "zone '$zone' is not like us-east5-b"
   region=${zone%-*}
 }
@@ -169,6 +185,9 @@ command_line() {
   done
   echo
 }
+
+# Let a planned command fail.
+or_not() { sed '$s/$/ || true/'; }
 
 # The file that is the startup script of TPU machines, of a managed instance group if there is one, and their code.
 startup_and_code() {

@@ -11,16 +11,16 @@ Trains a config on a TPU slice (v5p, v6e, TPU7x) that is a managed instance grou
 HIGH_THROUGHPUT workload policy with the slice's topology, group. 'create' makes them, with a startup script that starts
 the run on every machine, and resumes it; 'recreate' deletes them first, as after a preemption; 'delete' ends it.
 The address of worker 0 is passed to every process, for it is not documented that these machines tell JAX."
-verb=create bucket_default=!
+verb=create bucket_default=! config_default=configs/speed_rl.py
 case ${1:-} in create | recreate | delete) verb=$1 && shift ;; esac
-[ "$verb" != delete ] || bucket_default=''
+[ "$verb" != delete ] || bucket_default='' config_default=''
 flags=(
   'project|!|Google Cloud project'
   'zone|!|zone, such as us-east5-b'
   'type|v6e|v5p, v6e or tpu7x'
   'topology||chips of the slice; by default 4x4 (v6e) or 2x2x4 (v5p, tpu7x)'
   "bucket|$bucket_default|bucket for code, checkpoints and metrics"
-  'config|configs/speed_rl.py|config, with its argument if any'
+  "config|$config_default|config, with its argument if any"
   'name||name of group, template and policy; by default from the config'
   'workdir||workdir; by default gs://<bucket>/runs/<name>'
   'store||trained parents; by default gs://<bucket>/runs/stages'
@@ -31,8 +31,8 @@ flags=(
 )
 
 read_flags "$@"
-if [ "$verb" = delete ]; then settle_run here; else settle_run archive; fi
-check_zone
+if [ "$verb" = delete ]; then settle_name; else settle_run archive; fi
+check_cloud
 [[ $type =~ ^(v5p|v6e|tpu7x)$ ]] || fail "unknown type '$type'; use v5p, v6e or tpu7x (v5e: launch/tpu_vm.sh)"
 count_hosts
 family=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e
@@ -41,13 +41,14 @@ case $type in
   v6e) machine=${machine:-ct6e-standard-${chips_per_host}t} ;;
   tpu7x) machine=${machine:-tpu7x-standard-${chips_per_host}t} family=ubuntu-accel-2404-amd64-tpu-tpu7x ;;
 esac
+[[ $machine =~ ^[a-z0-9-]+$ ]] || fail "'$machine' is no machine type"
 place=("--project=$project" "--zone=$zone")
 
+# Of a slice that was made in part only, what is not there is passed over; gcloud says so.
 delete_all() {
-  command_line gcloud compute instance-groups managed delete "$name" "${place[@]}" --quiet
-  command_line gcloud compute instance-templates delete "$name" "--project=$project" --quiet
-  [ "$hosts" -eq 1 ] ||
-    command_line gcloud compute resource-policies delete "$name" "--project=$project" "--region=$region" --quiet
+  command_line gcloud compute instance-groups managed delete "$name" "${place[@]}" --quiet | or_not
+  command_line gcloud compute instance-templates delete "$name" "--project=$project" --quiet | or_not
+  command_line gcloud compute resource-policies delete "$name" "--project=$project" "--region=$region" --quiet | or_not
 }
 
 create_all() {

@@ -11,15 +11,15 @@ Trains a config on a TPU slice (v5e, v6e, v5p) that the queued-resource API of C
 with a startup script that starts the run on every worker, and resumes it; 'recreate' deletes the request first, as
 after a preemption; 'run' sends this checkout and these flags to all workers of a slice that is there; 'delete' ends it.
 Google no longer develops this API, and it has no TPU7x: launch/tpu_mig.sh and launch/gke_jobset.sh are what follows it."
-verb=create bucket_default=!
+verb=create bucket_default=! config_default=configs/speed_rl.py
 case ${1:-} in create | recreate | run | delete) verb=$1 && shift ;; esac
-[ "$verb" != delete ] || bucket_default=''
+[ "$verb" != delete ] || bucket_default='' config_default=''
 flags=(
   'project|!|Google Cloud project'
   'zone|!|zone, such as us-east5-b'
   'type|v6e-8|accelerator type, such as v5litepod-16 or v6e-16'
   "bucket|$bucket_default|bucket for code, checkpoints and metrics"
-  'config|configs/speed_rl.py|config, with its argument if any'
+  "config|$config_default|config, with its argument if any"
   'name||name of node and request; by default from the config'
   'workdir||workdir; by default gs://<bucket>/runs/<name>'
   'store||trained parents; by default gs://<bucket>/runs/stages'
@@ -29,14 +29,15 @@ flags=(
 )
 
 read_flags "$@"
-if [ "$verb" = delete ]; then settle_run here; else settle_run archive; fi
-check_zone
+if [ "$verb" = delete ]; then settle_name; else settle_run archive; fi
+check_cloud
 size=${type#*-} sizes='(1|4|8|16|32|64|128|256)'
 if [[ $type =~ ^(v5litepod|v5e)-$sizes$ ]]; then
   type=v5litepod-$size default=v2-alpha-tpuv5-lite
 elif [[ $type =~ ^v6e-$sizes$ ]]; then
   default=v2-alpha-tpuv6e
-elif [[ $type =~ ^v5p-(8|16|32|64)$ ]] || { [[ $type =~ ^v5p-[1-9][0-9]{2,4}$ ]] && [ $((size % 128)) -eq 0 ]; }; then
+elif [[ $type =~ ^v5p-(8|16|32|64)$ ]] || 
+  { [[ $type =~ ^v5p-[1-9][0-9]{2,4}$ ]] && [ $((size % 128)) -eq 0 ] && [ "$size" -le 12288 ]; }; then
   default=v2-alpha-tpuv5
 elif [[ $type =~ ^(tpu7x|v7x|ironwood) ]]; then
   fail "queued resources have no TPU7x; use launch/tpu_mig.sh or launch/gke_jobset.sh"
@@ -44,13 +45,16 @@ else
   fail "unknown type '$type'; use v5litepod-<chips> or v6e-<chips> (1, 4, 8, 16, ... 256), or v5p-<cores> (8, 16, ...)"
 fi
 runtime=${runtime:-$default}
-notes+=("Google no longer develops this API; launch/tpu_mig.sh and launch/gke_jobset.sh are what follows it")
+[[ $runtime =~ ^[a-z0-9.-]+$ ]] || fail "'$runtime' is no software version"
+[ "$verb" = delete ] || notes+=("Google no longer develops this API; launch/tpu_mig.sh and launch/gke_jobset.sh are what follows it")
 place=("--project=$project" "--zone=$zone")
 
 plan() {
   case $verb in create | recreate | run) startup_and_code '' ;; esac
-  case $verb in recreate | delete)
-    command_line gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet ;;
+  set -- gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
+  case $verb in
+    delete) command_line "$@" ;;
+    recreate) command_line "$@" | or_not ;;
   esac
   case $verb in
     create | recreate)

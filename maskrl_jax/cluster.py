@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+import re
 import signal
 import socket
 import sys
@@ -47,7 +48,7 @@ class Place:
         if missing:
             return
         host, _, port = self.coordinator_address.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        if not re.fullmatch(r"[^\s/]+", host) or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise UserError(
                 f"--coordinator_address={self.coordinator_address} is not host:port of process 0, a port below 65536"
             )
@@ -99,6 +100,10 @@ def join(here: Place, timeout: int) -> None:
         raise UserError(f"--distributed found no cluster to join ({reason}); give {_flags(FIELDS)}") from error
     finally:
         watch.cancel()
+    if here.num_processes not in (None, jax.process_count()):
+        raise UserError(
+            f"--num_processes={here.num_processes} here, and {jax.process_count()} for process 0; give all the same"
+        )
     _exit_on_abort(_lost("the coordinator or another process stopped answering"), LOST)
     own, all_ = jax.local_device_count(), jax.device_count()
     print(f"process {jax.process_index()} of {jax.process_count()}, {own} devices of {all_}", flush=True)
@@ -124,7 +129,9 @@ def _look_at_address(here: Place) -> None:
                 probe.bind(("", int(port)))
             except OSError as error:
                 reason = os.strerror(error.errno)
-                raise UserError(f"process 0 cannot listen at port {port} ({reason}); give all another one") from error
+                raise UserError(
+                    f"process 0 cannot listen at port {port} ({reason}); give all another port, unless two are process 0"
+                ) from error
 
 
 @contextlib.contextmanager

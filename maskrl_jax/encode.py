@@ -41,6 +41,8 @@ def check() -> None:
     """Raise for flags that do not go together."""
     if JOB.value >= JOBS.value:
         raise UserError(f"--job={JOB.value} is not one of --jobs={JOBS.value}; they count from 0")
+    if not OUT.value:
+        raise UserError("--out is empty; name the folder of the shards")
     if paths.is_remote(OUT.value):
         raise UserError(f"--out={OUT.value} lies in a bucket; shards are written to a local folder, name one")
 
@@ -56,7 +58,9 @@ def main() -> None:
 
     config = stored.read_config(TOKENIZER.value)
     if config is None or not stored.is_finished(TOKENIZER.value):
-        raise UserError(f"--tokenizer={TOKENIZER.value} is no finished run; run its training command first")
+        raise UserError(
+            f"--tokenizer={TOKENIZER.value} is no finished run; run its training command first, and see docs/input.md"
+        )
     if config.task == "tokenizer" and DTYPE.present:
         raise UserError(f"--dtype={DTYPE.value} is of moments, and {TOKENIZER.value} writes codes; leave it out")
     runner.compilation_cache(STORE.value)

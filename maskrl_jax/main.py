@@ -14,9 +14,15 @@ WORKDIR = flags.DEFINE_string("workdir", None, "where this run goes; by default 
 STORE = flags.DEFINE_string("store", "runs/stages", "where trained parents go, shared by all runs")
 DRY_RUN = flags.DEFINE_string("dry_run", None, "compile only, for the local devices or e.g. v5e:4x4")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other processes of a cluster")
-COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, if the cluster does not tell")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes, if the cluster does not tell")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "this process' number, if the cluster does not tell")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, if the cluster does not tell; or the variable MASKRL_<FLAG>"
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "processes, if the cluster does not tell; or the variable MASKRL_<FLAG>"
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "this process' number, if the cluster does not tell; or the variable MASKRL_<FLAG>"
+)
 STARTUP_TIMEOUT = flags.DEFINE_integer("startup_timeout", 300, "seconds to wait for the other processes", 1)
 
 

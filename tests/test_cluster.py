@@ -40,6 +40,7 @@ def test_a_run_of_one_process_ignores_the_environment_and_refuses_flags():
         ({"MASKRL_PROCESS_ID": "two"}, "MASKRL_PROCESS_ID=two is not a number"),
         ({"MASKRL_PROCESS_ID": ""}, "--process_id missing"),
         ({"MASKRL_COORDINATOR_ADDRESS": "10.0.0.1"}, "is not host:port"),
+        ({"MASKRL_COORDINATOR_ADDRESS": "http://10.0.0.1:8476"}, "is not host:port"),
     ],
 )
 def test_a_place_that_cannot_be_is_refused(changes, message):
@@ -50,7 +51,7 @@ def test_a_place_that_cannot_be_is_refused(changes, message):
 def test_a_port_that_is_taken_and_a_name_without_address_are_told_at_once(capsys):
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"cannot listen at port {port} .*in use.*another one"):
+        with pytest.raises(UserError, match=f"cannot listen at port {port} .*in use.*another port"):
             cluster.join(Place(f"localhost:{port}", 2, 0), 5)
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="node..x is no name of a machine"):

@@ -68,9 +68,13 @@ def test_jobs_share_the_shards_and_the_last_one_checks_them(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shard_size=80", "--out={made}"], "holds shards of another shard_size; name another --out"),
+        (
+            ["--shard_size=80", "--out={made}"],
+            "holds shards of another shard_size (70, not 80); give what it was begun with",
+        ),
         (["--tokenizer={made}", "--out={made}"], "is no finished run; run its training command first"),
         (["--jobs=2", "--job=2", "--out={made}"], "--job=2 is not one of --jobs=2; they count from 0"),
+        (["--out="], "--out is empty; name the folder of the shards"),
         (["--out=gs://bucket/made"], "--out=gs://bucket/made lies in a bucket; shards are written to a local folder"),
         (["--data=nothing", "--out={made}"], "unknown data set 'nothing'"),
         (["--dtype=float16", "--out={made}"], "--dtype=float16 is of moments, and "),

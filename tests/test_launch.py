@@ -18,18 +18,18 @@ import yaml
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
-PLACE = "--project=demo --zone=us-east5-b --bucket=gs://demo-runs/"
+PLACE = "--project=demo-project --zone=us-east5-b --bucket=gs://demo-runs/"
 IMAGE = "--bucket=demo-runs --image=us-docker.pkg.dev/demo/ml/maskrl_jax:1"
 CASES = {
     "tpu_vm_v5e.txt": f"tpu_vm.sh {PLACE} --type=v5litepod-16",
     "tpu_vm_v6e_spot.txt": f"tpu_vm.sh recreate {PLACE} --type=v6e-16 --spot --config=configs/maskfocus.py:smoke "
     '--name=demo --service_account=run@demo.iam.gserviceaccount.com -- --config.seed=1 "--config.note=it\'s 1"',
     "tpu_vm_run.txt": f"tpu_vm.sh run {PLACE} --type=v6e-8",
-    "tpu_vm_delete.txt": "tpu_vm.sh delete --project=demo --zone=us-east5-b",
+    "tpu_vm_delete.txt": "tpu_vm.sh delete --project=demo-project --zone=us-east5-b --name=speed-rl",
     "tpu_mig_v6e_spot.txt": f"tpu_mig.sh {PLACE} --type=v6e --topology=4x4 --spot",
     "tpu_mig_v5p.txt": f"tpu_mig.sh {PLACE} --type=v5p --topology=2x2x2",
     "tpu_mig_tpu7x.txt": f"tpu_mig.sh recreate {PLACE} --type=tpu7x --topology=2x2x4 --workdir=gs://other/run",
-    "tpu_mig_delete.txt": "tpu_mig.sh delete --project=demo --zone=us-east5-b --type=v5p --topology=4x4x28",
+    "tpu_mig_delete.txt": "tpu_mig.sh delete --project=demo-project --zone=us-east5-b --config=configs/mar.py:large",
     "tpu_mig_one_host.txt": f"tpu_mig.sh {PLACE} --type=v6e --topology=2x2",
     "gke_v6e.yaml": f"gke_jobset.sh {IMAGE}",
     "gke_v5e_one_host_spot.yaml": f"gke_jobset.sh {IMAGE} --type=v5e --topology=2x4 --chips_per_host=8 --spot",
@@ -88,19 +88,31 @@ def test_a_dry_run_prints_what_is_wanted_and_nothing_else(name):
         (f"tpu_vm.sh {PLACE} --type=v9-8", "unknown type 'v9-8'"),
         (f"tpu_vm.sh {PLACE} --type=v6e-7", "unknown type 'v6e-7'"),
         (f"tpu_vm.sh {PLACE} --type=v5p-96", "unknown type 'v5p-96'"),
-        (f"tpu_vm.sh {PLACE} --workdir=runs/here", "workdir 'runs/here' is on this disk"),
+        (f"tpu_vm.sh {PLACE} --workdir=runs/here", "workdir 'runs/here' is none that the machines"),
         (f"tpu_vm.sh {PLACE} --config={ROOT}/configs/mar.py", "must be a path inside the repository"),
         (f"tpu_vm.sh {PLACE} --config=../{ROOT.name}/configs/mar.py", "must be a path inside the repository"),
         (f"tpu_vm.sh {PLACE} -- '--config.note=a\nb'", "a flag has a line break"),
-        ("tpu_vm.sh --project=demo --zone=us-east5-b", "give --bucket=... or set MASKRL_BUCKET"),
+        ("tpu_vm.sh --project=demo-project --zone=us-east5-b", "give --bucket=... or set MASKRL_BUCKET"),
         (f"tpu_vm.sh {PLACE} --typ=v6e-8", "unknown flag --typ; see --help"),
         (f"tpu_vm.sh {PLACE} --type", "--type needs a value"),
         (f"tpu_vm.sh {PLACE} --spot=maybe", "--spot is true or false"),
         (f"tpu_vm.sh start {PLACE}", "unexpected 'start'"),
         (f"tpu_vm.sh {PLACE} --zone=here", "zone 'here' is not like us-east5-b"),
         (f"tpu_vm.sh {PLACE} --bucket=Runs/1", "'Runs/1' is no name of a bucket"),
-        (f"tpu_vm.sh {PLACE} --config=configs/none.py", "there is no config configs/none.py"),
+        (f"tpu_vm.sh {PLACE} --config=configs/none.py", "there is no config 'configs/none.py'"),
         (f"tpu_vm.sh {PLACE} --name=My_Run", "name 'My_Run' must be"),
+        (f"tpu_vm.sh {PLACE} --dry_run=true", "--dry_run takes no value"),
+        (f"tpu_vm.sh delete {PLACE}", "say which run: give --name=... or the --config=..."),
+        (f"tpu_vm.sh {PLACE} '--project=my project'", "'my project' is no id of a project"),
+        (f"tpu_vm.sh {PLACE} --service_account=run", "service_account 'run' is not like run@"),
+        (f"tpu_vm.sh {PLACE} --workdir=s3://here", "workdir 's3://here' is none that the machines can write to"),
+        (f"tpu_vm.sh {PLACE} -- --workdir=gs://other/run", "give --workdir before the --"),
+        (f"tpu_vm.sh {PLACE} --type=v5p-16384", "unknown type 'v5p-16384'"),
+        (f"tpu_mig.sh {PLACE} '--machine=a b'", "'a b' is no machine type"),
+        (f"gke_jobset.sh {IMAGE} --reward_flags=--folder=/weights", "go with --reward"),
+        (f"gke_jobset.sh {IMAGE} --image=Mine:1", "image 'Mine:1' is not a name of an image"),
+        ("slurm.sbatch --time=00:02:00", "time '00:02:00' is not longer than the 180 s of --warning"),
+        ("slurm.sbatch --time=1-00:00:01 --warning=90000", "time '1-00:00:01' is not longer than the 90000 s"),
         (f"tpu_mig.sh {PLACE} --type=v5e", "unknown type 'v5e'; use v5p, v6e or tpu7x"),
         (f"tpu_mig.sh {PLACE} --topology=16", "v6e has no topology '16'; it has 1x1, 2x2, 2x4, 4x4"),
         (f"tpu_mig.sh {PLACE} --type=v5p --topology=4x4", "v5p has no topology '4x4'; it has 2x2x1, 2x2x2"),
@@ -108,7 +120,7 @@ def test_a_dry_run_prints_what_is_wanted_and_nothing_else(name):
         (f"tpu_mig.sh {PLACE} --type=v5p --topology=4x4x30", "v5p has no topology '4x4x30'"),
         (f"tpu_mig.sh {PLACE} --chips_per_host=8", "a v6e slice of 4x4 has no hosts of '8' chips"),
         (f"tpu_mig.sh {PLACE} --topology=1x1 --chips_per_host=4", "a v6e slice of 1x1 has no hosts of '4' chips"),
-        (f"tpu_mig.sh {PLACE} --store=runs/stages", "store 'runs/stages' is on this disk"),
+        (f"tpu_mig.sh {PLACE} --store=runs/stages", "store 'runs/stages' is none that the machines"),
         (f"gke_jobset.sh {IMAGE} --grace=30", "grace '30' must be a number of seconds, at least 60"),
         (f"gke_jobset.sh {IMAGE} --grace=0090", "grace '0090' must be a number of seconds, at least 60"),
         (f"gke_jobset.sh {IMAGE} --grace=99999999999999999999", "must be a number of seconds"),
@@ -196,7 +208,7 @@ def test_help_names_every_flag_with_its_variable(script):
 
 
 def test_the_environment_stands_in_for_flags():
-    variables = {"MASKRL_PROJECT": "demo", "MASKRL_ZONE": "us-east5-b", "MASKRL_BUCKET": "demo-runs"}
+    variables = {"MASKRL_PROJECT": "demo-project", "MASKRL_ZONE": "us-east5-b", "MASKRL_BUCKET": "demo-runs"}
     shown = launched("tpu_vm.sh --type=v5litepod-16 --dry_run", **variables)
     assert shown.stdout == (GOLDEN / "tpu_vm_v5e.txt").read_text()
     assert "no longer develops" in shown.stderr
@@ -300,6 +312,13 @@ def test_a_run_does_what_the_dry_run_prints(tmp_path):
     assert done.returncode == 0, done.stderr
     printed = shlex.split((GOLDEN / "tpu_vm_delete.txt").read_text().replace("\\\n", ""))
     assert (tmp_path / "calls").read_text().split() == printed
+
+
+def test_what_is_left_of_a_group_is_deleted(tmp_path):
+    environment = stand_ins(tmp_path, gcloud='[[ "$*" != *instance-groups* ]]')
+    done = launched(CASES["tpu_mig_delete.txt"], **environment)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "calls").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (42, True), (143, True)])

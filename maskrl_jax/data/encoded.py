@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,8 +118,15 @@ def begin(folder: str, manifest: Manifest) -> None:
         os.replace(aside, path)
     elif found != manifest:
         names = [field.name for field in dataclasses.fields(Manifest)]
-        other = [name for name in names if getattr(found, name) != getattr(manifest, name)]
-        raise UserError(f"{folder} holds shards of another {', '.join(other)}; name another --out")
+        there, now = ({name: getattr(made, name) for name in names} for made in (found, manifest))
+        other = [
+            f"{name} ({there[name]}, not {now[name]})" if isinstance(now[name], int) else name
+            for name in names
+            if there[name] != now[name]
+        ]
+        raise UserError(
+            f"{folder} holds shards of another {', '.join(other)}; give what it was begun with, or a new --out"
+        )
 
 
 def read_manifest(folder: str, split: str) -> Manifest:
@@ -189,14 +196,7 @@ class Shards:
             raise UserError(
                 f"{folder} lacks {missing} of {manifest.shards} shards of {manifest.split}; run its encode command again"
             )
-        try:
-            paths = [manifest.path(folder, shard) for shard in range(manifest.shards)]
-            self._source = array_record_data_source.ArrayRecordDataSource(paths)
-            count = len(self._source)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise self._damaged(error) from None
-        if count != manifest.count:
-            raise self._damaged(f"{count} records for {manifest.count} samples")
+        self._source = self._opened(range(manifest.shards))
         self._last = (b"", None)
 
     def __len__(self) -> int:
@@ -211,9 +211,10 @@ class Shards:
                 stored = self._source.__getitems__(positions.tolist())
                 rows = np.frombuffer(b"".join(stored), self._manifest.dtype)
             except (OSError, RuntimeError, ValueError) as error:
-                raise self._damaged(error) from None
-            if not np.array_equal(rows["index"], positions):
-                raise self._damaged("a record is not where it should be")
+                raise self._damaged(self._unreadable(positions), error) from None
+            wrong = positions[rows["index"] != positions]
+            if wrong.size:
+                raise self._damaged(wrong[0] // self._manifest.shard_size, "a record is not where it should be")
             self._last = (positions.tobytes(), rows)
         return rows
 
@@ -226,11 +227,33 @@ class Shards:
         """Every field but the index, indexed like an array."""
         return {name: Column(self, name) for name in self._manifest.dtype.names if name != "index"}
 
-    def _damaged(self, reason: Exception | str) -> UserError:
-        reason = " ".join(str(reason).split())[:120]
-        return UserError(
-            f"shards of {self._manifest.split} in {self._folder} are damaged ({reason}); delete them and encode again"
-        )
+    def _opened(self, shards: Sequence[int]) -> array_record_data_source.ArrayRecordDataSource:
+        """Shards as one source; UserError about the first of them that is damaged."""
+        wanted = sum(len(self._manifest.positions(shard)) for shard in shards)
+        try:
+            paths = [self._manifest.path(self._folder, shard) for shard in shards]
+            source = array_record_data_source.ArrayRecordDataSource(paths)
+            if len(source) == wanted:
+                return source
+            reason = f"{len(source)} records for {wanted} samples"
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = error
+        for shard in shards if len(shards) > 1 else ():
+            self._opened([shard])
+        raise self._damaged(shards[0], reason)
+
+    def _unreadable(self, positions: np.ndarray) -> int:
+        """The shard of the first of these positions that cannot be read."""
+        for position in positions.tolist():
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                np.frombuffer(self._source.__getitems__([position])[0], self._manifest.dtype)
+                continue
+            return position // self._manifest.shard_size
+        return positions[0] // self._manifest.shard_size  # read now, not before
+
+    def _damaged(self, shard: int, reason: Exception | str) -> UserError:
+        file, reason = self._manifest.path(self._folder, int(shard)), " ".join(str(reason).split())[:120]
+        return UserError(f"{file} is damaged ({reason}); delete it and encode again, which makes what is missing")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,7 +121,7 @@ def test_two_may_write_a_shard_at_once_and_leftovers_of_the_dead_are_removed(fol
 @pytest.mark.parametrize("change", [{"tokenizer": "other"}, {"data": "digits"}, {"shard_size": 6}, {"image_size": 16}])
 def test_a_folder_of_others_is_refused_in_one_line(folder, change):
     (name,) = change
-    with pytest.raises(UserError, match=f"holds shards of another {name}; name another --out"):
+    with pytest.raises(UserError, match=f"holds shards of another {name}.*; give what it was begun with, or a new"):
         encoded.begin(folder, dataclasses.replace(MANIFEST, **change))
     encoded.begin(folder, MANIFEST)  # its own is not
     same = [dataclasses.replace(MANIFEST, data=name).data for name in ("here/toy", "here/toy/", "here//toy")]
@@ -163,11 +163,19 @@ def test_records_in_the_wrong_place_and_cut_files_are_told(folder):
     paths = [pathlib.Path(MANIFEST.path(folder, shard)) for shard in (0, 1, 4)]
     contents = [path.read_bytes() for path in paths]
     paths[0].write_bytes(contents[1])
-    with pytest.raises(UserError, match="a record is not where it should be"):
+    with pytest.raises(
+        UserError, match="train-00000-of-00005.array_record is damaged .a record is not where it should be"
+    ):
         encoded.Shards(folder, MANIFEST).check()
     paths[0].write_bytes(contents[2])
-    with pytest.raises(UserError, match="21 records for 23 samples"):
+    with pytest.raises(UserError, match="train-00000-of-00005.array_record is damaged .3 records for 5 samples"):
         encoded.Shards(folder, MANIFEST)
     paths[0].write_bytes(contents[0][: len(contents[0]) // 2])
-    with pytest.raises(UserError, match="are damaged"):
+    with pytest.raises(UserError, match="train-00000-of-00005.array_record is damaged"):
         encoded.Shards(folder, MANIFEST).check()
+    paths[0].write_bytes(contents[0])
+    shards = encoded.Shards(folder, MANIFEST)
+    middle = len(contents[2]) // 2
+    paths[2].write_bytes(contents[2][:middle] + bytes([contents[2][middle] ^ 255]) + contents[2][middle + 1 :])
+    with pytest.raises(UserError, match="train-00004-of-00005.array_record is damaged"):
+        shards.check()
