@@ -104,7 +104,7 @@ class Mar(nn.Module):
             self.pool_out = nn.Dense(c.pooled_maps * c.width)
             self.pool_maps = self.param("pool_maps", nn.initializers.normal(0.5), (c.num_tokens, c.pooled_maps))
         self.decoder_in = nn.Dense(c.width, dtype=dtype, kernel_init=linear)
-        self.denoiser = DiffusionHead(c.channels, c.head_width, c.head_depth)
+        self.denoiser = DiffusionHead(c.channels, c.head_width, c.head_depth, c.remat)
 
     def __call__(self, tokens_BLC: Array, order_BL: Array, cond: Array) -> Array:
         """Every parameter once, for initialisation: head output [B,L,2C] with all tokens masked."""
@@ -245,6 +245,7 @@ class DiffusionHead(nn.Module):
     channels: int
     width: int
     depth: int
+    remat: bool = False
 
     def setup(self):
         linear = nn.initializers.xavier_uniform()
@@ -267,8 +268,13 @@ class DiffusionHead(nn.Module):
         time = self.time_out(time)
         y = nn.silu(condition + jnp.expand_dims(time, range(condition.ndim - time.ndim)))
         x = self.state_in(state)
-        for norm, modulation, hidden, out in zip(self.norms, self.modulations, self.hidden, self.out, strict=True):
-            shift, scale, gate = jnp.split(modulation(y), 3, axis=-1)
-            x = x + gate * out(nn.silu(hidden(norm(x) * (1 + scale) + shift)))
+        block = nn.remat(DiffusionHead.block, static_argnums=(1,)) if self.remat else DiffusionHead.block
+        for index in range(self.depth):
+            x = block(self, index, x, y)
         shift, scale = jnp.split(self.last_modulation(y), 2, axis=-1)
         return self.last(self.last_norm(x) * (1 + scale) + shift)
+
+    def block(self, index: int, x: Array, y: Array) -> Array:
+        """One of `depth` residual blocks, of state x and condition y [..., W]."""
+        shift, scale, gate = jnp.split(self.modulations[index](y), 3, axis=-1)
+        return x + gate * self.out[index](nn.silu(self.hidden[index](self.norms[index](x) * (1 + scale) + shift)))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskrl_jax.axis import gathered
 from maskrl_jax.data.dataset import Conditioning
 from maskrl_jax.distill import diffusion
 from maskrl_jax.distill.diffusion import Process
@@ -100,11 +101,11 @@ class Network:
 
     def condition(self, params: Any, z: Array) -> Array:
         """What the head reads of z, once for all its calls."""
-        return self.model.apply(params, z, method="head_condition")
+        return self.model.apply(_with_whole_head(params), z, method="head_condition")
 
     def outputs(self, params: Any, state: Array, timestep: Array, condition: Array) -> Array:
         """What the head says of x_t, [..., 2C], as it is trained to."""
-        return self.model.apply(params, state, timestep, condition, method="denoise")
+        return self.model.apply(_with_whole_head(params), state, timestep, condition, method="denoise")
 
     def head(self, params: Any, state: Array, timestep: Array, condition: Array) -> Array:
         """Noise of x_t, whatever the head predicts, and the share of its variance; [..., 2C]."""
@@ -115,6 +116,11 @@ class Network:
         places = jnp.broadcast_to(timestep, state.shape[:-1])
         noise = diffusion.noise_of_velocity(diffusion.make_process(DIFFUSION_STEPS), state, places, guess)
         return jnp.concatenate([noise, share], axis=-1)
+
+
+def _with_whole_head(params: Any) -> Any:
+    """Parameters whose head is whole on every device: split over them, it would split its rows by features instead."""
+    return {**params, "params": {**params["params"], "denoiser": gathered(params["params"]["denoiser"])}}
 
 
 def row_noise(keys_BR: Array, place: Array | int, channels: int) -> Array:

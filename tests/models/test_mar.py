@@ -163,7 +163,9 @@ def test_how_blocks_are_looped_changes_nothing(change):
     tokens = jnp.ones((2, 9, 2))
 
     def total(params, model):
-        return model.apply(params, tokens, ORDER, COND, jnp.int32(5), method="backbone").sum()
+        z = model.apply(params, tokens, ORDER, COND, jnp.int32(5), method="backbone")
+        known = model.apply(params, z, method="head_condition")
+        return z.sum() + (model.apply(params, tokens, jnp.int32(3), known, method="denoise") ** 2).sum()
 
     grads = (jax.jit(jax.grad(functools.partial(total, model=m)))(params) for m in (model, other))
     for one, two in zip(*map(jax.tree.leaves, grads), strict=True):
