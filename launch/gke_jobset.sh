@@ -28,8 +28,8 @@ flags=(
   'reward||reward of maskrl_jax.rewards.server to serve beside the run, such as strict'
   'reward_flags||more flags of the server, such as --folder=/weights'
   'reward_image||its container image; by default that of the run'
-  'reward_cpu|4|its CPU cores'
-  'reward_memory|16Gi|its memory'
+  'reward_cpu||its CPU cores; by default 4'
+  'reward_memory||its memory; by default 16Gi'
 )
 
 read_flags "$@"
@@ -54,12 +54,13 @@ image_name='[a-z0-9][a-z0-9:/._-]*(:[A-Za-z0-9._-]+)?(@sha256:[0-9a-f]+)?'
 check image "^$image_name$" "a name of an image"
 check reward_image "^($image_name)?$" "a name of an image"
 check reward '^([a-z][a-z0-9_]*)?$' "a name of a reward; python -m maskrl_jax.rewards.server --help lists them"
-check reward_cpu '^[1-9][0-9]*(\.[0-9]+|m)?$' "a number of cores, such as 4 or 500m"
-check reward_memory '^[1-9][0-9]*(\.[0-9]+)?(Ki|k|[MGTPE]i?)?$' "an amount of memory, such as 16Gi"
-[ -z "$reward_flags$reward_image" ] || [ -n "$reward" ] || fail "reward_flags and reward_image go with --reward"
+check reward_cpu '^([0-9]+(\.[0-9]+|m)?)?$' "a number of cores, such as 4 or 500m"
+check reward_memory '^([0-9]+(\.[0-9]+)?(Ki|k|[MGTPE]i?)?)?$' "an amount of memory, such as 16Gi"
+[ -n "$reward" ] || [ -z "$reward_flags$reward_image$reward_cpu$reward_memory" ] ||
+  fail "reward_flags, reward_image, reward_cpu and reward_memory go with --reward"
 [[ $reward_flags != *[[:cntrl:]]* ]] || fail "reward_flags have a line break or another control character in them"
 
-reward_image=${reward_image:-$image}
+reward_image=${reward_image:-$image} reward_cpu=${reward_cpu:-4} reward_memory=${reward_memory:-16Gi}
 read -ra more_reward_flags <<<"$reward_flags"
 reward_command=(python -m maskrl_jax.rewards.server "--reward=$reward" --host=0.0.0.0 --port=8421
   ${more_reward_flags[@]+"${more_reward_flags[@]}"})

@@ -82,10 +82,17 @@ settle_name() {
     fail "name '$name' must be 2 to 40 of a-z, 0-9 and -, begin with a letter, not end with -; give another --name"
 }
 
+# What `delete` needs: the name, and nothing for the run.
+settle_end() {
+  settle_name
+  [ ${#more[@]} -eq 0 ] || fail "delete takes no flags of maskrl_jax.main"
+}
+
 # The config's file must exist; what is not given of name, workdir and store follows from it and from the bucket.
 # `settle_run here`: for this disk; elsewhere: for machines that do not see it; archive: which also get the last commit.
 settle_run() {
   local file=${config%%:*} runs=runs word
+  [ -n "$config" ] || fail "give --config=..., that of the run"
   [ -f "$file" ] || fail "there is no config '$file'"
   settle_name
   if [ -n "${bucket:-}" ]; then
@@ -103,7 +110,10 @@ settle_run() {
     [ "$1" != archive ] || check_committed "$file"
   fi
   for word in ${more[@]+"${more[@]}"}; do
-    case $word in --config | --config=* | --workdir* | --store* | --distributed*) fail "give ${word%%=*} before the --" ;; esac
+    case ${word#-} in
+      -distributed | -distributed=*) fail "leave out --distributed; the run has it where it needs it" ;;
+      -config | -config=* | -workdir | -workdir=* | -store | -store=*) fail "give ${word%%=*} before the --" ;;
+    esac
   done
   run=("--config=$config" "--workdir=$workdir" "--store=$store" ${more[@]+"${more[@]}"})
   [[ "${run[*]}" != *[[:cntrl:]]* ]] || fail "a flag has a line break or another control character in it"
@@ -112,10 +122,13 @@ settle_run() {
 check_committed() {
   if ! git rev-parse --quiet --verify HEAD >/dev/null 2>&1; then
     $dry_run || fail "there is no git commit here, which the machines would get; clone the repository"
+    notes+=("there is no git commit here, which the machines would get")
     return 0
   fi
-  git cat-file -e "HEAD:./$1" 2>/dev/null || fail "config $1 is not in the last commit, which the machines get; commit it"
-  [ -z "$(git status --porcelain -- .)" ] || notes+=("the machines get the last commit, without the changes made since")
+  git cat-file -e "HEAD:./$1" 2>/dev/null ||
+    fail "config $1 is not in the last commit, which the machines get; commit it"
+  [ -z "$(git status --porcelain -- .)" ] ||
+    notes+=("the machines get the last commit, without the changes made since")
 }
 
 # Set topology, chips, chips_per_host and hosts, which must go with the type.
@@ -127,8 +140,10 @@ count_hosts() {
   esac
   [ $default = 4x4 ] || larger=', and sides of 4, 8, 12, ... that do not fall, such as 4x8x12'
   topology=${topology:-$default}
-  [[ " $known " == *" $topology "* || (-n $larger && $(are_fours "${topology//x/ }") == yes) ]] ||
+  if [[ ! $topology =~ ^[0-9]+(x[0-9]+)+$ ]] ||
+    [[ " $known " != *" $topology "* && (-z $larger || $(are_fours "${topology//x/ }") != yes) ]]; then
     fail "$type has no topology '$topology'; it has ${known// /, }$larger"
+  fi
   chips=$((${topology//x/*}))
   chips_per_host=${chips_per_host:-$((chips < 4 ? chips : 4))}
   case $chips_per_host:$topology in
@@ -138,19 +153,20 @@ count_hosts() {
   hosts=$((chips / chips_per_host))
 }
 
-# "yes" for three multiples of 4, none less than the one before.
+# "yes" for three multiples of 4, none less than the one before, of no more chips than any slice has.
 are_fours() {
-  local least=4 count=0 side
+  local least=4 count=0 product=1 side
   for side in $1; do
     is_number "$side" && [ "$side" -lt 1000 ] && [ $((side % 4)) -eq 0 ] && [ "$side" -ge "$least" ] || return 0
-    least=$side count=$((count + 1))
+    least=$side count=$((count + 1)) product=$((product * side))
   done
-  [ $count -ne 3 ] || echo yes
+  [ $count -ne 3 ] || [ $product -gt 9216 ] || echo yes
 }
 
 # Names of Google Cloud; an empty one passes where the flag may be left out.
 check_cloud() {
-  [[ $project =~ ^([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]$ ]] || fail "'$project' is no id of a project"
+  [[ $project =~ ^([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]$ ]] ||
+    fail "project '$project' is no id of a project, like my-project"
   [[ ${service_account:-a@b} =~ ^(default|[a-zA-Z0-9._-]+@[a-zA-Z0-9.-]+)$ ]] ||
     fail "service_account '$service_account' is not like run@project.iam.gserviceaccount.com"
   [[ $zone =~ ^[a-z]+-[a-z0-9]+-[a-z0-9]+$ ]] || fail "zone '$zone' is not like us-east5-b"

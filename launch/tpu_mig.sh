@@ -13,7 +13,8 @@ the run on every machine, and resumes it; 'recreate' deletes them first, as afte
 The address of worker 0 is passed to every process, for it is not documented that these machines tell JAX."
 verb=create bucket_default=! config_default=configs/speed_rl.py
 case ${1:-} in create | recreate | delete) verb=$1 && shift ;; esac
-[ "$verb" != delete ] || bucket_default='' config_default=''
+[ "$verb" = create ] || config_default=''
+[ "$verb" != delete ] || bucket_default=''
 flags=(
   'project|!|Google Cloud project'
   'zone|!|zone, such as us-east5-b'
@@ -31,7 +32,7 @@ flags=(
 )
 
 read_flags "$@"
-if [ "$verb" = delete ]; then settle_name; else settle_run archive; fi
+if [ "$verb" = delete ]; then settle_end; else settle_run archive; fi
 check_cloud
 [[ $type =~ ^(v5p|v6e|tpu7x)$ ]] || fail "unknown type '$type'; use v5p, v6e or tpu7x (v5e: launch/tpu_vm.sh)"
 count_hosts
@@ -44,15 +45,18 @@ esac
 [[ $machine =~ ^[a-z0-9-]+$ ]] || fail "'$machine' is no machine type"
 place=("--project=$project" "--zone=$zone")
 
-# Of a slice that was made in part only, what is not there is passed over; gcloud says so.
+# Of a slice that was made in part only, what is not there is passed over; gcloud says so. The machines must be gone.
 delete_all() {
   command_line gcloud compute instance-groups managed delete "$name" "${place[@]}" --quiet | or_not
   command_line gcloud compute instance-templates delete "$name" "--project=$project" --quiet | or_not
   command_line gcloud compute resource-policies delete "$name" "--project=$project" "--region=$region" --quiet | or_not
+  printf 'left=%s' "\$("
+  command_line gcloud compute instance-groups managed list "--project=$project" "--zones=$zone" "--filter=name=$name" \
+    '--format=value(name)' | sed '$s/$/)/'
+  echo "[ -z \"\$left\" ] || { echo 'error: the group $name is still there' >&2 && exit 1; }"
 }
 
 create_all() {
-  startup_and_code "$name"
   set -- --maintenance-policy=TERMINATE --boot-disk-size=200GB
   [ "$type" != tpu7x ] || set -- "$@" --boot-disk-type=hyperdisk-balanced
   [ -z "$service_account" ] || set -- "$@" "--service-account=$service_account"
@@ -71,6 +75,7 @@ create_all() {
 }
 
 plan() {
+  case $verb in create | recreate) startup_and_code "$name" ;; esac
   case $verb in recreate | delete) delete_all ;; esac
   case $verb in create | recreate) create_all ;; esac
 }

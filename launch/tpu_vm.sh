@@ -13,7 +13,8 @@ after a preemption; 'run' sends this checkout and these flags to all workers of 
 Google no longer develops this API, and it has no TPU7x: launch/tpu_mig.sh and launch/gke_jobset.sh are what follows it."
 verb=create bucket_default=! config_default=configs/speed_rl.py
 case ${1:-} in create | recreate | run | delete) verb=$1 && shift ;; esac
-[ "$verb" != delete ] || bucket_default='' config_default=''
+[ "$verb" = create ] || config_default=''
+[ "$verb" != delete ] || bucket_default=''
 flags=(
   'project|!|Google Cloud project'
   'zone|!|zone, such as us-east5-b'
@@ -29,14 +30,14 @@ flags=(
 )
 
 read_flags "$@"
-if [ "$verb" = delete ]; then settle_name; else settle_run archive; fi
+if [ "$verb" = delete ]; then settle_end; else settle_run archive; fi
 check_cloud
 size=${type#*-} sizes='(1|4|8|16|32|64|128|256)'
 if [[ $type =~ ^(v5litepod|v5e)-$sizes$ ]]; then
   type=v5litepod-$size default=v2-alpha-tpuv5-lite
 elif [[ $type =~ ^v6e-$sizes$ ]]; then
   default=v2-alpha-tpuv6e
-elif [[ $type =~ ^v5p-(8|16|32|64)$ ]] || 
+elif [[ $type =~ ^v5p-(8|16|32|64)$ ]] ||
   { [[ $type =~ ^v5p-[1-9][0-9]{2,4}$ ]] && [ $((size % 128)) -eq 0 ] && [ "$size" -le 12288 ]; }; then
   default=v2-alpha-tpuv5
 elif [[ $type =~ ^(tpu7x|v7x|ironwood) ]]; then
@@ -46,7 +47,8 @@ else
 fi
 runtime=${runtime:-$default}
 [[ $runtime =~ ^[a-z0-9.-]+$ ]] || fail "'$runtime' is no software version"
-[ "$verb" = delete ] || notes+=("Google no longer develops this API; launch/tpu_mig.sh and launch/gke_jobset.sh are what follows it")
+[ "$verb" = delete ] ||
+  notes+=("Google no longer develops this API; launch/tpu_mig.sh and launch/gke_jobset.sh are what follows it")
 place=("--project=$project" "--zone=$zone")
 
 plan() {

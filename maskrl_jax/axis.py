@@ -67,7 +67,7 @@ class Axis:
 
 
 def gathered(weights: Any) -> Any:
-    """The same, whole on every device, in an update under sharded; else the identity.
+    """The same, whole on every device in an update under sharded; of no effect elsewhere.
 
     For models, which know no axis: the mesh is that of the program that is traced (`Parallel.update`).
     """

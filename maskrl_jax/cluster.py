@@ -130,7 +130,7 @@ def _look_at_address(here: Place) -> None:
             except OSError as error:
                 reason = os.strerror(error.errno)
                 raise UserError(
-                    f"process 0 cannot listen at port {port} ({reason}); give all another port, unless two are process 0"
+                    f"process 0 cannot listen at port {port} ({reason}); give all another port, unless two are number 0"
                 ) from error
 
 

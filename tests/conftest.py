@@ -13,7 +13,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 # Most tests wait for the compiler, not for its programs.
 jax.config.update("jax_disable_most_optimizations", True)
-# Nor for the same program twice, whichever function it came from. A worker's own: jax does not write whole files at once.
+# Nor twice for one program, whichever function it came from. A worker's own cache: jax writes no file as a whole.
 CACHE = tempfile.mkdtemp(prefix="maskrl-compiled-")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", CACHE)

@@ -13,8 +13,10 @@ import tiny
 from maskrl_jax import parallel as parallel_module
 from maskrl_jax import runner
 from maskrl_jax.models import mmdit
+from maskrl_jax.models.mar import Mar, MarConfig
 from maskrl_jax.parallel import Parallel
 from maskrl_jax.sampling import draws
+from maskrl_jax.tasks.continuous import Network
 
 DEVICES = 2
 MESSAGE = re.compile(r" = (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
@@ -90,6 +92,31 @@ def test_a_stack_of_blocks_gathers_weights_and_leaves_rows_where_they_are(monkey
     assert {kind for _, kind in found} == {"all-gather", "all-reduce"}
     assert len(gathered) == 2 * len(split)  # forward and, again, backward
     assert max(map(numbers, gathered)) == max(math.prod(shape) for shape in split)  # of one block at a time
+
+
+def test_the_head_of_mar_is_gathered_and_leaves_rows_where_they_are(monkeypatch):
+    """Left to the compiler, its rows are split by features at hundreds of chips, and do not fit."""
+    monkeypatch.setattr(parallel_module, "FSDP_MIN_SIZE", 512)
+    parallel, rows = Parallel("sharded", jax.devices()[:DEVICES]), jax.ShapeDtypeStruct((8, 4, 2), jnp.float32)
+    sizes = MarConfig(num_tokens=4, channels=2, cond_vocab=3, width=16, heads=2, depth=1, head_width=32, head_depth=2)
+    network = Network(Mar(sizes))
+
+    def update(params, frozen, batch, axis):
+        def loss(params):
+            known = network.condition(params, jnp.tile(batch, (1, 1, 8)))
+            return jnp.square(network.outputs(params, batch, jnp.int32(3), known)).sum()
+
+        return jax.tree.map(lambda p, g: p - g, params, jax.grad(loss)(params)), {}
+
+    order, cond = jnp.tile(jnp.arange(4), (8, 1)), jnp.zeros(8, jnp.int32)
+    params = jax.eval_shape(lambda x: network.model.init(jax.random.key(0), x, order, cond), rows)
+    args = (parallel.abstract(params), {}, parallel.abstract_batch(rows))
+    found = MESSAGE.findall(parallel.update(update).lower(*args).compile().as_text())
+    split = [x for x in jax.tree.leaves(params["params"]["denoiser"]) if x.size >= 512]
+    gathered = [shapes for shapes, kind in found if kind == "all-gather"]
+    assert {kind for _, kind in found} == {"all-gather", "all-reduce"}
+    assert len(split) <= len(gathered) <= 2 * len(split)
+    assert max(map(numbers, gathered)) == max(x.size for x in split)
 
 
 def test_guidance_moves_no_rows():

@@ -24,17 +24,18 @@ CASES = {
     "tpu_vm_v5e.txt": f"tpu_vm.sh {PLACE} --type=v5litepod-16",
     "tpu_vm_v6e_spot.txt": f"tpu_vm.sh recreate {PLACE} --type=v6e-16 --spot --config=configs/maskfocus.py:smoke "
     '--name=demo --service_account=run@demo.iam.gserviceaccount.com -- --config.seed=1 "--config.note=it\'s 1"',
-    "tpu_vm_run.txt": f"tpu_vm.sh run {PLACE} --type=v6e-8",
+    "tpu_vm_run.txt": f"tpu_vm.sh run {PLACE} --type=v6e-8 --config=configs/speed_rl.py",
     "tpu_vm_delete.txt": "tpu_vm.sh delete --project=demo-project --zone=us-east5-b --name=speed-rl",
     "tpu_mig_v6e_spot.txt": f"tpu_mig.sh {PLACE} --type=v6e --topology=4x4 --spot",
     "tpu_mig_v5p.txt": f"tpu_mig.sh {PLACE} --type=v5p --topology=2x2x2",
-    "tpu_mig_tpu7x.txt": f"tpu_mig.sh recreate {PLACE} --type=tpu7x --topology=2x2x4 --workdir=gs://other/run",
+    "tpu_mig_tpu7x.txt": f"tpu_mig.sh recreate {PLACE} --type=tpu7x --topology=2x2x4 --workdir=gs://other/run "
+    "--config=configs/speed_rl.py",
     "tpu_mig_delete.txt": "tpu_mig.sh delete --project=demo-project --zone=us-east5-b --config=configs/mar.py:large",
     "tpu_mig_one_host.txt": f"tpu_mig.sh {PLACE} --type=v6e --topology=2x2",
     "gke_v6e.yaml": f"gke_jobset.sh {IMAGE}",
     "gke_v5e_one_host_spot.yaml": f"gke_jobset.sh {IMAGE} --type=v5e --topology=2x4 --chips_per_host=8 --spot",
     "gke_tpu7x_reward.yaml": f"gke_jobset.sh {IMAGE} --type=tpu7x --topology=2x2x4 --config=configs/maskfocus.py "
-    "--reward=judge --reward_flags=--workdir=gs://demo-runs/judge --grace=120 -- '--config.note=a \"b\" \\ $(c) $$'",
+    "--reward=judge --reward_cpu=0.5 --reward_flags=--workdir=gs://demo-runs/judge --grace=120 -- '--config.note=a \"b\" \\ $(c) $$'",
     "slurm_gpu.txt": "slurm.sbatch --nodes=2 --gpus=8",
     "slurm_node.txt": "slurm.sbatch --nodes=4 --gpus=4 --per=node --partition=a100 --account=lab --time=12:00:00 "
     "-- --config.seed=1",
@@ -103,7 +104,10 @@ def test_a_dry_run_prints_what_is_wanted_and_nothing_else(name):
         (f"tpu_vm.sh {PLACE} --name=My_Run", "name 'My_Run' must be"),
         (f"tpu_vm.sh {PLACE} --dry_run=true", "--dry_run takes no value"),
         (f"tpu_vm.sh delete {PLACE}", "say which run: give --name=... or the --config=..."),
-        (f"tpu_vm.sh {PLACE} '--project=my project'", "'my project' is no id of a project"),
+        (f"tpu_vm.sh {PLACE} '--project=my project'", "project 'my project' is no id of a project"),
+        (f"tpu_vm.sh run {PLACE}", "give --config=..., that of the run"),
+        (f"tpu_vm.sh delete {PLACE} --name=demo -- --config.seed=1", "delete takes no flags of maskrl_jax.main"),
+        (f"tpu_vm.sh {PLACE} -- --distributed", "leave out --distributed"),
         (f"tpu_vm.sh {PLACE} --service_account=run", "service_account 'run' is not like run@"),
         (f"tpu_vm.sh {PLACE} --workdir=s3://here", "workdir 's3://here' is none that the machines can write to"),
         (f"tpu_vm.sh {PLACE} -- --workdir=gs://other/run", "give --workdir before the --"),
@@ -117,7 +121,10 @@ def test_a_dry_run_prints_what_is_wanted_and_nothing_else(name):
         (f"tpu_mig.sh {PLACE} --topology=16", "v6e has no topology '16'; it has 1x1, 2x2, 2x4, 4x4"),
         (f"tpu_mig.sh {PLACE} --type=v5p --topology=4x4", "v5p has no topology '4x4'; it has 2x2x1, 2x2x2"),
         (f"tpu_mig.sh {PLACE} --type=v5p --topology=8x4x4", "and sides of 4, 8, 12, ... that do not fall"),
-        (f"tpu_mig.sh {PLACE} --type=v5p --topology=4x4x30", "v5p has no topology '4x4x30'"),
+        *(
+            (f"tpu_mig.sh {PLACE} --type=v5p '--topology={wrong}'", f"v5p has no topology '{wrong}'")
+            for wrong in ("4x4x30", "4xx4x4", "4x4x4x", "4 4 4", "2x2x1 2x2x2", "4x4x996")
+        ),
         (f"tpu_mig.sh {PLACE} --chips_per_host=8", "a v6e slice of 4x4 has no hosts of '8' chips"),
         (f"tpu_mig.sh {PLACE} --topology=1x1 --chips_per_host=4", "a v6e slice of 1x1 has no hosts of '4' chips"),
         (f"tpu_mig.sh {PLACE} --store=runs/stages", "store 'runs/stages' is none that the machines"),
@@ -127,7 +134,11 @@ def test_a_dry_run_prints_what_is_wanted_and_nothing_else(name):
         (f"gke_jobset.sh {IMAGE} --max_restarts=-1", "max_restarts '-1' is no number"),
         (f"gke_jobset.sh {IMAGE} --service_account=a@b", "service_account 'a@b' is not a name of a-z, 0-9, - and ."),
         (f"gke_jobset.sh {IMAGE} '--reward=my reward'", "reward 'my reward' is not a name of a reward"),
-        (f"gke_jobset.sh {IMAGE} --reward_memory=lots", "reward_memory 'lots' is not an amount of memory"),
+        (f"gke_jobset.sh {IMAGE} --reward_cpu=2", "reward_cpu and reward_memory go with --reward"),
+        (
+            f"gke_jobset.sh {IMAGE} --reward=strict --reward_memory=lots",
+            "reward_memory 'lots' is not an amount of memory",
+        ),
         (f"gke_jobset.sh {IMAGE} --type=tpu7x --topology=2x2", "tpu7x has no topology '2x2'"),
         (f"gke_jobset.sh {IMAGE} --type=v4", "unknown type 'v4'"),
         (f"gke_jobset.sh {IMAGE} '--namespace=a: b'", "namespace 'a: b' is not a name"),
@@ -315,10 +326,17 @@ def test_a_run_does_what_the_dry_run_prints(tmp_path):
 
 
 def test_what_is_left_of_a_group_is_deleted(tmp_path):
-    environment = stand_ins(tmp_path, gcloud='[[ "$*" != *instance-groups* ]]')
+    environment = stand_ins(tmp_path, gcloud='[[ "$*" != *" delete "* ]]')
     done = launched(CASES["tpu_mig_delete.txt"], **environment)
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "calls").read_text().splitlines()) == 3
+    assert len((tmp_path / "calls").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("gcloud", ["exit 1", '[[ "$*" != *" list "* ]] || echo mar-large'])
+def test_a_group_that_is_still_there_is_told(tmp_path, gcloud):
+    done = launched(CASES["tpu_mig_delete.txt"], **stand_ins(tmp_path, gcloud=gcloud))
+    assert done.returncode == 1
+    assert ("error: the group mar-large is still there" in done.stderr) == (gcloud != "exit 1")
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (42, True), (143, True)])

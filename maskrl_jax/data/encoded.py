@@ -210,10 +210,13 @@ class Shards:
             try:
                 stored = self._source.__getitems__(positions.tolist())
                 rows = np.frombuffer(b"".join(stored), self._manifest.dtype)
+                if len(rows) != len(positions):
+                    raise ValueError("records of another size")
             except (OSError, RuntimeError, ValueError) as error:
                 raise self._damaged(self._unreadable(positions), error) from None
             wrong = positions[rows["index"] != positions]
             if wrong.size:
+                self._opened(range(self._manifest.shards), alone=True)
                 raise self._damaged(wrong[0] // self._manifest.shard_size, "a record is not where it should be")
             self._last = (positions.tobytes(), rows)
         return rows
@@ -227,8 +230,10 @@ class Shards:
         """Every field but the index, indexed like an array."""
         return {name: Column(self, name) for name in self._manifest.dtype.names if name != "index"}
 
-    def _opened(self, shards: Sequence[int]) -> array_record_data_source.ArrayRecordDataSource:
-        """Shards as one source; UserError about the first of them that is damaged."""
+    def _opened(self, shards: Sequence[int], alone: bool = False) -> array_record_data_source.ArrayRecordDataSource:
+        """Shards as one source; UserError about the first of them that is damaged. alone: look at each of them."""
+        for shard in shards if alone else ():
+            self._opened([shard])
         wanted = sum(len(self._manifest.positions(shard)) for shard in shards)
         try:
             paths = [self._manifest.path(self._folder, shard) for shard in shards]
@@ -238,21 +243,26 @@ class Shards:
             reason = f"{len(source)} records for {wanted} samples"
         except (OSError, RuntimeError, ValueError) as error:
             reason = error
-        for shard in shards if len(shards) > 1 else ():
-            self._opened([shard])
+        if len(shards) > 1:
+            for shard in shards:
+                self._opened([shard])
+            raise self._damaged(None, reason)
         raise self._damaged(shards[0], reason)
 
-    def _unreadable(self, positions: np.ndarray) -> int:
-        """The shard of the first of these positions that cannot be read."""
+    def _unreadable(self, positions: np.ndarray) -> int | None:
+        """The shard of the first of these positions that cannot be read; None where all can, now."""
         for position in positions.tolist():
             with contextlib.suppress(OSError, RuntimeError, ValueError):
-                np.frombuffer(self._source.__getitems__([position])[0], self._manifest.dtype)
-                continue
+                if len(self._source.__getitems__([position])[0]) == self._manifest.dtype.itemsize:
+                    continue
             return position // self._manifest.shard_size
-        return positions[0] // self._manifest.shard_size  # read now, not before
+        return None
 
-    def _damaged(self, shard: int, reason: Exception | str) -> UserError:
-        file, reason = self._manifest.path(self._folder, int(shard)), " ".join(str(reason).split())[:120]
+    def _damaged(self, shard: int | None, reason: Exception | str) -> UserError:
+        reason = " ".join(str(reason).split())[:120]
+        if shard is None:  # none of them alone
+            return UserError(f"{self._folder}: shards of {self._manifest.split} cannot be read ({reason}); try again")
+        file = self._manifest.path(self._folder, int(shard))
         return UserError(f"{file} is damaged ({reason}); delete it and encode again, which makes what is missing")
 
 

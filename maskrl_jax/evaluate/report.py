@@ -49,22 +49,22 @@ class Findings:
 
 
 def commit_hash(folder: str | pathlib.Path) -> str:
-    """Return the commit of the archive that this library came in (git archive), or else of a folder in git.
+    """Return the git commit of a folder, "-dirty" added where files differ.
 
-    "-dirty" is added where files of the folder's repository differ; "unknown" is where there is neither.
+    Where its repository has not this library, it is that of the archive that the library came in (git archive), or
+    "unknown".
     """
-    archived = STAMP.read_text().strip() if STAMP.exists() else ""
-    if re.fullmatch("[0-9a-f]{40}", archived):
-        return archived[:12]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", str(STAMP))
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        archived = STAMP.read_text().strip() if STAMP.exists() else ""
+        return archived[:12] if re.fullmatch("[0-9a-f]{40}", archived) else "unknown"
 
 
 def command() -> str:

@@ -154,6 +154,21 @@ def test_commit_outside_a_repository_is_that_of_the_archive_or_unknown(tmp_path,
     assert report.commit_hash(tmp_path / "nowhere") == "012345678901"
 
 
+def test_an_archive_inside_another_repository_keeps_its_commit_until_it_is_tracked(tmp_path, monkeypatch):
+    def git(*arguments):
+        own = ("-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path))
+        return subprocess.run(["git", *own, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(report, "STAMP", tmp_path / "commit.txt")
+    report.STAMP.write_text("0123456789" * 4)
+    git("init")
+    git("commit", "--allow-empty", "--message=other")
+    assert report.commit_hash(tmp_path) == "012345678901"
+    git("add", ".")
+    git("commit", "--message=all")
+    assert report.commit_hash(tmp_path) == git("rev-parse", "--short=12", "HEAD")
+
+
 def test_git_puts_the_commit_into_an_archive():
     def git(*arguments):
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True)
