@@ -13,6 +13,7 @@ from maskrl_jax.evaluate.measure import System
 from maskrl_jax.tasks.continuous import MarSampler, Network, Studio
 
 CHANNELS, PROCESS = 3, diffusion.make_process(1000)
+PARAMS = {"params": {"denoiser": {}}}  # of a stand-in, which has none
 
 
 def network(prediction):
@@ -25,7 +26,7 @@ def network(prediction):
 @pytest.mark.parametrize("step", [0, 500, 755, 999])
 def test_a_velocity_makes_its_start_without_a_division(step):
     state = jnp.linspace(-2, 2, 2 * 4 * CHANNELS).reshape(2, 4, CHANNELS)
-    noise, share = diffusion.split(network("velocity").head(None, state, jnp.int32(step), None))
+    noise, share = diffusion.split(network("velocity").head(PARAMS, state, jnp.int32(step), None))
     np.testing.assert_array_equal(share, 0.25)
     alpha, sigma = PROCESS.alpha[step], PROCESS.sigma[step]
     np.testing.assert_allclose(noise, sigma * state + alpha * 0.5, rtol=1e-6)
@@ -46,7 +47,7 @@ def test_the_error_of_a_velocity_is_that_of_the_noise_over_alpha(step):
 
 
 def test_a_head_that_predicts_noise_is_the_network():
-    out = network("noise").head(None, jnp.ones((2, 4, CHANNELS)), jnp.int32(7), None)
+    out = network("noise").head(PARAMS, jnp.ones((2, 4, CHANNELS)), jnp.int32(7), None)
     np.testing.assert_array_equal(out[..., :CHANNELS], 0.5)
 
 
