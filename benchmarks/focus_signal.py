@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from maskrl_jax import paths, runner  # noqa: E402
 from maskrl_jax.axis import AXIS, Axis  # noqa: E402
-from maskrl_jax.evaluate import report  # noqa: E402
+from maskrl_jax.evaluate import provenance  # noqa: E402
 from maskrl_jax.rl import critical_steps  # noqa: E402
 from maskrl_jax.rl.advantages import group_advantage  # noqa: E402
 from maskrl_jax.sampling import routing  # noqa: E402
@@ -61,8 +61,8 @@ def main(_: list[str]) -> None:
         "masked": [int(counts[step + 1]) for step in steps],
         "information_gain": [*np.round(np.float64(gain), 4).tolist(), None],
         "rollouts_until_signal_is_noise": found,
-        "commit": report.commit_hash(ROOT),
-        "machine": report.machine(),
+        "commit": provenance.commit_hash(ROOT),
+        "machine": provenance.machine(),
     }
     paths.write(str(OUT), json.dumps(done, indent=1) + "\n")
     OUT.with_suffix(".md").write_text(_table(done))

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from configs import maskfocus as maskfocus_config  # noqa: E402
 from maskrl_jax.data.dataset import conditioning_of  # noqa: E402
-from maskrl_jax.evaluate import report  # noqa: E402
+from maskrl_jax.evaluate import provenance  # noqa: E402
 from maskrl_jax.parallel import Parallel  # noqa: E402
 from maskrl_jax.tasks import maskfocus  # noqa: E402
 from maskrl_jax.tasks import maskgit as maskgit_task  # noqa: E402
@@ -108,7 +108,7 @@ def main(_: list[str]) -> None:
             "programs": few.programs(),
             "peak_megabytes": {f"T={STEPS}": few.megabytes(), f"T={4 * STEPS}": longer.megabytes()},
         }
-    result |= {"commit": report.commit_hash(ROOT), "machine": report.machine()}
+    result |= {"commit": provenance.commit_hash(ROOT), "machine": provenance.machine()}
     (ROOT / "benchmarks" / "focus_update.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

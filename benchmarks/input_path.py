@@ -39,7 +39,7 @@ from maskrl_jax.data.batches import batch_at  # noqa: E402
 from maskrl_jax.data.dataset import Dataset, open_dataset  # noqa: E402
 from maskrl_jax.data.images import StoredColumn, square  # noqa: E402
 from maskrl_jax.data.reader import reader  # noqa: E402
-from maskrl_jax.evaluate import report  # noqa: E402
+from maskrl_jax.evaluate import provenance  # noqa: E402
 from maskrl_jax.parallel import Parallel  # noqa: E402
 
 STORE = flags.DEFINE_string("store", "runs/stages", "where the embedded sets are")
@@ -226,7 +226,7 @@ def table(facts: dict, found: dict, rows: list[dict]) -> str:
 def main(_: list[str]) -> None:
     """Measure, trace, write."""
     logging.set_verbosity(logging.WARNING)
-    facts = {"machine": report.machine(), "commit": report.commit_hash(ROOT)}
+    facts = {"machine": provenance.machine(), "commit": provenance.commit_hash(ROOT)}
     with contextlib.ExitStack() as stack:
         found = supply(stack.enter_context(tempfile.TemporaryDirectory()))
     for name, speed in found.items():

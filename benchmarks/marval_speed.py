@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from maskrl_jax import paths, program, runner  # noqa: E402
 from maskrl_jax.data.dataset import conditioning_of  # noqa: E402
-from maskrl_jax.evaluate import latency, report  # noqa: E402
+from maskrl_jax.evaluate import latency, provenance  # noqa: E402
 from maskrl_jax.evaluate.bench import read_sampler  # noqa: E402
 from maskrl_jax.tasks import continuous, marval, marval_gallery  # noqa: E402
 from maskrl_jax.tasks import mar as mar_task  # noqa: E402
@@ -119,7 +119,7 @@ def main(_: list[str]) -> None:
     ]
     out = (ROOT / OUT.value).with_suffix(".json")
     # Before anything is written: the tables themselves are no change of the code.
-    facts = {"machine": report.machine(), "commit": report.commit_hash(ROOT), "config": results["config"]}
+    facts = {"machine": provenance.machine(), "commit": provenance.commit_hash(ROOT), "config": results["config"]}
     for size in BATCHES.value:
         for kind in ("tokens", "pictures"):
             for row, spread in zip(rows, loops.seconds(arms, size, kind == "pictures").values(), strict=True):

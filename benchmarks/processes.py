@@ -29,7 +29,7 @@ import tiny  # noqa: E402
 
 from maskrl_jax import checkpoint, cluster, parallel, runner  # noqa: E402
 from maskrl_jax.data import shapes  # noqa: E402
-from maskrl_jax.evaluate import report as reports_of  # noqa: E402
+from maskrl_jax.evaluate import provenance  # noqa: E402
 from maskrl_jax.parallel import STRATEGIES, Parallel  # noqa: E402
 from maskrl_jax.tasks.rollouts import Rollouts  # noqa: E402
 from maskrl_jax.tasks.task import Context, Parent  # noqa: E402
@@ -82,7 +82,7 @@ def work(out: pathlib.Path, strategy: str, stages: Sequence[str]) -> None:
         if jax.process_index() == 0:
             place.mkdir(parents=True, exist_ok=True)
             arrays = {f"params/{i}": x for i, x in enumerate(jax.tree.leaves(state["params"]))}
-            arrays["commit"] = np.array(reports_of.commit_hash(ROOT))
+            arrays["commit"] = np.array(provenance.commit_hash(ROOT))
             arrays |= {f"{name}/{i}": x for i, tokens in enumerate(seen) for name, x in tokens.items()}
             np.savez(place / "aside.npz", **arrays)
             os.replace(place / "aside.npz", place / f"{stage}.npz")

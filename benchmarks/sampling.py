@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from configs import maskgit as maskgit_config  # noqa: E402
 from maskrl_jax.data.dataset import conditioning_of  # noqa: E402
-from maskrl_jax.evaluate import report  # noqa: E402
+from maskrl_jax.evaluate import provenance  # noqa: E402
 from maskrl_jax.sampling import draws  # noqa: E402
 from maskrl_jax.sampling.maskgit import SamplerConfig, decode, make_plan  # noqa: E402
 from maskrl_jax.tasks import forms  # noqa: E402
@@ -75,8 +75,8 @@ def main(_: list[str]) -> None:
         "ratio_of_best": best["sampling"] / best["forwards"],
         "ratio_of_medians": middle["sampling"] / middle["forwards"],
         "programs": {"sample": sample._cache_size()},
-        "commit": report.commit_hash(ROOT),
-        "machine": report.machine(),
+        "commit": provenance.commit_hash(ROOT),
+        "machine": provenance.machine(),
     }
     (ROOT / "benchmarks" / "sampling.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -21,7 +21,7 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from maskrl_jax import dry_run, paths, runner  # noqa: E402
-from maskrl_jax.evaluate import report as reports_of  # noqa: E402
+from maskrl_jax.evaluate import provenance  # noqa: E402
 
 SLICES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16", "v6e:2x4", "v5p:2x2x1")
 PUBLISHED = (
@@ -98,7 +98,7 @@ def compiled(pair: str) -> dict:
         "chips": chips,
         "rows": made.batch_size,
         "parallel": made.parallel,
-        "commit": reports_of.commit_hash(ROOT),
+        "commit": provenance.commit_hash(ROOT),
         "phases": {report.name: _numbers(report) for report in reports},
     }
 

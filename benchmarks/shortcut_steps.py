@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from configs import shortcut as shortcut_config  # noqa: E402
 from maskrl_jax.data.dataset import conditioning_of  # noqa: E402
-from maskrl_jax.evaluate import latency, report  # noqa: E402
+from maskrl_jax.evaluate import latency, provenance  # noqa: E402
 from maskrl_jax.sampling import maskgit, refresh  # noqa: E402
 from maskrl_jax.sampling import shortcut as sampling  # noqa: E402
 from maskrl_jax.sampling.maskgit import SamplerConfig  # noqa: E402
@@ -102,7 +102,7 @@ def main(_: list[str]) -> None:
             "loop_ms": {name: 1000 * value for name, value in seconds.items()},
         }
         print(depth, json.dumps(result["depths"][depth]), flush=True)
-    result |= {"commit": report.commit_hash(ROOT), "machine": report.machine()}
+    result |= {"commit": provenance.commit_hash(ROOT), "machine": provenance.machine()}
     (ROOT / OUT.value).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from configs import speed_rl as speed_rl_config  # noqa: E402
 from maskrl_jax import runner, stored  # noqa: E402
-from maskrl_jax.evaluate import curve, measure, report  # noqa: E402
+from maskrl_jax.evaluate import curve, measure, provenance  # noqa: E402
 from maskrl_jax.evaluate.bench import Evaluation  # noqa: E402
 from maskrl_jax.tasks import generators  # noqa: E402
 from maskrl_jax.tasks import maskgit as maskgit_task  # noqa: E402
@@ -209,7 +209,7 @@ def _row(name: str, setting: float, points: list[measure.Point], reference: list
 def _write(
     rows: list[dict], fewest: dict[str, dict], reference: list[measure.Point], seeds: list[int], commits: set[str]
 ) -> None:
-    facts = {"size": SIZE.value, "seeds": seeds, "commits": ", ".join(sorted(commits)), "machine": report.machine()}
+    facts = {"size": SIZE.value, "seeds": seeds, "commits": ", ".join(sorted(commits)), "machine": provenance.machine()}
     facts |= {"samples": f"{reference[0].num_prompts} prompts x {reference[0].group}, every setting"}
     out = ROOT / OUT.value
     out.with_suffix(".json").write_text(

@@ -93,8 +93,6 @@ def join(here: Place, timeout: int) -> None:
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=FAREWELL,
         )
-    except UserError:
-        raise
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--distributed found no cluster to join ({reason}); give {_flags(FIELDS)}") from error

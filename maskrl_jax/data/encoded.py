@@ -216,7 +216,7 @@ class Shards:
                 raise self._damaged(self._unreadable(positions), error) from None
             wrong = positions[rows["index"] != positions]
             if wrong.size:
-                self._opened(range(self._manifest.shards), alone=True)
+                self._look_at_each()
                 raise self._damaged(wrong[0] // self._manifest.shard_size, "a record is not where it should be")
             self._last = (positions.tobytes(), rows)
         return rows
@@ -230,10 +230,8 @@ class Shards:
         """Every field but the index, indexed like an array."""
         return {name: Column(self, name) for name in self._manifest.dtype.names if name != "index"}
 
-    def _opened(self, shards: Sequence[int], alone: bool = False) -> array_record_data_source.ArrayRecordDataSource:
-        """Shards as one source; UserError about the first of them that is damaged. alone: look at each of them."""
-        for shard in shards if alone else ():
-            self._opened([shard])
+    def _opened(self, shards: Sequence[int]) -> array_record_data_source.ArrayRecordDataSource:
+        """Shards as one source; UserError about the first of them that is damaged."""
         wanted = sum(len(self._manifest.positions(shard)) for shard in shards)
         try:
             paths = [self._manifest.path(self._folder, shard) for shard in shards]
@@ -243,11 +241,15 @@ class Shards:
             reason = f"{len(source)} records for {wanted} samples"
         except (OSError, RuntimeError, ValueError) as error:
             reason = error
-        if len(shards) > 1:
-            for shard in shards:
-                self._opened([shard])
-            raise self._damaged(None, reason)
-        raise self._damaged(shards[0], reason)
+        if len(shards) == 1:
+            raise self._damaged(shards[0], reason)
+        self._look_at_each()
+        raise self._damaged(None, reason)
+
+    def _look_at_each(self) -> None:
+        """UserError about the first shard that cannot be opened, or holds another number of samples."""
+        for shard in range(self._manifest.shards):
+            self._opened([shard])
 
     def _unreadable(self, positions: np.ndarray) -> int | None:
         """The shard of the first of these positions that cannot be read; None where all can, now."""

@@ -42,7 +42,7 @@ def main() -> None:
 
     from maskrl_jax.evaluate import extract, image_set, inception_metrics, statistics
     from maskrl_jax.evaluate.protocols import PROTOCOLS
-    from maskrl_jax.evaluate.report import commit_hash, machine
+    from maskrl_jax.evaluate.provenance import commit_hash, machine
     from maskrl_jax.parallel import Parallel
 
     if PROTOCOL.value not in PROTOCOLS:

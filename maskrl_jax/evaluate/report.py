@@ -5,24 +5,17 @@ import json
 import math
 import os
 import pathlib
-import platform
-import re
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 
-import jax
 from etils import epath
 
 from maskrl_jax import paths
-from maskrl_jax.evaluate import bootstrap, curve, gain, tables
+from maskrl_jax.evaluate import bootstrap, curve, gain, provenance, tables
 from maskrl_jax.evaluate.illustrate import Illustration
 from maskrl_jax.evaluate.latency import Latency
 from maskrl_jax.evaluate.measure import Point
 from maskrl_jax.evaluate.timing import Timing
 
-STAMP = pathlib.Path(__file__).parents[1] / "commit.txt"  # git puts the commit in as it makes an archive
 FEW_SAMPLES = 100  # fewer make no claim: bounds of a tenth, a distance between 64 features that is all noise
 
 
@@ -46,40 +39,6 @@ class Findings:
     latencies: Sequence[Latency] = ()  # of sampling loops, where systems are compared by time
     unlike: Sequence[str] = ()  # systems whose setting means something else than the tuned one's
     illustrations: Sequence[Illustration] = ()
-
-
-def commit_hash(folder: str | pathlib.Path) -> str:
-    """Return the git commit of a folder, "-dirty" added where files differ.
-
-    Where its repository has not this library, it is that of the archive that the library came in (git archive), or
-    "unknown".
-    """
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", str(STAMP))
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        archived = STAMP.read_text().strip() if STAMP.exists() else ""
-        return archived[:12] if re.fullmatch("[0-9a-f]{40}", archived) else "unknown"
-
-
-def command() -> str:
-    """Return the command line of this process, as one would type it."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
-    return shlex.join(["python", *program, *sys.argv[1:]])
-
-
-def machine() -> str:
-    """Return processor kind, the number of cores that this process may use, and the accelerators where there are."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = f"{platform.system()} {platform.machine()}, {usable} usable cores of {os.cpu_count()}"
-    devices = jax.devices()
-    return cores if devices[0].platform == "cpu" else f"{cores}, {len(devices)} x {devices[0].device_kind}"
 
 
 def equalities(findings: Findings) -> dict[str, curve.Equality]:
@@ -330,9 +289,9 @@ def write(workdir: str | os.PathLike, findings: Findings, facts: Mapping[str, st
         raise ValueError(f"figures {missing} are not below {root}")
     facts = {
         **(facts or {}),
-        "command": f"`{command()}`",
-        "commit": commit_hash(pathlib.Path(__file__).parent),
-        "machine": machine(),
+        "command": f"`{provenance.command()}`",
+        "commit": provenance.commit_hash(pathlib.Path(__file__).parent),
+        "machine": provenance.machine(),
     }
     found = equalities(findings)
     plain = json.dumps(results(findings, found, facts), indent=1, allow_nan=False)

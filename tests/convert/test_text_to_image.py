@@ -12,6 +12,7 @@ import tiny
 import tiny_text
 from safetensors.numpy import load_file
 
+from configs import mask_grpo as mask_grpo_config
 from configs import maskfocus as maskfocus_config
 from configs import shortcut as shortcut_config
 from configs import speed_rl as speed_rl_config
@@ -116,6 +117,13 @@ def test_maskfocus_tunes_it(made, one_device):
     config = maskfocus_config.get_config("meissonic")
     config.rollout.num_steps, config.steps.count, config.group = 4, 2, 2
     run(made, config, "maskfocus")
+
+
+def test_mask_grpo_tunes_it(made, one_device):
+    config = mask_grpo_config.get_config("smoke")
+    config.rollout.update({"num_steps": 4, "guidance": 2.0})
+    config.energy_distance = 0.0
+    run(made, config, "mask_grpo")
 
 
 def test_weights_come_back_byte_for_byte(made, one_device, tmp_path):

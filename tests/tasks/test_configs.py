@@ -53,10 +53,7 @@ def test_a_config_loads_passes_the_check_and_traces(name, argument):
         if not argument.startswith("maskgit512"):
             config.init.judge = "converted"
     runner.check(config)
-    if argument in ("large", "huge"):  # programs as of `base`; the state is made of their sizes
-        assert runner.task_module(config).phases(config, Parallel(config.parallel))
-    else:
-        trace(config)
+    trace(config)
 
 
 def refused_without_weights(config):

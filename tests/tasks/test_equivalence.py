@@ -9,7 +9,7 @@ from maskrl_jax.tasks.rollouts import Rollouts
 
 # Plain gradient descent, for all: Adam turns the rounding of a gradient near zero into a full step.
 OPTIMIZER = tiny.SGD | {"learning_rate": 0.02, "ema_decay": 0.5}
-TUNING = ("speed_rl", "maskfocus")  # Mask-GRPO's mathematics is Speed-RL's; benchmarks/processes.md has it
+TUNING = ("speed_rl", "mask_grpo", "maskfocus")
 STAGES = ("tokenizer", "judge", "maskgit", "shortcut", *TUNING)
 
 

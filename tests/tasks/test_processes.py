@@ -34,10 +34,10 @@ def test_sigterm_saves_and_exits_143_and_the_same_command_ends_in_the_same_bits(
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(trained, tmp_path):
-    """Of replicas it is tested with MaskFocus, in test_quality.py."""
+@pytest.mark.parametrize("strategy", ["pmap", "sharded"])
+def test_two_processes_equal_one(trained, tmp_path, strategy):
     workdir = tmp_path / "two"
-    two_processes(trained, workdir, "sharded")
+    two_processes(trained, workdir, strategy)
     expected, found = (load_arrays(str(path), FIELDS) for path in (trained.workdir, workdir))
     for name in ("params", "ema"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found[name], expected[name])
@@ -47,9 +47,10 @@ def test_two_processes_equal_one(trained, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_of_two_devices_equal_one_of_four(tmp_path):
-    """The rest of the table, all tasks, both strategies and four processes, is in benchmarks/processes.md."""
-    stages = ("tokenizer", "mask_grpo")
-    rows = processes.run(tmp_path, minutes=5, stages=stages, counts=(2,), strategies=("sharded",))
-    assert [(row["task"], row["strategy"]) for row in rows] == [("tokenizer", "sharded"), ("mask_grpo", "sharded")]
+    """The rest of the table, all tasks and four processes, is in benchmarks/processes.md."""
+    rows = processes.run(tmp_path, minutes=5, stages=("tokenizer", "mask_grpo"), counts=(2,))
+    assert [(row["task"], row["strategy"]) for row in rows] == [
+        *[("tokenizer", "pmap"), ("mask_grpo", "pmap"), ("tokenizer", "sharded"), ("mask_grpo", "sharded")]
+    ]
     assert max(row["parameters"] for row in rows) < 1e-6
-    assert [row["tokens_equal"] for row in rows] == [None, True]
+    assert [row["tokens_equal"] for row in rows] == [None, True, None, True]

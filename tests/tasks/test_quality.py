@@ -27,13 +27,9 @@ from maskrl_jax.writers import read_metrics
 STAGES = ("maskfocus", "mask_grpo")
 SETTINGS = (AlarmConfig, StepChoice, FocusUpdate, RoutingConfig)
 VARIANTS = {
-    "all steps, accumulate, token mean, no KL, standardised rewards, exploring all, successes alone": (
+    "all steps, accumulate, token mean": (
         "maskfocus",
-        {
-            **{"steps.select": "all", "loss.update_mode": "accumulate", "loss.norm": "token_mean"},
-            **{"loss.kl_coefficient": 0.0, "reward_scale": "group", "rollout.routing": "all_explore"},
-            "negative_weight": 0.0,
-        },
+        {"steps.select": "all", "loss.update_mode": "accumulate", "loss.norm": "token_mean"},
     ),
     "random steps and the first call, trajectory masks, full KL": (
         "maskfocus",
@@ -47,6 +43,13 @@ VARIANTS = {
         {
             **{"loss.clip_eps": 0.0, "zero_spread": "kl_only", "steps.timestep_offset": 0, "steps.first_call": False},
             **{"rollout_noise": "frozen", "energy_distance_scope": "all"},
+        },
+    ),
+    "no KL, standardised rewards, exploring all, successes alone": (
+        "maskfocus",
+        {
+            **{"loss.kl_coefficient": 0.0, "reward_scale": "group", "rollout.routing": "all_explore"},
+            "negative_weight": 0.0,
         },
     ),
     "hard, first calls only, compounded noise": (
