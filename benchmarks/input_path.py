@@ -37,7 +37,7 @@ from maskrl_jax import paths, program, roofline  # noqa: E402
 from maskrl_jax.data import encoded  # noqa: E402
 from maskrl_jax.data.batches import batch_at  # noqa: E402
 from maskrl_jax.data.dataset import Dataset, open_dataset  # noqa: E402
-from maskrl_jax.data.images import StoredColumn, square  # noqa: E402
+from maskrl_jax.data.images import StoredColumn, decoded  # noqa: E402
 from maskrl_jax.data.reader import reader  # noqa: E402
 from maskrl_jax.evaluate import provenance  # noqa: E402
 from maskrl_jax.parallel import Parallel  # noqa: E402
@@ -88,7 +88,7 @@ class Resized:
         self.side = side
 
     def __call__(self, value: bytes) -> np.ndarray:
-        return square(value, self.side)
+        return decoded(value, self.side)
 
 
 def pictures(folder: str, name: str, threads: int) -> Dataset:
