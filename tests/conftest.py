@@ -1,6 +1,9 @@
 """Settings of every test: eight virtual devices, and the checks of jax that would be too slow in training."""
 
+import atexit
 import gc
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -10,6 +13,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 # Most tests wait for the compiler, not for its programs.
 jax.config.update("jax_disable_most_optimizations", True)
+# Nor twice for one program, whichever function it came from. A worker's own cache: jax writes no file as a whole.
+CACHE = tempfile.mkdtemp(prefix="maskrl-compiled-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(autouse=True, scope="module")
