@@ -23,6 +23,8 @@ CACHE = tempfile.mkdtemp(prefix="maskrl-compiled-")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+# Tracing makes many objects that stay; looking through them as often as Python does takes a tenth of the time.
+gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")
