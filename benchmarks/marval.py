@@ -117,7 +117,7 @@ SCREEN = {
     # 7, iterations, is in the claim: every run of it measures several numbers of them
     # 8: tuning
     "tuned": _tuned(),
-    "tuned, K 8": _tuned(rollout__num_steps=8),
+    "tuned, K 8": _tuned(rollout__num_steps=8, evaluation__steps="(8, 16)"),  # measured where it was tuned, too
     "tuned, J 4 of 16": _tuned(truncation__iterations=4),
     "tuned, J 2 of 16": _tuned(truncation__iterations=2),
     "tuned, contexts detached": _tuned(truncation__detach_context=True),

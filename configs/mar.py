@@ -1,6 +1,6 @@
 """MAR: masked autoregression over continuous tokens with a diffusion head (arXiv 2406.11838).
 
-python -m maskrl_jax.main --config=configs/mar.py          # shapes with captions; 35 minutes on one core: graded .91
+python -m maskrl_jax.main --config=configs/mar.py          # shapes with captions; 35 to 80 minutes on one core: graded .88 to .92
 python -m maskrl_jax.main --config=configs/mar.py:smoke    # a few updates of everything: does it run?
 python -m maskrl_jax.main --config=configs/mar.py:base --dry_run=v5e:4x4   # published sizes, compile only:
 python -m maskrl_jax.main --config=configs/mar.py:large --dry_run=v5e:4x4
