@@ -1,4 +1,4 @@
-"""Settings of every test: eight virtual devices, and the checks of jax that would be too slow in training."""
+"""Settings of every test: eight virtual devices, the checks of jax that would be too slow in training, quick compilation."""
 
 import atexit
 import gc
@@ -10,9 +10,8 @@ import jax
 import pytest
 
 # Half the compiler's time; before the first device, and for the processes that tests start, too.
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
-)
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
