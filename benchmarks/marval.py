@@ -7,7 +7,7 @@ python benchmarks/marval.py --screen --jobs=2 --out=benchmarks/marval_arms   # s
 Tokenizer and judge are those of the store; a seed has a MAR, a student and tuned students of its own, and noise of its
 own to measure them with. An arm is compared with what stands beside it in its own report, under the same prompts and
 keys: MAR with nothing, a student with its teacher's chain, a tuned student with the student. What is finished is in
-<out>.json with a number a prompt, and is not done again. Bounds: 95 % paired bootstrap over prompts and seeds.
+<out>.json with a number a prompt, and is not done again. --screen draws its arms, too, in <out>.png. Bounds: 95 % paired bootstrap over prompts and seeds.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import side_by_side  # noqa: E402
 from maskrl_jax import paths  # noqa: E402
-from maskrl_jax.evaluate import bootstrap, measure  # noqa: E402
+from maskrl_jax.evaluate import bootstrap, canvas, measure  # noqa: E402
 
 STAGES = ("mar", "marval", "marval_rl")
 
@@ -167,6 +167,8 @@ def main(_: list[str]) -> None:
             break
     if done["runs"]:
         out.with_suffix(".md").write_text(_table(done["runs"], arms))
+        if SCREENED.value:
+            _draw(done["runs"], out.with_suffix(".png"))
         print(f"wrote {out.with_suffix('.md')}", flush=True)
     if failed:
         sys.exit(failed)
@@ -261,6 +263,35 @@ def _row(arm: str, runs: list[dict], system: str, label: str, setting: float) ->
 
 def _values(points: list[dict], name: str) -> np.ndarray:
     return np.array([point[name] for point in points])
+
+
+@canvas.styled
+def _draw(runs: dict[str, dict], path: pathlib.Path) -> None:
+    """Draw what every arm's network gains over what it stands on, and both Fréchet distances; the best comes first."""
+    rows = []
+    for key, run in runs.items():
+        own, beside = (_of(run, system, run["reference"]) for system in ("tuned", "base"))
+        gain = bootstrap.paired_difference(np.array(own["graded"]), np.array(beside["graded"]))
+        rows.append((run["stage"], key.rsplit(", seed", 1)[0], gain, own["frechet"], beside["frechet"]))
+    rows.sort(key=lambda row: (row[0], -row[2].mean))
+    figure = canvas.new_figure(height=0.19 * len(rows) + 0.9)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for place, (stage, _, gain, distance, before) in enumerate(rows):
+        look = {"color": canvas.COLOURS[1 + STAGES.index(stage)], "zorder": 3}
+        left.plot([gain.low, gain.high], [place, place], linewidth=1.4, **look)
+        left.plot(gain.mean, place, "o", markeredgecolor="white", **look)
+        right.plot([before, distance], [place, place], color=canvas.GRID, zorder=2)
+        right.plot(before, place, "|", color=canvas.QUIET, markersize=6)
+        right.plot(distance, place, "o", markeredgecolor="white", **look)
+    left.axvline(0, color=canvas.QUIET, linewidth=0.9)
+    left.set_yticks(range(len(rows)), [arm for _, arm, *_ in rows])
+    left.set_ylim(len(rows) - 0.4, -0.6)
+    left.set_xlabel("graded, student - teacher or tuned - student (bar: 95 %)")
+    right.set_xlabel("Fréchet distance (line: before)")
+    right.set_xscale("log")
+    for axes in (left, right):
+        axes.grid(axis="y", visible=False)
+    canvas.save(figure, path)
 
 
 if __name__ == "__main__":
