@@ -2,12 +2,13 @@
 
 python benchmarks/marval.py --jobs=2                 # the claim: every stage, three seeds of all of them
 python benchmarks/marval.py --only=marval            # this arm, and what it stands on where that is not there
-python benchmarks/marval.py --screen --jobs=2 --out=benchmarks/marval_arms   # section 14: one change each, one teacher
+python benchmarks/marval.py --screen --jobs=2        # section 14: one change each, one teacher; marval_arms.{json,md,png}
 
 Tokenizer and judge are those of the store; a seed has a MAR, a student and tuned students of its own, and noise of its
 own to measure them with. An arm is compared with what stands beside it in its own report, under the same prompts and
 keys: MAR with nothing, a student with its teacher's chain, a tuned student with the student. What is finished is in
-<out>.json with a number a prompt, and is not done again. --screen draws its arms, too, in <out>.png. Bounds: 95 % paired bootstrap over prompts and seeds.
+<out>.json with a number a prompt, and is not done again; --screen draws <out>.png, too. Bounds: 95 % paired bootstrap
+over prompts and seeds.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
+from matplotlib.ticker import LogLocator, NullLocator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -131,7 +133,9 @@ ONLY = flags.DEFINE_multi_enum("only", None, [*CLAIM, *SCREEN], "train this arm;
 JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time; what several print goes to <run>.log", lower_bound=1)
 RUNS = flags.DEFINE_string("runs", "runs/marval-arms", "where the runs go")
 STORE = flags.DEFINE_string("store", "runs/stages", "where tokenizer and judge are")
-OUT = flags.DEFINE_string("out", "benchmarks/marval", "result files without their ending")
+OUT = flags.DEFINE_string(
+    "out", None, "result files without their ending; default benchmarks/marval, _arms with --screen"
+)
 METRICS = ("graded", "strict", "diversity")
 EVALUATION_SEED = 17  # of seed 0; each further seed has the next
 
@@ -142,8 +146,11 @@ def main(_: list[str]) -> None:
     foreign = [name for name in ONLY.value or () if name not in arms]
     if foreign:
         sys.exit(f"error: {foreign[0]!r} is an arm {'without' if SCREENED.value else 'of'} --screen")
-    out = (ROOT / OUT.value).with_suffix(".json")
+    out = ROOT / f"{OUT.value or 'benchmarks/marval' + '_arms' * SCREENED.value}.json"
     done = json.loads(out.read_text()) if out.exists() else {"runs": {}}
+    unknown = [key for key in done["runs"] if key.rsplit(", seed", 1)[0] not in arms]
+    if unknown:
+        sys.exit(f"error: {out} holds {unknown[0]!r}, which is no arm {'of' if SCREENED.value else 'without'} --screen")
     runs = side_by_side.Runs(JOBS.value)
 
     def keep(name: str, workdir: pathlib.Path) -> None:
@@ -168,7 +175,7 @@ def main(_: list[str]) -> None:
     if done["runs"]:
         out.with_suffix(".md").write_text(_table(done["runs"], arms))
         if SCREENED.value:
-            _draw(done["runs"], out.with_suffix(".png"))
+            _draw(done["runs"], arms, out.with_suffix(".png"))
         print(f"wrote {out.with_suffix('.md')}", flush=True)
     if failed:
         sys.exit(failed)
@@ -223,6 +230,12 @@ def _of(run: dict, system: str, setting: float) -> dict:
     return next(p for p in run["points"] if (p["system"], p["setting"]) == (system, setting))
 
 
+def _by_arm(runs: dict[str, dict], arms: dict[str, Arm]) -> dict[str, list[dict]]:
+    """The runs of every arm that has any, a seed after the other."""
+    found = {name: [run for key, run in sorted(runs.items()) if key.rsplit(", seed", 1)[0] == name] for name in arms}
+    return {name: own for name, own in found.items() if own}
+
+
 def _table(runs: dict[str, dict], arms: dict[str, Arm]) -> str:
     """A row an arm, a system and a number of iterations."""
     commits, machines = (", ".join(sorted({run[of] for run in runs.values()})) for of in ("commit", "machine"))
@@ -236,11 +249,9 @@ def _table(runs: dict[str, dict], arms: dict[str, Arm]) -> str:
         "| graded - reference [95 %] | graded ratio | FD ratio | diversity ratio [95 %] | reference |",
         "|---|---:|---:|---:|---|---:|---:|---|---:|---:|---:|---|---:|---:|---|---|",
     ]
-    for name in arms:
-        own = [run for key, run in sorted(runs.items()) if key.rsplit(", seed", 1)[0] == name]
-        if own:
-            settings = [(p["system"], p["label"], p["setting"]) for p in own[0]["points"]]
-            lines += [_row(name, own, *setting) for setting in settings]
+    for name, own in _by_arm(runs, arms).items():
+        settings = [(p["system"], p["label"], p["setting"]) for p in own[0]["points"]]
+        lines += [_row(name, own, *setting) for setting in settings]
     return "\n".join(lines) + "\n"
 
 
@@ -266,31 +277,37 @@ def _values(points: list[dict], name: str) -> np.ndarray:
 
 
 @canvas.styled
-def _draw(runs: dict[str, dict], path: pathlib.Path) -> None:
-    """Draw what every arm's network gains over what it stands on, and both Fréchet distances; the best comes first."""
+def _draw(runs: dict[str, dict], arms: dict[str, Arm], path: pathlib.Path) -> None:
+    """Draw what every arm's network gains over what it starts from, and both Fréchet distances; the best comes first."""
     rows = []
-    for key, run in runs.items():
-        own, beside = (_of(run, system, run["reference"]) for system in ("tuned", "base"))
-        gain = bootstrap.paired_difference(np.array(own["graded"]), np.array(beside["graded"]))
-        rows.append((run["stage"], key.rsplit(", seed", 1)[0], gain, own["frechet"], beside["frechet"]))
+    for name, own in _by_arm(runs, arms).items():
+        after, before = ([_of(run, system, run["reference"]) for run in own] for system in ("tuned", "base"))
+        gain = bootstrap.paired_difference(_values(after, "graded"), _values(before, "graded"))
+        distances = [np.mean(_values(side, "frechet")) for side in (before, after)]
+        rows.append((STAGES.index(arms[name].stage), f"{name} ({len(own)})", gain, *distances))
     rows.sort(key=lambda row: (row[0], -row[2].mean))
-    figure = canvas.new_figure(height=0.19 * len(rows) + 0.9)
+    figure = canvas.new_figure(height=0.19 * len(rows) + 1.2)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    for place, (stage, _, gain, distance, before) in enumerate(rows):
-        look = {"color": canvas.COLOURS[1 + STAGES.index(stage)], "zorder": 3}
+    labels = {1: "student, against its teacher", 2: "tuned student, against the student"}
+    for place, (stage, _, gain, before, after) in enumerate(rows):
+        look = {"color": canvas.COLOURS[1 + stage], "zorder": 3}
         left.plot([gain.low, gain.high], [place, place], linewidth=1.4, **look)
-        left.plot(gain.mean, place, "o", markeredgecolor="white", **look)
-        right.plot([before, distance], [place, place], color=canvas.GRID, zorder=2)
+        left.plot(gain.mean, place, "o", markeredgecolor="white", label=labels.pop(stage, None), **look)
+        right.plot([before, after], [place, place], color=canvas.GRID, zorder=2)
         right.plot(before, place, "|", color=canvas.QUIET, markersize=6)
-        right.plot(distance, place, "o", markeredgecolor="white", **look)
+        right.plot(after, place, "o", markeredgecolor="white", **look)
     left.axvline(0, color=canvas.QUIET, linewidth=0.9)
-    left.set_yticks(range(len(rows)), [arm for _, arm, *_ in rows])
+    left.set_yticks(range(len(rows)), [name for _, name, *_ in rows])
     left.set_ylim(len(rows) - 0.4, -0.6)
-    left.set_xlabel("graded, student - teacher or tuned - student (bar: 95 %)")
-    right.set_xlabel("Fréchet distance (line: before)")
+    left.set_xlabel("difference of the graded score (bar: 95 %; in brackets: seeds)")
+    right.set_xlabel("Fréchet distance (tick: before, dot: after)")
     right.set_xscale("log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_locator(NullLocator())
     for axes in (left, right):
         axes.grid(axis="y", visible=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2)
     canvas.save(figure, path)
 
 
